@@ -1,0 +1,123 @@
+"""Registers hfclip's classes with transformers' Auto classes, when those are first imported.
+
+Importing the Auto classes costs seconds (they import torch), so `import hfclip` does not. A finder on `sys.meta_path`
+waits for each `transformers.models.auto.*_auto` module and runs its registration right behind the import; modules
+that are there already are served at once.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+
+
+def _register_configs() -> None:
+    from transformers import AutoConfig
+
+    from .configuration_hfclip import TOWER_CONFIGS, HFCLIPConfig
+
+    for config in (HFCLIPConfig, *TOWER_CONFIGS.values()):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
+def _register_models() -> None:
+    from transformers import AutoModel, AutoModelForImageClassification, AutoModelForZeroShotImageClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+    from .configuration_hfclip import HFCLIPConfig
+    from .modeling_hfclip import TOWERS, HFCLIPForImageClassification, HFCLIPModel
+
+    AutoModel.register(HFCLIPConfig, HFCLIPModel, exist_ok=True)
+    for tower in TOWERS.values():
+        AutoModel.register(tower.config_class, tower, exist_ok=True)
+    AutoModelForZeroShotImageClassification.register(HFCLIPConfig, HFCLIPModel, exist_ok=True)
+    AutoModelForImageClassification.register(HFCLIPConfig, HFCLIPForImageClassification, exist_ok=True)
+    # The pipeline looks names up here, and logs an error for a class that it does not find.
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES[HFCLIPConfig.model_type] = HFCLIPModel.__name__
+
+
+def _register_tokenizer() -> None:
+    from transformers import AutoTokenizer
+
+    from .configuration_hfclip import HFCLIPConfig
+    from .tokenization_hfclip import HFCLIPTokenizer
+
+    AutoTokenizer.register(HFCLIPConfig, fast_tokenizer_class=HFCLIPTokenizer, exist_ok=True)
+
+
+def _register_image_processor() -> None:
+    from transformers import AutoImageProcessor
+
+    from .configuration_hfclip import HFCLIPConfig
+    from .image_processing_hfclip import HFCLIPImageProcessor
+
+    AutoImageProcessor.register(HFCLIPConfig, image_processor_classes={"pil": HFCLIPImageProcessor}, exist_ok=True)
+
+
+def _register_processor() -> None:
+    from transformers import AutoProcessor
+
+    from .configuration_hfclip import HFCLIPConfig
+    from .processing_hfclip import HFCLIPProcessor
+
+    AutoProcessor.register(HFCLIPConfig, HFCLIPProcessor, exist_ok=True)
+
+
+AUTO, OWN = "transformers.models.auto.", f"{__package__}."
+
+# Auto module: (registration to run once it is there, our modules that it imports)
+REGISTRATIONS = {
+    AUTO + "configuration_auto": (_register_configs, {OWN + "configuration_hfclip"}),
+    AUTO + "modeling_auto": (_register_models, {OWN + "modeling_hfclip_resnet", OWN + "modeling_hfclip"}),
+    AUTO + "tokenization_auto": (_register_tokenizer, {OWN + "tokenization_hfclip"}),
+    AUTO + "image_processing_auto": (_register_image_processor, {OWN + "image_processing_hfclip"}),
+    AUTO + "processing_auto": (_register_processor, {OWN + "processing_hfclip"}),
+}
+
+
+class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the awaited modules like everybody else, and registers behind their execution.
+
+    Our own modules are awaited too: one of them may be what imports an Auto module, and cannot be registered before
+    it has run to its end itself.
+    """
+
+    def __init__(self):
+        self.awaited = {*REGISTRATIONS, *(name for _, needed in REGISTRATIONS.values() for name in needed)}
+        self.executing: set[str] = set()
+        self.loaders: dict[str, importlib.abc.Loader] = {}
+        self.waiting = dict(REGISTRATIONS)
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in self.awaited:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None:
+            self.loaders[name], spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec):
+        return self.loaders[spec.name].create_module(spec)
+
+    def exec_module(self, module) -> None:
+        name = module.__spec__.name
+        module.__spec__.loader = module.__loader__ = self.loaders.pop(name)
+        self.executing.add(name)
+        try:
+            module.__loader__.exec_module(module)
+        finally:
+            self.executing.discard(name)
+        self.register()
+
+    def register(self) -> None:
+        """Runs every registration that waits, whose Auto module is imported and whose own modules are not halfway."""
+        for auto, (registration, needed) in list(self.waiting.items()):
+            if auto in sys.modules and not self.executing & {auto, *needed, OWN + "configuration_hfclip"}:
+                if self.waiting.pop(auto, None):
+                    registration()
+
+
+def register_with_auto_classes() -> None:
+    """Registers with the Auto modules that are imported, and arranges it for those that will be."""
+    finder = _RegisterAfterImport()
+    sys.meta_path.insert(0, finder)
+    finder.register()

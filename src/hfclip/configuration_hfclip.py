@@ -1,0 +1,415 @@
+"""Configurations of the towers and of the dual encoder, and the nine published architectures as presets.
+
+A tower is chosen by the `model_type` of its config: `hfclip_vit`, `hfclip_resnet`, `hfclip_text` and
+`hfclip_bag_of_words` are ours, any other type is one that `AutoModel` knows. Configs written by transformers'
+`CLIPModel` are read as they are: `clip`, `clip_text_model` and `clip_vision_model` mean ours.
+
+    dict / config object / folder -> translate (transformers' CLIP -> ours) -> typed fields -> validate_*
+"""
+
+import difflib
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+TRANSFORMERS_MODEL_TYPES = {
+    "clip": "hfclip",
+    "clip_text_model": "hfclip_text",
+    "clip_vision_model": "hfclip_vit",
+}
+
+Pooling = Literal["pooler", "cls", "mean", "last"]
+
+
+class HFCLIPBaseConfig(PreTrainedConfig):
+    """What all hfclip configs share: reading transformers' CLIP configs, and refusing misspelt fields."""
+
+    _auto_class = "AutoConfig"  # saved folders carry this code, so that they load where hfclip is not installed
+
+    def __post_init__(self, **kwargs):
+        self._refuse_misspelt(kwargs)
+        super().__post_init__(**kwargs)
+        # Also run by @strict, which would wrap the ValueError in an error of its own.
+        self.validate_architecture()
+
+    def _refuse_misspelt(self, unknown: dict[str, Any]) -> None:
+        """An unknown key is kept, as in every transformers config, unless it is nearly the name of a field."""
+        fields = [name for name in self.__dataclass_fields__ if not name.startswith("_")]
+        accepted = {*fields, "num_labels", "attn_implementation", "output_attentions", "torch_dtype", "model_type"}
+        for key in unknown.keys() - accepted:
+            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.87)
+            if nearest:
+                raise ValueError(f"{type(self).__name__} has no field `{key}`. Did you mean `{nearest[0]}`?")
+
+    def _require(self, holds: bool, found: str, expected: str, remedy: str) -> None:
+        if not holds:
+            raise ValueError(f"{type(self).__name__}: found {found}, expected {expected}. {remedy}")
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._require(value > 0, f"{name}={value}", "a positive number", f"Set {name} to at least 1.")
+
+    def _require_transformer(self) -> None:
+        self._require_positive("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        self._require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size={self.hidden_size} and num_attention_heads={self.num_attention_heads}",
+            "a hidden size that the number of heads divides",
+            "Published models use 64 units a head.",
+        )
+        self._require(
+            self.hidden_act in ACT2FN,
+            f"hidden_act={self.hidden_act!r}",
+            "an activation that transformers knows",
+            "OpenAI's weights need 'quick_gelu', most OpenCLIP weights 'gelu'.",
+        )
+        self._require(
+            0.0 <= self.attention_dropout < 1.0,
+            f"attention_dropout={self.attention_dropout}",
+            "a probability in [0, 1)",
+            "CLIP is trained with 0.",
+        )
+
+    def _require_eos_in_vocabulary(self) -> None:
+        self._require_positive("vocab_size", "max_position_embeddings")
+        self._require(
+            0 <= self.eos_token_id < self.vocab_size,
+            f"eos_token_id={self.eos_token_id} with vocab_size={self.vocab_size}",
+            f"an id from 0 to {self.vocab_size - 1}",
+            "Give the id of the tokenizer's end-of-text token: the embedding is read at its first position.",
+        )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return translate_transformers_config(config_dict), kwargs
+
+
+@strict
+class HFCLIPTextConfig(HFCLIPBaseConfig):
+    """Causal text transformer, pooled at the first end-of-text token (paper section 2.4).
+
+    Fields carry the names of transformers' `CLIPTextConfig`; `projection_dim` is the size of the joint space.
+    """
+
+    model_type = "hfclip_text"
+    base_config_key = "text_config"
+    pooler_is_projected = False
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: int | float = 0.0
+    initializer_factor: int | float = 1.0
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 49406
+    eos_token_id: int = 49407
+
+    def validate_architecture(self):
+        self._require_positive("projection_dim")
+        self._require_transformer()
+        self._require_eos_in_vocabulary()
+
+
+@strict
+class HFCLIPBagOfWordsConfig(HFCLIPBaseConfig):
+    """Bag-of-words (CBOW) text tower: the mean of the token embeddings (baseline of the paper's figure 2)."""
+
+    model_type = "hfclip_bag_of_words"
+    base_config_key = "text_config"
+    pooler_is_projected = False
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    projection_dim: int = 512
+    max_position_embeddings: int = 77
+    layer_norm_eps: float = 1e-5
+    initializer_factor: int | float = 1.0
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 49406
+    eos_token_id: int = 49407
+
+    def validate_architecture(self):
+        self._require_positive("hidden_size", "projection_dim")
+        self._require_eos_in_vocabulary()
+
+
+@strict
+class HFCLIPVisionConfig(HFCLIPBaseConfig):
+    """Vision transformer with a class token and a LayerNorm before the blocks (paper section 2.4).
+
+    `patch_dropout` is the share of patches left out in training (FLIP, arXiv 2212.00794); evaluation sees them all.
+    `image_size` and `patch_size` are in pixels; other image sizes are served by interpolating the positions.
+    """
+
+    model_type = "hfclip_vit"
+    base_config_key = "vision_config"
+    pooler_is_projected = False
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: int | float = 0.0
+    patch_dropout: int | float = 0.0
+    initializer_factor: int | float = 1.0
+
+    def validate_architecture(self):
+        self._require_positive("projection_dim", "num_channels", "image_size", "patch_size")
+        self._require_transformer()
+        self._require(
+            self.image_size % self.patch_size == 0,
+            f"image_size={self.image_size} and patch_size={self.patch_size}",
+            "an image size that is a multiple of the patch",
+            f"The nearest is {max(1, round(self.image_size / self.patch_size)) * self.patch_size}.",
+        )
+        self._require(
+            0.0 <= self.patch_dropout < 1.0,
+            f"patch_dropout={self.patch_dropout}",
+            "a share in [0, 1)",
+            "FLIP trains with 0.5 or 0.75; 0 keeps all patches.",
+        )
+
+
+@strict
+class HFCLIPResNetConfig(HFCLIPBaseConfig):
+    """Modified ResNet with attention pooling (paper section 2.4).
+
+    `depths` are the blocks of the four stages, `stem_width` the channels behind the stem; stage n has
+    `stem_width * 4 * 2**n` channels. The attention pool maps to `projection_dim` itself, so the dual encoder adds
+    no projection. `num_attention_heads` of the pool defaults to 64 channels a head.
+    """
+
+    model_type = "hfclip_resnet"
+    base_config_key = "vision_config"
+    pooler_is_projected = True
+
+    depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
+    stem_width: int = 64
+    projection_dim: int = 1024
+    num_attention_heads: int | None = None
+    num_channels: int = 3
+    image_size: int = 224
+    initializer_factor: int | float = 1.0
+
+    def __post_init__(self, **kwargs):
+        if self.num_attention_heads is None:
+            self.num_attention_heads = max(1, self.stem_width * 32 // 64)
+        self.depths = list(self.depths)
+        super().__post_init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last feature map, before the attention pool."""
+        return self.stem_width * 32
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Stages: `hidden_states` holds the stem and then one map a stage."""
+        return len(self.depths)
+
+    def validate_architecture(self):
+        self._require_positive("stem_width", "projection_dim", "num_attention_heads", "num_channels", "image_size")
+        self._require(
+            len(self.depths) == 4 and min(self.depths) > 0,
+            f"depths={self.depths}",
+            "four positive numbers of blocks",
+            "RN50 has (3, 4, 6, 3).",
+        )
+        self._require(self.stem_width % 2 == 0, f"stem_width={self.stem_width}", "an even number", "RN50 has 64.")
+        self._require(
+            self.image_size % 32 == 0,
+            f"image_size={self.image_size}",
+            "a multiple of the total stride, 32",
+            f"The nearest is {max(1, round(self.image_size / 32)) * 32}.",
+        )
+        self._require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"num_attention_heads={self.num_attention_heads} for {self.hidden_size} channels",
+            "a number of heads that divides the channels",
+            f"Leave it out to get {max(1, self.hidden_size // 64)}.",
+        )
+
+
+TOWER_CONFIGS = {
+    config.model_type: config
+    for config in (HFCLIPTextConfig, HFCLIPBagOfWordsConfig, HFCLIPVisionConfig, HFCLIPResNetConfig)
+}
+
+
+@strict
+class HFCLIPConfig(HFCLIPBaseConfig):
+    """Dual encoder: an image tower, a text tower, and a joint space of `projection_dim` dimensions.
+
+    Each sub-config is a config object, or a dict with a `model_type` (default: our ViT and our text transformer).
+    A tower of a type that only AutoModel knows is pooled by a named rule before its linear projection:
+
+    - `pooler`: the tower's own `pooler_output` (default for images),
+    - `cls`: the first position, `mean`: the mean over real positions (default for foreign text towers),
+      `last`: the last real position.
+
+    `logit_scale_init_value` is the natural logarithm of the initial scale, ln(1/0.07) in the paper.
+    `logit_bias_init_value` exists for models trained with the sigmoid loss (SigLIP: -10) and is None otherwise.
+    """
+
+    model_type = "hfclip"
+    sub_configs = {"text_config": PreTrainedConfig, "vision_config": PreTrainedConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    text_pooling: Pooling | None = None
+    vision_pooling: Pooling | None = None
+    logit_scale_init_value: float | int = 2.6592
+    logit_bias_init_value: float | int | None = None
+    initializer_factor: int | float = 1.0
+
+    def __post_init__(self, **kwargs):
+        self.text_config = self._tower_config(self.text_config, HFCLIPTextConfig)
+        self.vision_config = self._tower_config(self.vision_config, HFCLIPVisionConfig)
+        own_text = self.text_config.model_type in TOWER_CONFIGS
+        self.text_pooling = self.text_pooling or ("pooler" if own_text else "mean")
+        self.vision_pooling = self.vision_pooling or "pooler"
+        super().__post_init__(**kwargs)
+
+    def _tower_config(self, config: dict | PreTrainedConfig | None, default: type) -> PreTrainedConfig:
+        if isinstance(config, PreTrainedConfig) and config.model_type in TRANSFORMERS_MODEL_TYPES:
+            config = config.to_dict()
+        if isinstance(config, PreTrainedConfig):
+            tower = config
+        else:
+            fields = translate_transformers_config(dict(config or {}))
+            model_type = fields.pop("model_type", default.model_type)
+            if model_type in TOWER_CONFIGS:
+                tower = TOWER_CONFIGS[model_type](**{"projection_dim": self.projection_dim, **fields})
+            elif model_type in CONFIG_MAPPING:
+                tower = CONFIG_MAPPING[model_type](**fields)
+            else:
+                near = difflib.get_close_matches(str(model_type), [*TOWER_CONFIGS, *CONFIG_MAPPING], n=1)
+                hint = f" Did you mean `{near[0]}`?" if near else ""
+                raise ValueError(
+                    f"Unknown tower `model_type` {model_type!r}: expected one of {sorted(TOWER_CONFIGS)} or a type "
+                    f"that transformers' AutoModel knows.{hint}"
+                )
+        if tower.model_type in TOWER_CONFIGS and not tower.pooler_is_projected:
+            tower.projection_dim = self.projection_dim
+        return tower
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square images that the image tower was built for."""
+        return self.vision_config.image_size
+
+    def validate_architecture(self):
+        self._require_positive("projection_dim")
+        expected_key = {"text_config": self.text_config, "vision_config": self.vision_config}
+        for key, config in expected_key.items():
+            found_key = getattr(config, "base_config_key", "") if config.model_type in TOWER_CONFIGS else key
+            self._require(found_key == key, f"{key} of type `{config.model_type}`", f"a {key[:-7]} tower", "Swap them.")
+            if getattr(config, "pooler_is_projected", False):
+                self._require(
+                    config.projection_dim == self.projection_dim,
+                    f"{key}.projection_dim={config.projection_dim} and projection_dim={self.projection_dim}",
+                    "the same, since this tower ends in the joint space itself",
+                    "Set both to the same number.",
+                )
+        for modality in ("text", "vision"):
+            config, rule = expected_key[f"{modality}_config"], getattr(self, f"{modality}_pooling")
+            self._require(
+                config.model_type not in TOWER_CONFIGS or rule == "pooler",
+                f"{modality}_pooling={rule!r} for the tower `{config.model_type}`",
+                "'pooler', since the tower defines its own pooling",
+                "Named rules are for towers built by AutoModel.",
+            )
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "HFCLIPConfig":
+        """One of the nine published architectures (paper tables 19 and 20), e.g. `"ViT-B/32"` or `"RN50x16"`.
+
+        `overrides` replace top-level fields. Raises ValueError with the nearest name for an unknown preset.
+        """
+        if name not in PRESETS:
+            near = difflib.get_close_matches(name.lower(), {n.lower(): n for n in PRESETS}, n=1, cutoff=0.4)
+            by_lower = {n.lower(): n for n in PRESETS}
+            hint = f" Did you mean {by_lower[near[0]]!r}?" if near else ""
+            raise ValueError(f"Unknown preset {name!r}: expected one of {', '.join(PRESETS)}.{hint}")
+        projection_dim, vision, text_width = PRESETS[name]
+        text = {
+            "hidden_size": text_width,
+            "intermediate_size": 4 * text_width,
+            "num_attention_heads": text_width // 64,
+            "num_hidden_layers": 12,
+        }
+        return cls(**{"text_config": text, "vision_config": dict(vision), "projection_dim": projection_dim, **overrides})
+
+
+def _vit(width: int, layers: int, patch: int, image_size: int = 224) -> dict[str, Any]:
+    return {
+        "model_type": "hfclip_vit",
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "patch_size": patch,
+        "image_size": image_size,
+    }
+
+
+def _resnet(depths: tuple[int, ...], stem_width: int, image_size: int) -> dict[str, Any]:
+    return {"model_type": "hfclip_resnet", "depths": depths, "stem_width": stem_width, "image_size": image_size}
+
+
+# name: (joint dimensions, image tower, text width); paper tables 19 and 20.
+PRESETS = {
+    "RN50": (1024, _resnet((3, 4, 6, 3), 64, 224), 512),
+    "RN101": (512, _resnet((3, 4, 23, 3), 64, 224), 512),
+    "RN50x4": (640, _resnet((4, 6, 10, 6), 80, 288), 640),
+    "RN50x16": (768, _resnet((6, 8, 18, 8), 96, 384), 768),
+    "RN50x64": (1024, _resnet((3, 15, 36, 10), 128, 448), 1024),
+    "ViT-B/32": (512, _vit(768, 12, 32), 512),
+    "ViT-B/16": (512, _vit(768, 12, 16), 512),
+    "ViT-L/14": (768, _vit(1024, 24, 14), 768),
+    "ViT-L/14@336px": (768, _vit(1024, 24, 14, 336), 768),
+}
+
+
+def translate_transformers_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Rewrites a config that transformers' CLIP wrote into ours, sub-configs included; others pass unchanged.
+
+    Repairs `eos_token_id: 2`, which transformers wrote before its pull request 24773 while pooling at the highest id,
+    the end-of-text token. Merges `text_config_dict` / `vision_config_dict` as transformers does.
+    """
+    config = dict(config)
+    model_type = config.get("model_type")
+    if model_type in TRANSFORMERS_MODEL_TYPES:
+        config["model_type"] = TRANSFORMERS_MODEL_TYPES[model_type]
+        # The class that wrote the folder, and code it does not need.
+        config.pop("architectures", None)
+    if model_type == "clip_text_model" and config.get("eos_token_id") == 2:
+        vocab_size = config.get("vocab_size", HFCLIPTextConfig.vocab_size)
+        config["eos_token_id"] = min(49407, vocab_size - 1)
+        config["bos_token_id"] = config["eos_token_id"] - 1
+    if model_type == "clip":
+        for key, tower_type in (("text_config", "clip_text_model"), ("vision_config", "clip_vision_model")):
+            fields = {"model_type": tower_type, **(config.get(key) or {})}
+            legacy = config.pop(f"{key}_dict", None)
+            if legacy is not None:
+                fields.update(CONFIG_MAPPING[tower_type](**legacy).to_dict())
+            config[key] = translate_transformers_config(fields)
+    return config

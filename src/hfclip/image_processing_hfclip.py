@@ -1,0 +1,508 @@
+"""Images as OpenAI's CLIP sees them: every pixel equal to the `_transform` of openai/CLIP (`clip/clip.py`).
+
+source -> `open_image` (decoded, upright, 8 bits a channel) -> resize -> crop -> RGB (uint8) -> `normalize` (float32).
+The functions need no processor and serve data workers; `HFCLIPImageProcessor` is the same path as transformers
+expects it. Resizing is PIL's whether or not torchvision is installed; only `resize_backend="torch"` changes that.
+"""
+
+import base64
+import difflib
+import io
+import math
+import os
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+
+ImageSource = PIL.Image.Image | np.ndarray | torch.Tensor | bytes | str | os.PathLike
+ResizeBackend = Literal["pil", "torch"]
+
+_EXIF_ORIENTATION = 0x0112
+_URL_TIMEOUT = 30  # seconds
+_BICUBIC = PILImageResampling.BICUBIC
+# PIL's filters that torch also has with antialiasing
+_TORCH_MODES = {PILImageResampling.BILINEAR: "bilinear", _BICUBIC: "bicubic"}
+
+
+def open_image(source: ImageSource, input_data_format: str | None = None) -> PIL.Image.Image:
+    """Decode `source` into a loaded PIL image: upright, 8 bits a channel, otherwise in its own mode.
+
+    Args:
+        source: PIL image (never modified), encoded bytes, path, http(s) URL, base64 string, numpy array or tensor.
+            Arrays are (height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels,
+            either uint8 or floating point in 0..1; floats are rounded to the nearest of the 256 levels.
+        input_data_format: "channels_first" or "channels_last", for arrays whose shape does not tell.
+
+    An EXIF orientation is applied, as `transformers.image_utils.load_image` does (openai/CLIP ignores it); a tag that
+    cannot be read counts as none. 16-bit grey keeps its high byte (`value >> 8`), as PIL does with 16-bit RGB; PIL's
+    own conversion would clip everything above 255 to white.
+
+    Raises `ValueError` for damaged files, images above PIL's size limit, empty images, arrays of other shapes, ranges
+    or types, and modes `I` and `F`, whose range is unknown; `TypeError` for anything that is not an image.
+    """
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return _image_from_array(source, input_data_format)
+    file = None if isinstance(source, PIL.Image.Image) else _as_file(source)
+    try:
+        if file is None:
+            image = source
+            image.load()
+        else:
+            with PIL.Image.open(file) as image:  # closes the file, keeps the pixels
+                image.load()
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(f"{error} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust its origin.") from error
+    except Exception as error:  # PIL's codecs raise nearly anything on damaged data
+        raise ValueError(
+            f"the image cannot be decoded ({type(error).__name__}: {error}). Expected a complete image file; fetch it "
+            "again or leave it out."
+        ) from error
+    if 0 in image.size:
+        raise ValueError(f"the image is empty: {image.width} x {image.height} (width x height). Leave it out.")
+    return _to_eight_bits(_upright(image))
+
+
+def _as_file(source: bytes | str | os.PathLike) -> io.BytesIO | str | os.PathLike:
+    """What `PIL.Image.open` accepts, for encoded bytes, a path, a URL or a base64 string."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"expected a PIL image, numpy array, torch tensor, bytes, path or URL, found {type(source).__name__}."
+        )
+    if os.path.isfile(source):
+        return source
+    text = os.fspath(source)
+    if isinstance(text, str) and text.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(text, timeout=_URL_TIMEOUT) as response:
+                return io.BytesIO(response.read())
+        except OSError as error:
+            raise ValueError(f"{text} cannot be fetched ({error}). Check the address and the connection.") from error
+    try:
+        return io.BytesIO(base64.b64decode(str(text).rpartition("base64,")[2], validate=True))
+    except ValueError:
+        raise ValueError(f"{_short(text)} is neither an existing file, nor a URL, nor a base64 image.") from None
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return image if orientation == 1 else PIL.ImageOps.exif_transpose(image)
+    except Exception:  # malformed EXIF is common on the web and leaves the pixels sound
+        return image
+
+
+def _to_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"mode {image.mode!r} holds 32-bit values of unknown range. Expected 8 or 16 bits a channel: scale it to "
+            "0..255 and convert it to 'L' first."
+        )
+    if image.mode.startswith("I;16"):
+        return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
+def _image_from_array(array: np.ndarray | torch.Tensor, input_data_format: str | None) -> PIL.Image.Image:
+    """PIL image of mode L, RGB or RGBA from an array as `open_image` describes it."""
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    if array.size == 0:
+        raise ValueError(f"the image is empty: shape {array.shape}. Leave it out.")
+    array = _channels_last(array, input_data_format)
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = array.min(), array.max()
+        if not (low >= 0 and high <= 1):  # also false for NaN
+            raise ValueError(
+                f"a floating point image must lie in 0..1, found {low}..{high}. Divide it by its white level, or pass "
+                "8-bit values with dtype uint8."
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ValueError(
+            f"expected an array of uint8 or of floating point values in 0..1, found {array.dtype}. Convert it to one "
+            "of them."
+        )
+    return PIL.Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
+
+
+def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
+    # (height, width) or (channels, height, width) or (height, width, channels) -> (height, width, channels)
+    if array.ndim == 2:
+        return array[..., None]
+    if array.ndim != 3:
+        raise ValueError(f"expected an image of 2 or 3 dimensions, found shape {array.shape}.")
+    first, last = array.shape[0], array.shape[2]
+    if input_data_format is None:
+        fits_first, fits_last = first in (1, 3, 4), last in (1, 3, 4)
+        if fits_first and fits_last and (first == 3) == (last == 3):
+            raise ValueError(
+                f"shape {array.shape} can be read with the channels first or last. Say which with "
+                "input_data_format='channels_first' or 'channels_last'."
+            )
+        # with two candidates, the one of three channels: (1, 1, 3) is one RGB pixel
+        input_data_format = "channels_first" if fits_first and (not fits_last or first == 3) else "channels_last"
+    if input_data_format not in ("channels_first", "channels_last"):
+        raise ValueError(
+            f"input_data_format must be 'channels_first' or 'channels_last', found {input_data_format!r}."
+        )
+    if input_data_format == "channels_first":
+        array = array.transpose(1, 2, 0)
+    if array.shape[2] not in (1, 3, 4):
+        raise ValueError(
+            f"expected 1 (grey), 3 (RGB) or 4 (RGBA) channels, found shape {(first, array.shape[1], last)}."
+        )
+    return array
+
+
+def _resized(
+    image: PIL.Image.Image, size: Mapping | SizeDict, resample: int, resize_backend: ResizeBackend
+) -> PIL.Image.Image:
+    """`image` resized to `size`, {"shortest_edge"} (torchvision's rounding) or {"height", "width"}; mode unchanged.
+
+    Raises `ValueError` before anything is allocated when the result would exceed twice `PIL.Image.MAX_IMAGE_PIXELS`,
+    which is also where PIL refuses to open a file (default 178,956,970 pixels).
+    """
+    width, height = image.size
+    if "shortest_edge" in size:
+        edge, short, long = size["shortest_edge"], min(width, height), max(width, height)
+        new_long = int(edge * long / short)
+        new_width, new_height = (edge, new_long) if width <= height else (new_long, edge)
+    else:
+        new_width, new_height = size["width"], size["height"]
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if limit is not None and new_width * new_height > 2 * limit:
+        raise ValueError(
+            f"resizing {width} x {height} (width x height) gives {new_width} x {new_height} = "
+            f"{new_width * new_height:,} pixels, more than the {2 * limit:,} allowed (twice "
+            "PIL.Image.MAX_IMAGE_PIXELS). Crop the image first, or set PIL.Image.MAX_IMAGE_PIXELS higher."
+        )
+    if (new_width, new_height) == image.size:
+        return image
+    if resize_backend == "pil":
+        return image.resize((new_width, new_height), resample)
+    # (height, width, 3) -> (1, 3, height, width), channels last in memory, which torch's kernel prefers
+    pixels = torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)[None]
+    pixels = torch.nn.functional.interpolate(
+        pixels, (new_height, new_width), mode=_TORCH_MODES[resample], antialias=True
+    )
+    return PIL.Image.merge("RGB", [PIL.Image.fromarray(band) for band in pixels[0].numpy()])
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _center_cropped(image: PIL.Image.Image, height: int, width: int) -> np.ndarray:
+    """The middle of `image` as RGB, (height, width, 3) uint8, with torchvision's rounding; black where it is smaller."""
+    # torchvision pads by half the missing pixels, rounded down, and rounds the offset of a crop half to even
+    left, pad_left = round(max(image.width - width, 0) / 2), max(width - image.width, 0) // 2
+    top, pad_top = round(max(image.height - height, 0) / 2), max(height - image.height, 0) // 2
+    right, bottom = min(left + width, image.width), min(top + height, image.height)
+    crop = np.asarray(_to_rgb(image.crop((left, top, right, bottom))))
+    if crop.shape[:2] == (height, width):
+        return crop
+    canvas = np.zeros((height, width, 3), np.uint8)
+    canvas[pad_top : pad_top + bottom - top, pad_left : pad_left + right - left] = crop
+    return canvas
+
+
+def center_square_crop(source: ImageSource, size: int, resize_backend: ResizeBackend = "pil") -> np.ndarray:
+    """OpenAI's transform up to the pixels: shorter side to `size` by bicubic resizing, then the central square.
+
+    Returns (size, size, 3) uint8, RGB. Palettes, alpha and CMYK become RGB after the crop, as in openai/CLIP. Raises
+    as `open_image`, and `ValueError` for a resized image beyond twice `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    resized = _resized(open_image(source), {"shortest_edge": size}, _BICUBIC, resize_backend)
+    return _center_cropped(resized, size, size)
+
+
+def random_square_crop(
+    source: ImageSource, size: int, generator: np.random.Generator, resize_backend: ResizeBackend = "pil"
+) -> np.ndarray:
+    """The paper's only augmentation (section 2.4): shorter side to `size` by bicubic resizing, then a random square.
+
+    Returns (3, size, size) uint8, RGB. Takes two numbers from `generator` whatever the image's shape, so that the
+    stream of random numbers does not depend on the images. Raises as `center_square_crop`.
+    """
+    image = _resized(open_image(source), {"shortest_edge": size}, _BICUBIC, resize_backend)
+    vertical, horizontal = generator.random(2)  # in [0, 1)
+    top, left = int(vertical * (image.height - size + 1)), int(horizontal * (image.width - size + 1))
+    crop = _to_rgb(image.crop((left, top, left + size, top + size)))
+    return np.stack([np.asarray(band) for band in crop.split()])  # (size, size, 3) -> (3, size, size)
+
+
+def normalize(
+    pixels: np.ndarray,
+    mean: Sequence[float] | None = OPENAI_CLIP_MEAN,
+    std: Sequence[float] | None = OPENAI_CLIP_STD,
+    rescale_factor: float = 1 / 255,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """(height, width, 3) uint8 -> (3, height, width) float32, bit for bit torchvision's ToTensor and Normalize.
+
+    `mean=None` leaves the rescaled values as they are; `out` receives the result if given.
+    """
+    if out is None:
+        out = np.empty((3, *pixels.shape[:2]), np.float32)
+    out[...] = pixels.transpose(2, 0, 1)
+    if rescale_factor == 1 / 255:
+        out /= np.float32(255)  # as ToTensor: multiplying by the rounded reciprocal differs in the last bit
+    elif rescale_factor != 1:
+        out *= np.float32(rescale_factor)
+    if mean is not None:
+        out -= np.asarray(mean, np.float32)[:, None, None]
+        out /= np.asarray(std, np.float32)[:, None, None]
+    return out
+
+
+def to_pixel_values(source: ImageSource, size: int) -> np.ndarray:
+    """OpenAI's whole transform: the normalised central square of `source`, (3, size, size) float32."""
+    return normalize(center_square_crop(source, size))
+
+
+class HFCLIPImageProcessorKwargs(ImagesKwargs, total=False):
+    """Options of `HFCLIPImageProcessor` beside those that all image processors of transformers share.
+
+    resize_backend (`str`): "pil" or "torch".
+    """
+
+    resize_backend: ResizeBackend | None
+
+
+_OPTIONS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_convert_rgb",
+    "resize_backend",
+)
+# what files saved by transformers' CLIP processors hold besides, without effect on the pixels
+_INERT = {
+    "_valid_processor_keys",
+    "data_format",
+    "default_to_square",
+    "device",
+    "disable_grouping",
+    "feature_extractor_type",
+    "image_processor_type",
+    "processor_class",
+    "return_tensors",
+}
+
+
+class HFCLIPImageProcessor(BaseImageProcessor):
+    """Turns images into `pixel_values`, pixel for pixel as openai/CLIP.
+
+    Images may be PIL images, arrays, tensors, encoded bytes, paths or URLs (see `open_image`), alone, in batches (4-d
+    arrays) or in nested lists, which are flattened; they need not be of one size. Palettes, alpha, CMYK and grey are
+    resized and cropped in their own mode and become RGB afterwards, as in openai/CLIP.
+
+    Args:
+        do_resize: Resize to `size`.
+        size: Pixels: an integer or {"shortest_edge"} keeps the aspect ratio; {"height", "width"} does not.
+        resample: PIL's filter. PIL resizes palette and 1-bit images with the nearest pixel whatever the filter.
+        do_center_crop: Cut the middle; where the image is smaller, the rest is black.
+        crop_size: Pixels: an integer or {"height", "width"}. Default: the square or rectangle of `size`.
+        do_rescale: Multiply 8-bit values by `rescale_factor`. If false they stay in 0..255, except those of floating
+            point arrays, which stay in 0..1.
+        rescale_factor: 1/255 by default.
+        do_normalize: Subtract `image_mean` and divide by `image_std`, three numbers each (red, green, blue).
+        do_convert_rgb: If false, an image that is not RGB is refused.
+        resize_backend: "pil" is exact. "torch" converts to RGB first and resizes with torch's antialiased kernel on
+            the CPU (the one torchvision uses for tensors): several times faster, up to 2 levels of 255 away on
+            photographs, bilinear and bicubic only. It is saved with the other options and never chosen by itself.
+
+    Every option may be given again in a call; None stands for the default. Raises `TypeError` for unknown options and
+    values of a wrong type, `ValueError` for values out of range; an error about an image names its place in the input.
+    """
+
+    valid_kwargs = HFCLIPImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+
+    do_resize = True
+    size = {"shortest_edge": 224}
+    resample = _BICUBIC
+    do_center_crop = True
+    crop_size = None
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_convert_rgb = True
+    resize_backend = "pil"
+
+    def __init__(self, **kwargs: Unpack[HFCLIPImageProcessorKwargs]):
+        auto_map = kwargs.pop("auto_map", None)  # where remote code lies: kept, and saved again
+        super().__init__(**({"auto_map": auto_map} if auto_map else {}))
+        options = {name: value for name, value in kwargs.items() if name in _OPTIONS or (value and name not in _INERT)}
+        for name, value in self._options(options).items():
+            setattr(self, name, value)
+
+    @property
+    def backend(self) -> str:
+        """The library that resizes, under the name by which transformers' image processors report it."""
+        return self.resize_backend
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Paths and URLs as they are: `preprocess` opens one at a time, so that no list exhausts the open files."""
+        return image_url_or_urls
+
+    def preprocess(
+        self,
+        images: Any,
+        return_tensors: str | None = None,
+        input_data_format: str | None = None,
+        **kwargs: Unpack[HFCLIPImageProcessorKwargs],
+    ) -> BatchFeature:
+        """`pixel_values`, float32: a tensor (batch, 3, height, width) for `return_tensors="pt"`, an array for "np",
+        for None a list of arrays (3, height, width), which may differ in size."""
+        options = self._options(kwargs)
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f"return_tensors must be 'pt', 'np' or None, found {return_tensors!r}.")
+        crops, factors = [], []
+        for index, image in enumerate(_flat(images)):
+            try:
+                crops.append(_cropped(open_image(image, input_data_format), options))
+            except (TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"image {index}{_name(image)}: {error}") from error
+            factors.append(_rescale_factor(image, options))
+        if not crops:
+            raise ValueError("expected at least one image, found none.")
+        sizes = {crop.shape[:2] for crop in crops}
+        if return_tensors is not None and len(sizes) > 1:
+            raise ValueError(
+                f"images of sizes {sorted(sizes)} (height, width) do not fit one tensor. Use do_center_crop=True, a "
+                "size with height and width, or return_tensors=None."
+            )
+        mean, std = (options["image_mean"], options["image_std"]) if options["do_normalize"] else (None, None)
+        if return_tensors is None:
+            arrays = [normalize(crop, mean, std, factor) for crop, factor in zip(crops, factors)]
+            return BatchFeature({"pixel_values": arrays})
+        batch = np.empty((len(crops), 3, *crops[0].shape[:2]), np.float32)
+        for crop, factor, out in zip(crops, factors, batch):
+            normalize(crop, mean, std, factor, out)
+        return BatchFeature({"pixel_values": torch.from_numpy(batch) if return_tensors == "pt" else batch})
+
+    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All options, those `given` before the processor's own, checked and in one form."""
+        for name, value in given.items():
+            if name not in _OPTIONS and value is not None:
+                near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.0)[0]
+                raise TypeError(f"{type(self).__name__} has no option {name!r}. The nearest is {near!r}.")
+        options = {name: getattr(self, name) if given.get(name) is None else given[name] for name in _OPTIONS}
+        return _checked(options)
+
+
+def _flat(images: Any) -> Iterator[ImageSource]:
+    """The single images in nested lists and batches, in order."""
+    if isinstance(images, (list, tuple)):
+        for item in images:
+            yield from _flat(item)
+    elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        yield from images
+    else:
+        yield images
+
+
+def _name(image: Any) -> str:
+    name = image if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "")
+    return f" ({_short(name)})" if name else ""
+
+
+def _short(text: Any) -> str:
+    text = str(text)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _cropped(image: PIL.Image.Image, options: Mapping[str, Any]) -> np.ndarray:
+    # any mode and size -> (height, width, 3) uint8
+    if not options["do_convert_rgb"] and image.mode != "RGB":
+        raise ValueError(f"found mode {image.mode!r}, expected RGB. Use do_convert_rgb=True.")
+    if options["do_resize"]:
+        image = _resized(image, options["size"], options["resample"], options["resize_backend"])
+    if options["do_center_crop"]:
+        return _center_cropped(image, options["crop_size"]["height"], options["crop_size"]["width"])
+    return np.asarray(_to_rgb(image))
+
+
+def _rescale_factor(image: Any, options: Mapping[str, Any]) -> float:
+    if options["do_rescale"]:
+        return options["rescale_factor"]
+    if isinstance(image, torch.Tensor):
+        return 1 / 255 if image.is_floating_point() else 1
+    return 1 / 255 if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating) else 1
+
+
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` with sizes as `SizeDict`, mean and standard deviation as tuples of three floats."""
+    options = dict(options)
+    for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if not isinstance(options[name], bool):
+            raise TypeError(f"{name} must be True or False, found {options[name]!r}.")
+    options["size"] = size = _size("size", options["size"])
+    square_of_size = size.get("shortest_edge") or size
+    options["crop_size"] = _size("crop_size", square_of_size if options["crop_size"] is None else options["crop_size"])
+    try:
+        options["resample"] = PILImageResampling(options["resample"])
+    except ValueError:
+        filters = {int(member): member.name for member in PILImageResampling}
+        raise ValueError(f"resample must be one of PIL's {filters}, found {options['resample']!r}.") from None
+    factor = options["rescale_factor"]
+    if not _is_number(factor) or factor <= 0:
+        raise ValueError(f"rescale_factor must be a positive number, found {factor!r}.")
+    for name in ("image_mean", "image_std"):
+        values = options[name]
+        if not isinstance(values, (list, tuple)) or len(values) != 3 or not all(map(_is_number, values)):
+            raise ValueError(f"{name} must be three numbers (red, green, blue), found {values!r}.")
+        options[name] = tuple(values)
+    if min(options["image_std"]) <= 0:
+        raise ValueError(f"image_std must be positive, found {options['image_std']}.")
+    if options["resize_backend"] not in ("pil", "torch"):
+        raise ValueError(f"resize_backend must be 'pil' or 'torch', found {options['resize_backend']!r}.")
+    if options["resize_backend"] == "torch" and options["resample"] not in _TORCH_MODES:
+        raise ValueError(
+            f"resize_backend 'torch' resizes by 2 (bilinear) or 3 (bicubic), found {options['resample']}."
+        )
+    return options
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _size(name: str, value: Any) -> SizeDict:
+    """`value` as {"height", "width"} or, for `size`, {"shortest_edge"}; an integer is the shorter side or a square."""
+    edges = value
+    if isinstance(value, int):
+        edges = {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
+    elif isinstance(value, (list, tuple)) and len(value) == 2:
+        edges = {"height": value[0], "width": value[1]}
+    allowed = [{"height", "width"}] + [{"shortest_edge"}] * (name == "size")
+    if isinstance(edges, (Mapping, SizeDict)):
+        edges = dict(edges)
+        pixels = edges.values()
+        if set(edges) in allowed and all(type(edge) is int and edge > 0 for edge in pixels):
+            return SizeDict(**edges)
+    raise ValueError(f"{name} must be a positive integer or hold the keys {allowed}, found {value!r}.")

@@ -1,0 +1,236 @@
+"""ModifiedResNet, the convolutional image tower of CLIP (paper section 2.4), with OpenAI's parameter names.
+
+It departs from a textbook ResNet in three ways: a stem of three convolutions and an average pool, average pooling in
+front of every strided convolution (anti-aliasing), and attention pooling in place of the global average.
+
+    pixel_values -> stem -> layer1..layer4 (spatial maps, exposed) -> attention pool -> joint space
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
+
+from .configuration_hfclip import HFCLIPResNetConfig
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose running statistics move once a step, also under gradient checkpointing.
+
+    Checkpointing runs the forward again inside the backward pass; torch's BatchNorm would count that batch twice.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        is_recomputation = torch._C._current_graph_task_id() != -1
+        if self.training and is_recomputation:
+            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        return super().forward(x)
+
+
+class Bottleneck(GradientCheckpointingLayer):
+    """1x1, 3x3, 1x1 convolutions; a stride is an average pool behind the second one, and in the shortcut."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = BatchNorm2d(channels)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = BatchNorm2d(out_channels)
+        self.downsample = None
+        if stride > 1 or in_channels != out_channels:
+            # The pool has no parameters; the names "0" and "1" are those of OpenAI's checkpoints.
+            self.downsample = nn.Sequential()
+            self.downsample.add_module("-1", nn.AvgPool2d(stride) if stride > 1 else nn.Identity())
+            self.downsample.add_module("0", nn.Conv2d(in_channels, out_channels, 1, bias=False))
+            self.downsample.add_module("1", BatchNorm2d(out_channels))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        shortcut = hidden_states if self.downsample is None else self.downsample(hidden_states)
+        hidden_states = F.relu(self.bn1(self.conv1(hidden_states)), inplace=True)
+        hidden_states = F.relu(self.bn2(self.conv2(hidden_states)), inplace=True)
+        hidden_states = self.bn3(self.conv3(self.avgpool(hidden_states)))
+        return F.relu(hidden_states + shortcut, inplace=True)
+
+
+class AttentionPool2d(nn.Module):
+    """One attention head set whose only query is the mean of the map (plus its own position embedding)."""
+
+    def __init__(self, config: HFCLIPResNetConfig):
+        super().__init__()
+        channels = config.hidden_size
+        self.grid_size = config.image_size // 32
+        self.num_heads = config.num_attention_heads
+        self.positional_embedding = nn.Parameter(torch.empty(self.grid_size**2 + 1, channels))
+        self.k_proj = nn.Linear(channels, channels)
+        self.q_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.c_proj = nn.Linear(channels, config.projection_dim)
+
+    def positions(self, height: int, width: int) -> torch.Tensor:
+        """(1 + height * width, channels): the trained grid, bicubically interpolated to another one if needed."""
+        if height == width == self.grid_size:
+            return self.positional_embedding
+        pooled, grid = self.positional_embedding[:1], self.positional_embedding[1:]
+        # (grid * grid, channels) -> (1, channels, grid, grid) -> (1, channels, height, width) -> (h * w, channels)
+        grid = grid.T.reshape(1, -1, self.grid_size, self.grid_size)
+        grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
+        return torch.cat([pooled, grid.flatten(2)[0].T])
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        batch_size, channels, height, width = feature_map.shape
+        # (batch, channels, height, width) -> (batch, height * width, channels) -> (batch, 1 + height * width, channels)
+        tokens = feature_map.flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+        tokens = tokens + self.positions(height, width)
+        # (batch, tokens, channels) -> (batch, heads, tokens, channels / heads)
+        heads = (batch_size, -1, self.num_heads, channels // self.num_heads)
+        query = self.q_proj(tokens[:, :1]).view(heads).transpose(1, 2)
+        key = self.k_proj(tokens).view(heads).transpose(1, 2)
+        value = self.v_proj(tokens).view(heads).transpose(1, 2)
+        pooled = F.scaled_dot_product_attention(query, key, value)
+        # (batch, heads, 1, channels / heads) -> (batch, channels) -> (batch, projection_dim)
+        return self.c_proj(pooled.transpose(1, 2).reshape(batch_size, channels))
+
+
+class HFCLIPResNetModel(PreTrainedModel):
+    """ModifiedResNet image tower. Its pooled output lies in the joint space already and is not normalised."""
+
+    config_class = HFCLIPResNetConfig
+    config: HFCLIPResNetConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _auto_class = "AutoModel"
+    _no_split_modules = ["Bottleneck", "AttentionPool2d"]
+    # The attention pool has a single query and serves every `attn_implementation` with torch's kernel.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: HFCLIPResNetConfig):
+        super().__init__(config)
+        width = config.stem_width
+        self.conv1 = nn.Conv2d(config.num_channels, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(2)
+        in_channels = width
+        for stage, depth in enumerate(config.depths):
+            channels = width * 2**stage
+            blocks = [Bottleneck(in_channels, channels, stride=1 if stage == 0 else 2)]
+            in_channels = channels * Bottleneck.expansion
+            blocks += [Bottleneck(in_channels, channels, stride=1) for _ in range(depth - 1)]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.attnpool = AttentionPool2d(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.conv1
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # OpenAI's initialisation (CLIP.initialize_parameters): the last gain of each block starts at zero.
+        if isinstance(module, BatchNorm2d):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+        elif isinstance(module, Bottleneck):
+            init.zeros_(module.bn3.weight)
+        elif isinstance(module, AttentionPool2d):
+            std = self.config.hidden_size**-0.5 * self.config.initializer_factor
+            init.normal_(module.positional_embedding, std=std)
+            for linear in (module.q_proj, module.k_proj, module.v_proj, module.c_proj):
+                if getattr(linear, "weight", None) is not None:
+                    init.normal_(linear.weight, std=std)
+                    init.zeros_(linear.bias)
+
+    def stem(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, 3, height, width) -> (batch, stem_width, height / 4, width / 4)"""
+        hidden_states = pixel_values
+        for number in (1, 2, 3):
+            conv, norm = getattr(self, f"conv{number}"), getattr(self, f"bn{number}")
+            hidden_states = F.relu(norm(conv(hidden_states)), inplace=True)
+        return self.avgpool(hidden_states)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPoolingAndNoAttention | tuple:
+        """Feature maps and the pooled embedding of images.
+
+        Args:
+            pixel_values: (batch, 3, height, width), normalised; height and width multiples of 32. Sizes other than
+                the trained one are served by interpolating the pool's positions, unless `interpolate_pos_encoding`
+                is False.
+            output_hidden_states: also return the stem's map and the map of each stage.
+
+        Returns:
+            `last_hidden_state` (batch, 32 * stem_width, height / 32, width / 32), the map in front of the pool;
+            `pooler_output` (batch, projection_dim), not normalised;
+            `hidden_states`: stem (stride 4), then layer1 to layer4 (strides 4, 8, 16, 32).
+
+        Raises:
+            ValueError: wrong shape, or a size that is no multiple of 32.
+        """
+        check_pixel_values(pixel_values, self.config, stride=32, interpolate=interpolate_pos_encoding)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_states = self.stem(pixel_values.to(self.conv1.weight.dtype))
+        feature_maps = [hidden_states]
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            hidden_states = stage(hidden_states)
+            feature_maps.append(hidden_states)
+        output = BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=hidden_states,
+            pooler_output=self.attnpool(hidden_states),
+            hidden_states=tuple(feature_maps) if output_hidden_states else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def features_for_classification(self, outputs: BaseModelOutputWithPoolingAndNoAttention) -> torch.Tensor:
+        """(batch, hidden_size): the mean of the last feature map, what a linear classifier reads."""
+        return outputs.last_hidden_state.mean(dim=(2, 3))
+
+
+def check_pixel_values(pixel_values: torch.Tensor, config, stride: int, interpolate: bool | None) -> None:
+    """Raises ValueError, saying what was found and expected, for images that the tower cannot take."""
+    if pixel_values is None:
+        raise ValueError("You have to specify pixel_values, a (batch, channels, height, width) tensor of images.")
+    if pixel_values.dim() != 4 or pixel_values.shape[1] != config.num_channels:
+        raise ValueError(
+            f"pixel_values: found shape {tuple(pixel_values.shape)}, expected (batch, {config.num_channels}, height, "
+            "width). The image processor makes such tensors."
+        )
+    height, width = pixel_values.shape[-2:]
+    if height % stride or width % stride or not height or not width:
+        raise ValueError(
+            f"pixel_values: found images of {height}x{width}, expected a height and width that are multiples of "
+            f"{stride}. Resize or crop them, for instance with the image processor."
+        )
+    if interpolate is False and (height, width) != (config.image_size, config.image_size):
+        raise ValueError(
+            f"Input image size ({height}*{width}) doesn't match model ({config.image_size}*{config.image_size}), and "
+            "interpolate_pos_encoding=False forbids interpolating the positions. Leave it out, or resize the images."
+        )

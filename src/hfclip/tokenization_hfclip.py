@@ -1,0 +1,462 @@
+"""CLIP's tokenizer: a fast byte-pair tokenizer whose ids equal those of OpenAI's `SimpleTokenizer` on any text.
+
+A text goes through four steps: cleaning (ftfy, HTML entities, white space, lower case), splitting into words (OpenAI's
+pattern, run by the same `regex` module), byte-pair encoding of each word (the Rust model of `tokenizers`), start and
+end tokens. Captions repeat their words, so the ids of a word are looked up in a bounded table and Rust is asked for new
+words only; this is several times faster than sending whole texts through a Rust pipeline. Whatever needs more than ids
+(offsets, word ids, overflowing tokens) is built as real `tokenizers.Encoding` objects from the same words.
+
+`tokenizer.json` holds all that a Rust pipeline can do, for loaders that know nothing of this class. It cannot hold
+ftfy, the full list of HTML entities, Python's lower case (final sigma) and the character classes of `regex`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import chain
+from pathlib import Path
+from types import MethodType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import regex
+from tokenizers import (
+    AddedToken,
+    Encoding,
+    PreTokenizedString,
+    Regex,
+    Token,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from tokenizers.models import BPE
+from transformers import BatchEncoding, TokenizersBackend
+from transformers.tokenization_utils_base import LARGE_INTEGER, TruncationStrategy
+from transformers.utils import PaddingStrategy, TensorType, logging
+
+
+try:
+    import ftfy
+except ImportError:  # a Hub repository's code may run where hfclip, which requires ftfy, is not installed
+    ftfy = None
+
+logger = logging.get_logger(__name__)
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+CONTEXT_LENGTH = 77
+NUM_OPENAI_MERGES = 49152 - 256 - 2
+WORD_END = "</w>"
+# A contraction, letters, one digit, anything else that is not white space: OpenAI's clip/simple_tokenizer.py
+WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+# Each byte as a visible character: ASCII and Latin-1 stand for themselves and come first, as in GPT-2's vocabulary.
+BYTE_SYMBOLS = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+BYTE_SYMBOLS |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in BYTE_SYMBOLS)}
+BASE_VOCAB = [symbol + end for end in ("", WORD_END) for symbol in BYTE_SYMBOLS.values()]
+
+_WHITE_SPACE = regex.compile(r"\s+")
+_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+class HFCLIPTokenizer(TokenizersBackend):
+    """CLIP's tokenizer: OpenAI's ids between `<|startoftext|>` and `<|endoftext|>`.
+
+    Use it as any tokenizer of transformers. What differs from the base class:
+
+    - Texts of more than `model_max_length` tokens (77) are cut unless `truncation=False`; the end token stays last. A
+      call that was not told to cut (`truncation` not given) and had to logs one warning with the number of texts.
+    - Padding writes `pad_token_id`, 0 as OpenAI does. Id 0 is also the byte symbol "!", hence no special token of the
+      Rust backend: "!" in a text stays an ordinary character, and decoding drops id 0 only before start and after end.
+    - Offsets and `char_to_token` refer to `clean_text(text)`, which is the text itself where cleaning moves nothing.
+    - Added tokens are looked for in the cleaned, hence lower-cased, text.
+    - Pairs of texts and texts split into words are refused: CLIP reads one text, and cleaning needs the whole of it.
+
+    A saved folder names `<|endoftext|>` as `pad_token`, because a loader that knows nothing of this class would cut
+    every "!" out of the texts otherwise. `pad_token_id`, saved beside it, is what this class goes by.
+
+    Args:
+        vocab: Token to id, or the path of a `vocab.json`. Without it: the 512 byte symbols and the special tokens.
+        merges: Pairs of tokens in order of merging, or the path of a `merges.txt`.
+        pad_token: Token that pads; `None` takes the token whose id is `pad_token_id`.
+        clean: "openai" cleans as OpenAI did and needs ftfy for texts beyond plain printable ASCII; "none" does no
+            more than `tokenizer.json`.
+
+    Raises:
+        ValueError: `clean` is unknown.
+
+    Source: Radford et al. 2021, section 2.4; https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py
+    """
+
+    vocab_files_names = {"vocab_file": "vocab.json", "merges_file": "merges.txt", "tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+    model = BPE
+    _words: WordIds | None = None
+
+    def __init__(
+        self,
+        vocab: str | dict[str, int] | None = None,
+        merges: str | list[tuple[str, str]] | None = None,
+        bos_token: str | AddedToken = BOS,
+        eos_token: str | AddedToken = EOS,
+        unk_token: str | AddedToken = EOS,
+        pad_token: str | AddedToken | None = None,
+        pad_token_id: int = 0,
+        clean: Literal["openai", "none"] = "openai",
+        model_max_length: int | None = None,
+        **kwargs,
+    ):
+        if clean not in ("openai", "none"):
+            raise ValueError(f'clean must be "openai" or "none", found {clean!r}')
+        self.clean = clean
+        vocab, merges = _read_vocab(vocab, merges)
+        if vocab is None:
+            vocab = _number([*BASE_VOCAB, str(bos_token), str(eos_token)])
+        self._tokenizer = _build_backend(vocab, merges or [], str(bos_token), str(eos_token), str(unk_token))
+        if pad_token is not None and self._tokenizer.token_to_id(str(pad_token)) is None:
+            kwargs["pad_token"] = pad_token  # a token of its own, which the base class adds to the vocabulary
+        if model_max_length is None or model_max_length > LARGE_INTEGER:  # folders without a limit hold 1e30
+            model_max_length = CONTEXT_LENGTH
+        super().__init__(
+            bos_token=bos_token,
+            eos_token=eos_token,
+            unk_token=unk_token,
+            pad_token_id=pad_token_id,
+            clean=clean,
+            model_max_length=model_max_length,
+            **{**kwargs, "add_bos_token": True, "add_eos_token": True},
+        )
+        # Not before: the base class would turn "!" into a special token that splits texts
+        if pad_token is None:
+            self.pad_token_id = pad_token_id
+        else:
+            self.pad_token = pad_token
+        missing = sum(self._tokenizer.token_to_id(symbol) is None for symbol in BASE_VOCAB)
+        if missing:
+            logger.warning(f"{missing} of the 512 byte symbols are not in the vocabulary; they become {unk_token!s}.")
+
+    # -------------------------------------------------------------------------------------------- reading and writing
+
+    @classmethod
+    def from_openai_bpe(cls, path: str | os.PathLike, **kwargs) -> HFCLIPTokenizer:
+        """OpenAI's 49,408 ids from `bpe_simple_vocab_16e6.txt.gz` (or the same file unpacked).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a header and at least 48,894 merges.
+        """
+        merges = _read_openai_merges(Path(path))
+        return cls(vocab=_number([*BASE_VOCAB, *map("".join, merges), BOS, EOS]), merges=merges, **kwargs)
+
+    @classmethod
+    def convert_to_native_format(cls, **kwargs) -> dict[str, Any]:
+        """Arguments of `__init__` from the files of a folder, ours or one of transformers' `CLIPTokenizer`."""
+        kwargs.pop("trust_remote_code", None)  # with it, the base class would take the backend as the file has it
+        kwargs = super().convert_to_native_format(**kwargs)
+        # How it was loaded is no setting to save again; special tokens, truncation and padding are this class's own
+        for name in ("is_local", "local_files_only", "post_processor", "tokenizer_truncation", "tokenizer_padding"):
+            kwargs.pop(name, None)
+        for name in ("_json_truncation", "_json_padding"):
+            kwargs.pop(name, None)
+        kwargs["vocab"], kwargs["merges"] = _read_vocab(kwargs.get("vocab"), kwargs.get("merges"))
+        # A folder's pad_token counts where it exists for padding alone
+        other_uses = {*(kwargs["vocab"] or ()), *(str(kwargs.get(f"{use}_token")) for use in ("bos", "eos", "unk"))}
+        has_own_pad = kwargs.get("pad_token") is not None and str(kwargs["pad_token"]) not in other_uses
+        kwargs.pop("pad_token_id" if has_own_pad else "pad_token", None)
+        return kwargs
+
+    def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
+        if self.pad_token not in self.added_tokens_encoder:  # see the class's docstring
+            config_file = Path(file_names[0])
+            config = json.loads(config_file.read_text(encoding="utf-8")) | {"pad_token": self.eos_token}
+            text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+            config_file.write_text(text, encoding="utf-8")
+        return super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_words"}
+
+    def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
+        self._words = None
+        return super()._add_tokens(new_tokens, special_tokens)
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def _train_new_from_iterator(
+        self,
+        text_iterator: Iterable[str | Sequence[str]],
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: Sequence[str | AddedToken] | None = None,
+        special_tokens_map: dict[str, str] | None = None,
+        **kwargs,
+    ) -> HFCLIPTokenizer:
+        """Train a tokenizer of this kind on texts, or on batches of texts.
+
+        `HFCLIPTokenizer.train_new_from_iterator(texts, vocab_size)` starts from the defaults; called on a tokenizer,
+        the new one keeps its settings and special tokens. Ids follow OpenAI's layout: 512 byte symbols, merges, other
+        special tokens, start, end. No text is out of vocabulary.
+
+        Args:
+            vocab_size: Number of ids, special tokens included. Texts may have too few pairs to reach it, which is
+                logged.
+            length: Number of texts, for the progress bar.
+            new_special_tokens: Special tokens beside those of this tokenizer.
+            special_tokens_map: Old to new names of special tokens, e.g. `{"<|endoftext|>": "</s>"}`.
+            kwargs: For `tokenizers.trainers.BpeTrainer`, e.g. `min_frequency` (0), `show_progress` (True).
+
+        Raises:
+            ValueError: `vocab_size` has no room for the byte symbols and the special tokens.
+        """
+        names = special_tokens_map or {}
+        named = {use: names.get(token, token) for use, token in self.special_tokens_map.items()}
+        bos, eos = named["bos_token"], named["eos_token"]
+        own = [names.get(token.content, token) for token in self.added_tokens_decoder.values() if token.special]
+        extra = [token for token in [*own, *(new_special_tokens or ())] if str(token) not in (bos, eos)]
+        special_tokens = [*map(str, extra), bos, eos]
+        smallest = len(BASE_VOCAB) + len(special_tokens)
+        if vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size must be at least {smallest} (512 byte symbols and {len(special_tokens)} special tokens), "
+                f"found {vocab_size}"
+            )
+        merges = self._train_merges(text_iterator, vocab_size, length, **kwargs)
+        tokens, num_merges = dict.fromkeys(BASE_VOCAB), 0  # two merges can give one token
+        while num_merges < len(merges) and len(tokens) + len(special_tokens) < vocab_size:
+            tokens["".join(merges[num_merges])] = None
+            num_merges += 1
+        vocab = _number([*tokens, *special_tokens])
+        if len(vocab) < vocab_size:
+            logger.warning(f"The texts gave {len(vocab)} tokens where {vocab_size} were asked for: train on more text.")
+        if self.pad_token_id == 0:
+            del named["pad_token"]
+        settings = {"clean": self.clean, "model_max_length": self.model_max_length, "extra_special_tokens": extra}
+        return type(self)(vocab=vocab, merges=merges[:num_merges], **named, **settings)
+
+    def _train_merges(self, text_iterator, vocab_size: int, length: int | None, **kwargs) -> list[tuple[str, str]]:
+        backend = _build_backend({}, [], self.bos_token, self.eos_token, None)
+        if self.clean == "openai":
+            backend.normalizer = None
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=list(BYTE_SYMBOLS.values()), end_of_word_suffix=WORD_END, **kwargs
+        )
+        backend.train_from_iterator(self._training_texts(text_iterator), trainer=trainer, length=length)
+        return [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
+
+    def _training_texts(self, text_iterator: Iterable[str | Sequence[str]]) -> Iterator[str]:
+        for item in text_iterator:
+            for text in [item] if isinstance(item, str) else item:
+                if not isinstance(text, str):
+                    raise TypeError(f"Training texts must be str or lists of str, found {type(text).__name__}")
+                yield self.clean_text(text)
+
+    # ------------------------------------------------------------------------------------------------------- encoding
+
+    def clean_text(self, text: str) -> str:
+        """The text that is split into tokens and that offsets refer to; with `clean="none"`, the text as it is."""
+        if self.clean == "none":
+            return text
+        if _is_plain(text):
+            return " ".join(text.lower().split())
+        return (_clean_short if len(text) <= 512 else _clean)(text)
+
+    def _get_padding_truncation_strategies(self, padding=False, truncation=None, pad_to_multiple_of=None, **kwargs):
+        if truncation is None:
+            # For single texts all strategies are one; "only_first" tells `_encode_plus` that nobody asked to cut. The
+            # base class would refuse a `pad_to_multiple_of` that does not divide 77: rows are padded to 77 at most.
+            truncation, pad_to_multiple_of = TruncationStrategy.ONLY_FIRST, None
+        return super()._get_padding_truncation_strategies(
+            padding=padding, truncation=truncation, pad_to_multiple_of=pad_to_multiple_of, **kwargs
+        )
+
+    def _encode_plus(
+        self,
+        text: str | Sequence[str],
+        text_pair: None = None,
+        add_special_tokens: bool = True,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
+        max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | TensorType | None = None,
+        return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        verbose: bool = True,
+        split_special_tokens: bool | None = None,
+        **kwargs,
+    ) -> BatchEncoding:
+        # Takes the place of the base class's way through Rust: same arguments, same results
+        texts = _check_texts(text, text_pair, is_split_into_words)
+        layout = _Layout(
+            num_special_tokens=self.num_special_tokens_to_add() if add_special_tokens else 0,
+            limit=None if truncation_strategy == TruncationStrategy.DO_NOT_TRUNCATE else max_length,
+            stride=stride,
+            padding=padding_strategy,
+            max_length=max_length,
+            multiple=pad_to_multiple_of,
+            side=padding_side or self.padding_side,
+        )
+        if return_attention_mask is None:
+            return_attention_mask = "attention_mask" in self.model_input_names
+        names = ("return_token_type_ids", "return_special_tokens_mask", "return_offsets_mapping", "return_length")
+        features = {name: kwargs.get(name) for name in names} | {"return_overflowing_tokens": return_overflowing_tokens}
+        words = self._word_ids(self.split_special_tokens if split_special_tokens is None else split_special_tokens)
+        make_encodings = partial(self._make_encodings, texts, words, layout)
+
+        data = encodings = None
+        if self.clean == "openai" and self.truncation_side == "right" and not any(features.values()):
+            data, num_cut = self._encode_ids(texts, words, layout, return_attention_mask, return_tensors)
+        if data is None:
+            encodings = make_encodings()
+            num_cut = sum(len(encoding.overflowing) > 0 for encoding in encodings)
+            features["return_attention_mask"] = return_attention_mask
+            data, encodings = self._convert_encodings(encodings, features)
+        self._report_lengths(data["input_ids"], len(texts), num_cut, truncation_strategy, max_length, verbose)
+
+        if isinstance(text, str) and return_tensors is None and not return_overflowing_tokens:
+            data = {name: value[0] if isinstance(value[0], list) else value for name, value in data.items()}
+        if encodings is not None:
+            return BatchEncoding(data, encodings, tensor_type=return_tensors)
+        batch = _LazyBatchEncoding(data, tensor_type=return_tensors, n_sequences=1)
+        batch._make_encodings = make_encodings
+        return batch
+
+    def _word_ids(self, split_special_tokens: bool) -> WordIds:
+        if self._words is not None and not split_special_tokens:
+            return self._words
+        special_ids = {self.bos_token: self.bos_token_id, self.eos_token: self.eos_token_id}
+        added = {
+            self.clean_text(token.content): (token_id, token)
+            for token_id, token in self.added_tokens_decoder.items()
+            if token.content not in special_ids and not (token.special and split_special_tokens)
+        }
+        if split_special_tokens:
+            return WordIds(self._tokenizer.model, {}, added)
+        special_ids = {token.lower(): token_id for token, token_id in special_ids.items()}
+        self._words = WordIds(self._tokenizer.model, special_ids, added)
+        return self._words
+
+    def _encode_ids(
+        self, texts: Sequence[str], words: WordIds, layout: _Layout, return_attention_mask: bool, return_tensors
+    ) -> tuple[dict[str, Any] | None, int]:
+        """Ids and attention mask from the table of words, and how many texts were cut.
+
+        `None` if a row is longer than rows are to be padded to, which leaves them ragged.
+        """
+        head = [self.bos_token_id] if layout.num_special_tokens and self.add_bos_token else []
+        tail = [self.eos_token_id] if layout.num_special_tokens and self.add_eos_token else []
+        rows, num_cut = [], 0
+        for text in texts:
+            ids = words.encode(text.lower() if _is_plain(text) else self.clean_text(text))
+            if layout.room is not None and len(ids) > layout.room:
+                ids, num_cut = ids[: layout.room], num_cut + 1
+            rows.append(head + ids + tail)
+        longest = max(map(len, rows), default=0)
+        width = layout.width(longest)
+        if width is None:
+            data = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+        elif width < longest:
+            return None, 0
+        else:
+            data = _pad_rows(rows, width, self.pad_token_id, layout.side)
+            tensor_type = None if return_tensors is None else TensorType(return_tensors)
+            if tensor_type == TensorType.PYTORCH:  # lists of arrays are stacked without a look at each number
+                data = {name: list(array) for name, array in data.items()}
+            elif tensor_type != TensorType.NUMPY:
+                data = {name: array.tolist() for name, array in data.items()}
+        if not return_attention_mask:
+            del data["attention_mask"]
+        return data, num_cut
+
+    def _make_encodings(self, texts: Sequence[str], words: WordIds, layout: _Layout) -> list[Encoding]:
+        """One Rust encoding a text, cut and padded; what was cut off is in its `overflowing`."""
+        if self.clean == "openai":
+            encodings = [_encode_with_offsets(self.clean_text(text), words) for text in texts]
+        else:
+            self._tokenizer.encode_special_tokens = not words.special_ids
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        for i, encoding in enumerate(encodings):
+            if layout.room is not None:
+                encoding.truncate(layout.room, layout.stride, self.truncation_side)
+            encodings[i] = self._tokenizer.post_process(encoding, None, layout.num_special_tokens > 0)
+        width = layout.width(max(map(len, encodings), default=0))
+        if width is not None:
+            pad = {"pad_id": self.pad_token_id, "pad_type_id": self.pad_token_type_id, "pad_token": self.pad_token}
+            for encoding in encodings:
+                encoding.pad(width, direction=layout.side, **pad)
+        return encodings
+
+    def _convert_encodings(
+        self, encodings: list[Encoding], features: dict[str, bool | None]
+    ) -> tuple[dict[str, list], list[Encoding]]:
+        """Rows of all encodings, and with `return_overflowing_tokens` those of what was cut off."""
+        data, parts, samples = defaultdict(list), [], []
+        for i, encoding in enumerate(encodings):
+            rows, encoding_and_overflow = self._convert_encoding(encoding, **features)
+            for name, values in rows.items():
+                data[name] += values
+            parts += encoding_and_overflow
+            samples += [i] * len(encoding_and_overflow)
+        if features["return_overflowing_tokens"]:
+            data["overflow_to_sample_mapping"] = samples
+        return data, parts
+
+    def _report_lengths(self, rows, num_texts: int, num_cut: int, strategy, max_length: int | None, verbose: bool):
+        if strategy == TruncationStrategy.DO_NOT_TRUNCATE:
+            self._eventual_warn_about_too_long_sequence(max(rows, key=len, default=()), max_length, verbose)
+        elif num_cut and verbose and strategy == TruncationStrategy.ONLY_FIRST:
+            logger.warning(
+                f"{num_cut} of {num_texts} texts had more than {max_length} tokens and were cut, their end token kept. "
+                "truncation=True cuts without this warning, truncation=False keeps all tokens."
+            )
+
+    # ------------------------------------------------------------------------------------------------------- decoding
+
+    def convert_ids_to_tokens(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str | list[str]:
+        if skip_special_tokens and not isinstance(ids, int):
+            special_ids = {token_id for token_id, token in self.added_tokens_decoder.items() if token.special}
+            ids = [token_id for token_id in self._without_padding(map(int, ids)) if token_id not in special_ids]
+        return super().convert_ids_to_tokens(ids)
+
+    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs) -> str:
+        if skip_special_tokens and isinstance(token_ids, (list, tuple)):
+            token_ids = self._without_padding(token_ids)
+        return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def _without_padding(self, token_ids: Iterable[int]) -> list[int]:
+        """Ids without the pad ids before the start and after the end: elsewhere, id 0 is text."""
+        ids, pad = list(token_ids), {self.pad_token_id}
+        if self.eos_token_id in ids:
+            end = len(ids) - ids[::-1].index(self.eos_token_id)
+            ids = ids[:end] if set(ids[end:]) == pad else ids
+        if self.bos_token_id in ids:
+            start = ids.index(self.bos_token_id)
+            ids = ids[start:] if set(ids[:start]) == pad else ids
+        return ids
+
+
+class _ClassOrInstanceMethod:
+    """A method that runs on a default instance when it is called on the class."""
+
+    def __init__(self, function: Callable):
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, instance, owner):
+        return MethodType(self.function, owner() if instance is None else instance)
+
+
+HFCLIPTokenizer.train_new_from_iterator = _ClassOrInstanceMethod(HFCLIPTokenizer._train_new_from_iterator)
+
+
+__all__ = ["HFCLIPTokenizer"]

@@ -1,0 +1,312 @@
+"""Zero-shot classification: labels and templates become a cached classifier for images.
+
+labels x templates -> prompts -> unit text embeddings -> mean over templates, unit norm: (num_labels, dim), once
+images -> pixel_values -> unit image embeddings -> logits (num_images, num_labels) -> labels with scores
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.modeling_utils import unwrap_model
+from transformers.utils.logging import tqdm
+
+Template = str | Callable[[str], str]
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+
+_PLACEHOLDER = re.compile(r"\{c?\}")  # {c} is the one of clip-benchmark's template files
+_INFO_FILE = "zero_shot_classifier.json"
+_EMBEDS_FILE = "zero_shot_classifier.safetensors"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model without its distributed wrapper, in eval mode and without gradients; afterwards as it was before.
+
+    The mode of every module is restored by itself: a frozen tower stays in eval mode when the rest trains again.
+    """
+    model = unwrap_model(model)
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+def embed_labels(
+    model: nn.Module,
+    processor: Any,
+    labels: Sequence[str],
+    templates: Sequence[Template] = DEFAULT_TEMPLATES,
+    batch_size: int = 256,
+) -> Tensor:
+    """One embedding a label: the mean over templates of unit text embeddings, again of unit norm (paper 3.1.4).
+
+    Embeddings are averaged, not probabilities, so any number of templates costs the same at classification.
+
+    Returns:
+        `(num_labels, dim)` float32 on the model's device.
+
+    Raises:
+        ValueError: no or empty labels, no templates, a template without placeholder, embeddings that are not finite.
+        TypeError: labels or templates that are one string instead of a list, or hold something else.
+    """
+    _check_labels(labels)
+    _check_templates(templates)
+    prompts = [_fill(template, label) for label in labels for template in templates]
+    # Summed on the CPU in float64: the same bits whatever the device's order of additions.
+    sums: Tensor | None = None
+    with evaluating(model) as model:
+        for start in tqdm(range(0, len(prompts), batch_size), desc="Embedding labels", disable=None, leave=False):
+            batch = prompts[start : start + batch_size]
+            inputs = processor(text=batch, padding=True, return_tensors="pt").to(model.device)
+            embeds = model.encode_text(inputs["input_ids"], inputs.get("attention_mask"), normalize=True)
+            if sums is None:
+                sums = torch.zeros(len(labels), embeds.shape[1], dtype=torch.float64)
+            owner = torch.arange(start, start + len(batch)) // len(templates)
+            sums.index_add_(0, owner, embeds.cpu().double())
+    if not sums.isfinite().all():
+        broken = labels[(~sums.isfinite()).any(dim=1).nonzero()[0].item()]
+        raise ValueError(f"the text embedding of label {broken!r} is not finite: the model's weights are damaged.")
+    return F.normalize(sums, dim=-1).float().to(model.device)
+
+
+class ZeroShotClassifier:
+    """Classifies images into labels given in words; the labels are embedded once, when it is built.
+
+    Example:
+
+        classifier = ZeroShotClassifier(model, processor, ["cat", "dog"], templates=["a photo of a {}."])
+        classifier("pet.jpg")                       # [{"label": "cat", "score": 0.98}, {"label": "dog", ...}]
+        classifier.save("pets"); ZeroShotClassifier.load("pets", model, processor)
+
+    Args:
+        model: a `HFCLIPModel`, on any device and of any dtype; a distributed wrapper is taken off. Its mode is left
+            as it is: embeddings are computed in eval mode and without gradients, which is restored afterwards.
+        processor: a `HFCLIPProcessor`.
+        labels: what to tell apart, each once.
+        templates: sentences with `{}` or `{c}` for the label, or functions from label to sentence. The embeddings of
+            all sentences of a label are averaged (paper 3.1.4).
+        batch_size: prompts embedded at a time.
+        label_embeds: `(num_labels, dim)` unit embeddings, if they are already known; nothing is embedded then.
+
+    Raises:
+        ValueError: no, empty or repeated labels, no templates, a template without placeholder, `label_embeds` of
+            another number of labels.
+        TypeError: labels or templates that are one string instead of a list, or hold something else.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        labels: Sequence[str],
+        templates: Sequence[Template] = DEFAULT_TEMPLATES,
+        *,
+        batch_size: int = 256,
+        label_embeds: Tensor | None = None,
+    ):
+        _check_labels(labels)
+        repeated = [label for label, times in Counter(labels).items() if times > 1]
+        if repeated:
+            raise ValueError(
+                f"labels repeat: {repeated}. Expected each label once, or they share one score: "
+                "pass list(dict.fromkeys(labels)), or tell them apart in words."
+            )
+        if label_embeds is None:
+            label_embeds = embed_labels(model, processor, labels, templates, batch_size)
+        elif label_embeds.ndim != 2 or len(label_embeds) != len(labels):
+            raise ValueError(f"label_embeds is {tuple(label_embeds.shape)}: expected ({len(labels)}, dim).")
+        self.model = unwrap_model(model)
+        self.processor = processor
+        self.labels = list(labels)
+        self.templates = list(templates)
+        self.label_embeds = label_embeds
+
+    def __call__(self, images: Any, top_k: int = 5, batch_size: int = 32) -> list[dict] | list[list[dict]]:
+        """The best labels of each image, best first.
+
+        Args:
+            images: whatever the processor takes as one image (PIL image, path, URL, bytes, array), or a list of such
+                or a 4-D array.
+            top_k: labels returned for each image, at most; all of them if there are fewer.
+            batch_size: images opened and embedded at a time.
+
+        Returns:
+            For one image a list of `{"label", "score"}`, for several a list of such lists. Scores are probabilities
+            over all labels: the softmax of the logits, or, in a model with `logit_bias` (sigmoid loss), an
+            independent probability for each label.
+
+        Raises:
+            ValueError: no image, or `top_k` or `batch_size` below 1.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}: expected at least 1 label an image.")
+        images, several = _as_list(images)
+        results = []
+        with evaluating(self.model) as model:
+            for pixel_values in self._preprocessed(images, batch_size):
+                results += self._ranked(self._logits(model, pixel_values), top_k)
+        return results if several else results[0]
+
+    def logits(self, images: Any | None = None, *, pixel_values: Tensor | None = None, batch_size: int = 32) -> Tensor:
+        """exp(logit_scale) * cosine (+ logit_bias) of each image, or of each row of `pixel_values`, with each label.
+
+        Args:
+            images: one image or several, as in a call.
+            pixel_values: `(num_images, channels, height, width)`, already preprocessed; instead of `images`.
+            batch_size: images embedded at a time.
+
+        Returns:
+            `(num_images, num_labels)` float32 on the model's device.
+        """
+        if (images is None) == (pixel_values is None):
+            raise ValueError("expected either images or pixel_values, found both or neither.")
+        if pixel_values is None:
+            batches = self._preprocessed(_as_list(images)[0], batch_size)
+        else:
+            batches = pixel_values.split(batch_size)
+        with evaluating(self.model) as model:
+            return torch.cat([self._logits(model, batch) for batch in batches])
+
+    def _preprocessed(self, images: list, batch_size: int) -> Iterator[Tensor]:
+        """`(batch, channels, height, width)` pixel values, one batch of images opened at a time."""
+        if not images:
+            raise ValueError("found 0 images: expected at least one.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: expected at least 1.")
+        for start in tqdm(range(0, len(images), batch_size), desc="Classifying", disable=None, leave=False):
+            yield self.processor(images=images[start : start + batch_size], return_tensors="pt")["pixel_values"]
+
+    def _logits(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
+        """`(batch, channels, height, width)` -> `(batch, num_labels)`, in float32 whatever the model's dtype."""
+        pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
+        image_embeds = model.encode_image(pixel_values, normalize=True).float()
+        logits = model.logit_scale.float().exp() * image_embeds @ self.label_embeds.to(image_embeds.device).T
+        return logits if model.logit_bias is None else logits + model.logit_bias.float()
+
+    def _ranked(self, logits: Tensor, top_k: int) -> list[list[dict]]:
+        scores = logits.softmax(dim=-1) if self.model.logit_bias is None else logits.sigmoid()
+        # Ranked by logits: scores near 0 or 1 may round to equal ones. Stable: ties keep the order of the labels.
+        order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        return [
+            [{"label": self.labels[index], "score": score} for index, score in zip(*row, strict=True)]
+            for row in zip(order.tolist(), scores.gather(1, order).tolist(), strict=True)
+        ]
+
+    def save(self, folder: str | Path) -> None:
+        """Write labels, templates, embeddings and the fingerprint of the model, but not the model.
+
+        A template that is a function is recorded by what it makes of "{}".
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        templates = [template if isinstance(template, str) else template("{}") for template in self.templates]
+        info = {"model_fingerprint": model_fingerprint(self.model), "labels": self.labels, "templates": templates}
+        # Without its info file a half-written classifier is none; it never joins old labels with new embeddings.
+        (folder / _INFO_FILE).unlink(missing_ok=True)
+        save_file({"label_embeds": self.label_embeds.cpu().contiguous()}, folder / _EMBEDS_FILE)
+        (folder / _INFO_FILE).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path, model: nn.Module, processor: Any) -> "ZeroShotClassifier":
+        """Open what `save` wrote, for the model it was built with; nothing is embedded.
+
+        Raises:
+            FileNotFoundError: no classifier in `folder`.
+            ValueError: the classifier belongs to another model: other weights, other architecture, or a dtype that
+                has rounded the weights.
+        """
+        folder = Path(folder)
+        missing = [name for name in (_INFO_FILE, _EMBEDS_FILE) if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} lacks {' and '.join(missing)}: expected a folder written by ZeroShotClassifier.save."
+            )
+        info = json.loads((folder / _INFO_FILE).read_text(encoding="utf-8"))
+        found, expected = model_fingerprint(model), info["model_fingerprint"]
+        if found != expected:
+            raise ValueError(
+                f"the classifier in {folder} was built with the model of fingerprint {expected[:12]}, found "
+                f"{found[:12]}: its label embeddings do not fit this model. Load the model it was built with, in the "
+                "same dtype, or build it anew: ZeroShotClassifier(model, processor, labels, templates)."
+            )
+        label_embeds = load_file(folder / _EMBEDS_FILE)["label_embeds"].to(unwrap_model(model).device)
+        return cls(model, processor, info["labels"], info["templates"], label_embeds=label_embeds)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's architecture and weights: 64 hex digits, the same after saving and loading.
+
+    Weights count by their value in float32, so a bfloat16 checkpoint has one fingerprint in bfloat16 and in float32;
+    weights rounded to a smaller dtype are other weights. Names, versions and the attention kernel do not count.
+    """
+    model = unwrap_model(model)
+    digest = hashlib.sha256(json.dumps(_architecture(model.config.to_dict()), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.float() if tensor.is_floating_point() else tensor
+        digest.update(f"{name}{tuple(values.shape)}".encode())
+        digest.update(values.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _architecture(config: Any) -> Any:
+    """A config dictionary without what does not change the embeddings: where it came from and how it is stored."""
+    if not isinstance(config, dict):
+        return config
+    incidental = {"transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
+    return {
+        key: _architecture(value) for key, value in config.items() if key not in incidental and not key.startswith("_")
+    }
+
+
+def _as_list(images: Any) -> tuple[list, bool]:
+    """Images as a list, and whether several were given."""
+    several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+    return (list(images), True) if several else ([images], False)
+
+
+def _fill(template: Template, label: str) -> str:
+    if isinstance(template, str):
+        # Not str.format: a label or sentence may hold braces of its own.
+        return _PLACEHOLDER.sub(lambda _: label, template)
+    prompt = template(label)
+    if not isinstance(prompt, str):
+        raise TypeError(f"template {template!r} made {prompt!r} of {label!r}: expected a string.")
+    return prompt
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"labels is {labels!r}: expected a list of strings.")
+    if not labels:
+        raise ValueError("found 0 labels: expected at least one.")
+    empty = [index for index, label in enumerate(labels) if not label.strip()]
+    if empty:
+        raise ValueError(f"the labels at {empty} are empty: expected words to put into the templates.")
+
+
+def _check_templates(templates: Sequence[Template]) -> None:
+    if isinstance(templates, str) or callable(templates):
+        raise TypeError(f"templates is {templates!r}: expected a list, [{templates!r}].")
+    if not templates:
+        raise ValueError('found 0 templates: expected at least one, e.g. "a photo of a {}.".')
+    for template in templates:
+        if isinstance(template, str):
+            if not _PLACEHOLDER.search(template):
+                raise ValueError(f"template {template!r} has no place for the label: expected {{}} or {{c}} in it.")
+        elif not callable(template):
+            raise TypeError(f"template {template!r}: expected a string or a function from label to string.")

@@ -1,0 +1,344 @@
+"""Zero-shot accuracy and retrieval against counts made one by one; reading of labelled folders from real files."""
+
+import io
+import os
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip.evaluation.retrieval import retrieval_recall
+from hfclip.evaluation.zero_shot import load_labelled_folder, zero_shot_accuracy
+from hfclip.zero_shot import ZeroShotClassifier
+
+LABELS = ["cat", "dog", "aircraft carrier", "tulip", "bus", "owl", "spoon"]
+TEMPLATES = ["a photo of a {}.", "a blurry photo of the {c}"]
+
+
+# ----------------------------------------------------------------------------------------------------------- zero-shot
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A saved random model with its processor."""
+    torch.manual_seed(0)
+    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(model_type="hfclip_text", vocab_size=524, bos_token_id=522, eos_token_id=523, **tower)
+    vision = dict(model_type="hfclip_vit", image_size=32, patch_size=8, **tower)
+    folder = tmp_path_factory.mktemp("model")
+    HFCLIPModel(HFCLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    tokenizer = HFCLIPTokenizer.train_new_from_iterator(LABELS + TEMPLATES * 2, 524)
+    HFCLIPProcessor(image_processor=HFCLIPImageProcessor(size=32), tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def load(folder):
+    return HFCLIPModel.from_pretrained(folder), HFCLIPProcessor.from_pretrained(folder)
+
+
+def labelled_photos():
+    """23 photos of noise, each brightened in its own way; class 0 has most of them and class 5 none."""
+    generator = np.random.default_rng(0)
+    targets = [0] * 9 + [1, 2, 3, 4, 6] * 2 + [1, 2, 2, 3]
+    photos = []
+    for _ in targets:
+        noise = generator.integers(0, 128, (32, 32, 3)) + generator.integers(0, 128, 3)
+        photos.append((PIL.Image.fromarray(noise.astype(np.uint8)), targets[len(photos)]))
+    random.Random(0).shuffle(photos)
+    return photos
+
+
+def counted_by_hand(model, processor, dataset, labels):
+    """Accuracy from the classifier's answers, image by image."""
+    classifier = ZeroShotClassifier(model, processor, labels, TEMPLATES)
+    answers = [[entry["label"] for entry in classifier(image, top_k=len(labels))] for image, _ in dataset]
+    targets = [labels[target] for _, target in dataset]
+    top = {
+        f"top{k}": sum(target in answer[:k] for target, answer in zip(targets, answers, strict=True)) / len(targets)
+        for k in (1, 3, 5)
+    }
+    recalls = []
+    for label in set(targets):
+        found = [answer[0] == label for target, answer in zip(targets, answers, strict=True) if target == label]
+        recalls.append(sum(found) / len(found))
+    return {**top, "mean_per_class_recall": sum(recalls) / len(recalls), "num_samples": len(targets)}
+
+
+def test_accuracy_equals_counting_the_classifiers_answers(model_folder):
+    model, processor = load(model_folder)
+    dataset = labelled_photos()
+    expected = counted_by_hand(model, processor, dataset, LABELS)
+    assert 0 < expected["top1"] < expected["top3"] < expected["top5"] < 1  # else the test would prove little
+    assert expected["mean_per_class_recall"] != expected["top1"]
+    for batch_size, num_workers in ((4, 0), (64, 0), (5, 2)):
+        found = zero_shot_accuracy(
+            model,
+            processor,
+            dataset,
+            LABELS,
+            TEMPLATES,
+            batch_size=batch_size,
+            top_k=(1, 3, 5),
+            num_workers=num_workers,
+        )
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_accuracy_leaves_the_model_in_its_mode(model_folder):
+    model, processor = load(model_folder)
+    zero_shot_accuracy(model.train(), processor, labelled_photos()[:2], LABELS)
+    assert all(module.training for module in model.modules())
+
+
+def test_repeated_labels_are_ranked_in_their_order(model_folder):
+    model, processor = load(model_folder)
+    dataset = labelled_photos()
+    best = ZeroShotClassifier(model, processor, LABELS)([image for image, _ in dataset], top_k=1)
+    winners = [LABELS.index(entries[0]["label"]) for entries in best]
+    first = [(image, winner) for (image, _), winner in zip(dataset, winners, strict=True)]
+    second = [(image, winner + len(LABELS)) for image, winner in first]
+    assert zero_shot_accuracy(model, processor, first, LABELS * 2, top_k=(1,))["top1"] == 1
+    found = zero_shot_accuracy(model, processor, second, LABELS * 2, top_k=(1, 2))
+    assert found["top1"] == 0 and found["top2"] == 1
+
+
+def evaluate_on_rank(rank, world, model_folder, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    model, processor = load(model_folder)
+    model = DistributedDataParallel(model.train())
+    results = [
+        zero_shot_accuracy(model, processor, dataset, LABELS, TEMPLATES, batch_size=4, top_k=(1, 3, 5))
+        for dataset in (labelled_photos(), labelled_photos()[:1])
+    ]
+    torch.save((results, model.training), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks_share_the_work_and_agree_on_the_result(model_folder, tmp_path):
+    model, processor = load(model_folder)
+    dataset = labelled_photos()
+    # 23 images on 2 ranks: uneven shares; 1 image: a rank without any.
+    mp.spawn(evaluate_on_rank, args=(2, model_folder, tmp_path), nprocs=2)
+    for rank in range(2):
+        (whole, single), training = torch.load(tmp_path / f"{rank}.pt")
+        assert whole == pytest.approx(counted_by_hand(model, processor, dataset, LABELS), abs=1e-12)
+        assert single == pytest.approx(counted_by_hand(model, processor, dataset[:1], LABELS), abs=1e-12)
+        assert training
+
+
+def test_accuracy_rejects_what_it_cannot_measure(model_folder):
+    model, processor = load(model_folder)
+    image = labelled_photos()[0][0]
+    with pytest.raises(ValueError, match="data set is empty"):
+        zero_shot_accuracy(model, processor, [], LABELS)
+    with pytest.raises(ValueError, match="found target 7: expected 0 to 6"):
+        zero_shot_accuracy(model, processor, [(image, 7)], LABELS)
+    with pytest.raises(ValueError, match=r"top_k is \(0,\)"):
+        zero_shot_accuracy(model, processor, [(image, 0)], LABELS, top_k=(0,))
+    with torch.no_grad():
+        model.visual_projection.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits that are not finite"):
+        zero_shot_accuracy(model, processor, [(image, 0)], LABELS)
+
+
+# ----------------------------------------------------------------------------------------------------- labelled folder
+
+
+def png(value):
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), (value, value, value)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def write_shards(folder, num_shards=11, **files_of_last):
+    """Shards 0.tar ... of two samples each; the grey of an image is its place in the data set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(num_shards):
+        files = {}
+        for i in (2 * shard, 2 * shard + 1):
+            files.update({f"s{i}.png": png(i), f"s{i}.cls": str(i % 2).encode(), f"s{i}.txt": b"a caption"})
+        write_tar(folder / f"{shard}.tar", files)
+    (folder / "nshards.txt").write_text(str(num_shards))
+
+
+def test_reads_shards_in_numerical_order_with_names_from_the_folder_above(tmp_path):
+    write_shards(tmp_path / "test")
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\nthe {c}\n")
+    labels, templates, samples = load_labelled_folder(tmp_path / "test")
+    assert labels == ["cat", "dog"] and templates == ["a photo of a {c}.", "the {c}"]
+    assert [(image.getpixel((0, 0))[0], target) for image, target in samples] == [(i, i % 2) for i in range(22)]
+
+
+def test_reads_class_folders_in_alphabetical_order(tmp_path):
+    for i, name in enumerate(["golden_retriever/b.PNG", "golden_retriever/a/c.png", "cat/a.png", "zebra/notes.txt"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(i))
+    labels, templates, samples = load_labelled_folder(tmp_path)
+    assert labels == ["cat", "golden retriever", "zebra"] and templates == ["a photo of a {}."]
+    assert [(image.getpixel((0, 0))[0], target) for image, target in samples] == [(2, 0), (1, 1), (0, 1)]
+    (tmp_path / "classnames.txt").write_text("tabby\nretriever\nzebra\n")
+    assert load_labelled_folder(str(tmp_path)).labels == ["tabby", "retriever", "zebra"]
+
+
+@pytest.mark.skipif("HFCLIP_TEST_DATA" not in os.environ, reason="HFCLIP_TEST_DATA names the folder of test data")
+def test_reads_cifar10_as_published():
+    folder = Path(os.environ["HFCLIP_TEST_DATA"]) / "cifar10" / "test"
+    labels, templates, samples = load_labelled_folder(folder)
+    assert labels[0] == "airplane" and len(labels) == 10 and len(samples) == 2000
+    assert templates[1] == "a picture of the {c}."
+    with tarfile.open(folder / "1.tar") as tar:
+        members = tar.getmembers()
+        keys = [member.name.removesuffix(".jpg") for member in members if member.name.endswith(".jpg")]
+        for place in (0, 517, 999):
+            image, target = samples[1000 + place]
+            expected = PIL.Image.open(tar.extractfile(f"{keys[place]}.jpg"))
+            assert np.array_equal(np.asarray(image), np.asarray(expected)) and image.size == (32, 32)
+            assert target == int(tar.extractfile(f"{keys[place]}.cls").read())
+            assert labels[target] in tar.extractfile(f"{keys[place]}.txt").read().decode()
+
+
+def test_rejects_folders_of_neither_layout(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        load_labelled_folder(tmp_path / "absent")
+    with pytest.raises(ValueError, match="neither .tar shards nor subfolders"):
+        load_labelled_folder(tmp_path)
+    write_shards(tmp_path / "test", num_shards=1)
+    with pytest.raises(ValueError, match="no classnames.txt"):
+        load_labelled_folder(tmp_path / "test")
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    with pytest.raises(ValueError, match=f"Give one of its splits: {tmp_path / 'test'}"):
+        load_labelled_folder(tmp_path)
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no images below its 1 subfolders"):
+        load_labelled_folder(tmp_path / "images")
+    (tmp_path / "images" / "cat" / "a.png").write_bytes(png(0))
+    with pytest.raises(ValueError, match="classnames.txt has 2 lines but .* 1 subfolders"):
+        load_labelled_folder(tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.png": png(0)}, "an image or a .cls file but not both, the first is 'a'"),
+        ({"b.cls": b"1"}, "an image or a .cls file but not both, the first is 'b'"),
+        ({"a.png": png(0), "a.cls": b"2"}, "0.tar/a.png has class 2: expected 0 to 1"),
+        ({"a.png": png(0), "a.cls": b"cat"}, "0.tar cannot be read .*'cat'"),
+    ],
+)
+def test_rejects_shards_that_do_not_fit_together(tmp_path, files, message):
+    write_tar(tmp_path / "0.tar", files)
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    with pytest.raises(ValueError, match=message):
+        load_labelled_folder(tmp_path)
+
+
+def test_rejects_damaged_shards_and_images(tmp_path):
+    write_shards(tmp_path, num_shards=2)
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "nshards.txt").write_text("3\n")
+    with pytest.raises(ValueError, match="has 2 shards, but nshards.txt says 3"):
+        load_labelled_folder(tmp_path)
+    (tmp_path / "nshards.txt").write_text("2\n")
+    whole = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[:1500])
+    with pytest.raises(ValueError, match="1.tar cannot be read"):
+        load_labelled_folder(tmp_path)
+    write_tar(tmp_path / "1.tar", {"a.png": png(0)[:-20], "a.cls": b"0"})
+    samples = load_labelled_folder(tmp_path).samples
+    with pytest.raises(ValueError, match="1.tar/a.png cannot be decoded"):
+        samples[4]
+
+
+# ----------------------------------------------------------------------------------------------------------- retrieval
+
+
+def recall_by_sorting(images, texts, image_of_text, k):
+    """The definition, query by query. Random scores have no ties."""
+    scores = images @ texts.T
+    text_hits = [
+        any(image_of_text[j] == i for j in scores[i].argsort(descending=True)[:k].tolist()) for i in range(len(images))
+    ]
+    image_hits = [image_of_text[j] in scores[:, j].argsort(descending=True)[:k].tolist() for j in range(len(texts))]
+    return sum(text_hits) / len(images), sum(image_hits) / len(texts)
+
+
+def pairs(num_images=40):
+    """Embeddings with one to five captions an image, in random order, a little nearer to their image than chance."""
+    generator = torch.Generator().manual_seed(0)
+    image_of_text = [i for i in range(num_images) for _ in range(1 + i % 5)]
+    random.Random(0).shuffle(image_of_text)
+    images = torch.randn(num_images, 16, generator=generator, dtype=torch.float64)
+    noise = torch.randn(len(image_of_text), 16, generator=generator, dtype=torch.float64)
+    return F.normalize(images, dim=-1), F.normalize(images[image_of_text] + 1.5 * noise, dim=-1), image_of_text
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 1024])
+def test_recall_equals_sorting(chunk_size):
+    images, texts, image_of_text = pairs()
+    found = retrieval_recall(images, texts, image_of_text, ks=(1, 2, 5), chunk_size=chunk_size)
+    for k in (1, 2, 5):
+        text_recall, image_recall = recall_by_sorting(images, texts, image_of_text, k)
+        assert 0 < image_recall < 1 and 0 < text_recall < 1 and image_recall != text_recall
+        assert found[f"text_retrieval_recall@{k}"] == pytest.approx(text_recall, abs=1e-12)
+        assert found[f"image_retrieval_recall@{k}"] == pytest.approx(image_recall, abs=1e-12)
+
+
+def test_equal_embeddings_earn_nothing():
+    embeds = F.normalize(torch.ones(12, 4), dim=-1)
+    found = retrieval_recall(embeds, embeds, range(12), ks=(1, 5, 12))
+    assert list(found.values()) == [0, 0, 1, 0, 0, 1]
+
+
+def test_captions_of_one_image_do_not_push_each_other_out():
+    images = torch.eye(2)
+    texts = images[[0, 0, 0, 1]]
+    found = retrieval_recall(images, texts, torch.tensor([0, 0, 0, 1]), ks=(1,))
+    assert found == {"text_retrieval_recall@1": 1, "image_retrieval_recall@1": 1}
+
+
+def test_bfloat16_embeddings_are_compared_in_float32():
+    images, texts, image_of_text = pairs()
+    images, texts = images.bfloat16(), texts.bfloat16()
+    assert retrieval_recall(images, texts, image_of_text) == retrieval_recall(
+        images.float(), texts.float(), image_of_text
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(image_embeds=torch.ones(3, 5)), r"\(3, 5\) and text_embeds \(4, 4\)"),
+        (dict(image_of_text=[0, 1, 2]), r"image_of_text is \(3,\)"),
+        (dict(image_of_text=[0.0, 1.0, 2.0, 2.0]), "expected one integer"),
+        (dict(image_of_text=[0, 1, 2, 3]), "names image 3: expected 0 to 2"),
+        (dict(image_of_text=[0, 0, 2, 2]), "1 images have no text, the first is 1"),
+        (dict(ks=(0, 1)), r"ks \(0, 1\)"),
+        (dict(chunk_size=0), "chunk_size 0"),
+        (dict(text_embeds=torch.full((4, 4), torch.nan)), "text_embeds holds values that are not finite"),
+    ],
+)
+def test_rejects_embeddings_that_do_not_fit(change, message):
+    inputs = dict(image_embeds=torch.ones(3, 4), text_embeds=torch.ones(4, 4), image_of_text=[0, 1, 2, 2])
+    assert retrieval_recall(**inputs)
+    with pytest.raises(ValueError, match=message):
+        retrieval_recall(**{**inputs, **change})

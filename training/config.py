@@ -1,0 +1,376 @@
+"""What a run is: typed, checked settings that a YAML file names and the command line overrides.
+
+`parse_arguments` turns argv into a `Config`: YAML file -> command-line overrides -> types, choices and ranges checked.
+Everything wrong with a run's settings is a `UsageError` that names the setting, what was found and what was expected.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+DEFAULT_CONFIG = "quickstart"
+
+
+class UsageError(ValueError):
+    """A mistake that the user can mend: shown as one message without traceback, exit status 2."""
+
+
+def _require(condition: bool, name: str, found: Any, expected: str) -> None:
+    if not condition:
+        raise UsageError(f"{name}: found {found!r}, expected {expected}.")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Which model is trained. Exactly one of preset, config, checkpoint or the two tower checkpoints names it."""
+
+    preset: str | None = None
+    """A published architecture from scratch: "RN50" ... "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14"."""
+    config: str | dict | None = None
+    """Any architecture from scratch: a JSON or YAML file of `HFCLIPConfig`, or the mapping itself."""
+    checkpoint: str | None = None
+    """Weights to continue from: an hfclip or transformers CLIP folder, or its name on the Hub."""
+    vision_checkpoint: str | None = None
+    """A pretrained vision tower, folder or Hub name; goes with text_checkpoint."""
+    text_checkpoint: str | None = None
+    """A pretrained text tower, folder or Hub name; its tokenizer is used."""
+    projection_dim: int = 512
+    """Width of the joint space when two pretrained towers are put together."""
+    freeze: Literal["none", "vision", "text"] = "none"
+    """A tower that keeps its weights and stays in eval mode ("vision" is LiT)."""
+    tokenizer: str | None = None
+    """null: the checkpoint's own. "train": a BPE trained on this run's captions. Else OpenAI's merges file (.txt.gz),
+    or a folder or Hub name with a tokenizer."""
+    vocab_size: int = 8192
+    """Entries, at most, of a tokenizer that is trained."""
+    patch_dropout: float | None = None
+    """Share of ViT patches dropped in training, 0 to below 1 (FLIP). null: as the model's config says."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the model with torch.compile; captions are then padded to the full context length."""
+
+    def __post_init__(self):
+        origins = [name for name in ("preset", "config", "checkpoint") if getattr(self, name) is not None]
+        towers = [name for name in ("vision_checkpoint", "text_checkpoint") if getattr(self, name) is not None]
+        if len(towers) == 1:
+            raise UsageError(
+                f"model.{towers[0]} is set alone. Two pretrained towers make a model: set model.vision_checkpoint and "
+                "model.text_checkpoint, or continue from a whole model with model.checkpoint."
+            )
+        origins += [" + ".join(towers)] if towers else []
+        if len(origins) != 1:
+            raise UsageError(
+                f"model: {' and '.join(origins) or 'nothing'} names the model, expected exactly one of preset, config, "
+                "checkpoint or the two tower checkpoints. On the command line `--model.config null` unsets one."
+            )
+        _require(self.projection_dim >= 1, "model.projection_dim", self.projection_dim, "at least 1")
+        _require(self.vocab_size >= 514, "model.vocab_size", self.vocab_size, "at least 514 (512 bytes, start, end)")
+        dropout = self.patch_dropout
+        _require(dropout is None or 0 <= dropout < 1, "model.patch_dropout", dropout, "null or 0 <= value < 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """The pairs to learn from, and how they are read."""
+
+    train: str = "scenes"
+    """"scenes" (built in); WebDataset tars (`{0..7}.tar`, glob, folder; local, hf://, https://, s3://); a parquet or image
+    folder; or a data set's name on the Hub."""
+    split: str = "train"
+    """Split of a data set that `datasets` loads."""
+    image_key: str | None = None
+    """Column of the images in a table. null: "image", "jpg", "png" or "img", whichever is there."""
+    caption_key: str | None = None
+    """Column, or key of .json members, of the captions (one or a list). null: .txt members, else "text", "caption",
+    "captions", "texts" or "sentences"."""
+    max_samples: int | None = None
+    """Use only the first so many samples. null: all (50,000 built-in scenes)."""
+    group_captions: bool = False
+    """Pairs with the same caption are positives of each other, not negatives."""
+    num_workers: int = 4
+    """Processes per rank that read and decode. 0: none, in the training process itself."""
+    cache_dir: str = "~/.cache/hfclip"
+    """Where remote shards and the indices of shards are kept."""
+    max_bad_in_a_row: int = 50
+    """So many unusable samples in one place of the batch, one after the other, end the run."""
+
+    def __post_init__(self):
+        _require(bool(self.train), "data.train", self.train, "a path, a URL, a name on the Hub or 'scenes'")
+        samples = self.max_samples
+        _require(samples is None or samples >= 1, "data.max_samples", samples, "null or at least 1")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        _require(self.max_bad_in_a_row >= 1, "data.max_bad_in_a_row", self.max_bad_in_a_row, "at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """The objective, the batch and AdamW. Defaults are the paper's (Radford et al. 2021, tables 18 and 19)."""
+
+    loss: Literal["contrastive", "sigmoid"] = "contrastive"
+    """CLIP's symmetric cross-entropy, or SigLIP's sigmoid loss. Both see the global batch."""
+    batch_size: int = 256
+    """Pairs per step over all processes together (the paper: 32,768)."""
+    epochs: float = 32.0
+    """Passes over the data; each drops the last incomplete batch."""
+    steps: int | None = None
+    """Length of the run in optimizer steps instead of epochs."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up; a cosine down to zero follows."""
+    weight_decay: float = 0.2
+    """Decoupled weight decay of matrices and embeddings; gains, biases and scalars have none."""
+    beta2: float | None = None
+    """Decay of the second moment. null: 0.98 for transformers, 0.999 for the ResNets."""
+    eps: float | None = None
+    """Adam's epsilon. null: 1e-6 for transformers, 1e-8 for the ResNets."""
+    max_grad_norm: float | None = None
+    """Gradients are scaled down to this norm. null: not."""
+    max_logit_scale: float = 100.0
+    """exp(logit_scale) is clamped to this after each step."""
+
+    def __post_init__(self):
+        _require(self.batch_size >= 2, "optim.batch_size", self.batch_size, "at least 2: one pair has no negatives")
+        _require(0 < self.epochs < math.inf, "optim.epochs", self.epochs, "above 0")
+        _require(self.steps is None or self.steps >= 1, "optim.steps", self.steps, "null or at least 1")
+        _require(0 < self.lr < math.inf, "optim.lr", self.lr, "above 0")
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        _require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "0 or more")
+        _require(self.beta2 is None or 0 < self.beta2 < 1, "optim.beta2", self.beta2, "null or between 0 and 1")
+        _require(self.eps is None or 0 < self.eps < math.inf, "optim.eps", self.eps, "null or above 0")
+        norm = self.max_grad_norm
+        _require(norm is None or 0 < norm < math.inf, "optim.max_grad_norm", norm, "null or above 0")
+        _require(1 <= self.max_logit_scale < math.inf, "optim.max_logit_scale", self.max_logit_scale, "at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Where the run is kept, how it computes and what it reports."""
+
+    output_dir: str = "runs/clip"
+    """The run's folder: config.yaml, metrics.jsonl, checkpoint-<step>/ and, at the end, model/."""
+    seed: int = 0
+    """Initial weights, order of the data, crops, choice of captions and dropout follow from it."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of the computation. Weights and optimizer state are float32 always."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    save_every: int | None = None
+    """Steps between checkpoints. null: one after each epoch. 0: at the end only."""
+    keep_checkpoints: int = 3
+    """The newest so many are kept."""
+    trackers: list[str] = field(default_factory=list)
+    """Accelerate trackers beside metrics.jsonl: tensorboard, wandb, trackio ..."""
+    max_bad_steps: int = 20
+    """So many steps in a row with a non-finite loss or gradient (each is skipped) end the run."""
+
+    def __post_init__(self):
+        _require(bool(self.output_dir), "run.output_dir", self.output_dir, "a folder")
+        _require(0 <= self.seed < 2**32, "run.seed", self.seed, "0 to 2**32 - 1")
+        _require(self.log_every >= 1, "run.log_every", self.log_every, "at least 1")
+        _require(self.save_every is None or self.save_every >= 0, "run.save_every", self.save_every, "null or 0 or more")
+        _require(self.keep_checkpoints >= 1, "run.keep_checkpoints", self.keep_checkpoints, "at least 1")
+        _require(self.max_bad_steps >= 1, "run.max_bad_steps", self.max_bad_steps, "at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """What is measured during the run and at its end."""
+
+    zero_shot: str | None = None
+    """A labelled folder (clip-benchmark layout or one folder a class), or "scenes": zero-shot accuracy."""
+    retrieval: str | None = None
+    """Held-out pairs, named as data.train is: recall of images and texts."""
+    every: int | None = None
+    """Steps between evaluations. null: one after each epoch. 0: at the end only."""
+    batch_size: int = 256
+    """Images or texts at a time on each process."""
+    max_samples: int = 5000
+    """Held-out pairs, at most, of the retrieval evaluation (more pairs make recall harder)."""
+
+    def __post_init__(self):
+        _require(self.every is None or self.every >= 0, "eval.every", self.every, "null or 0 or more")
+        _require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
+        _require(self.max_samples >= 2, "eval.max_samples", self.max_samples, "at least 2")
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """A run."""
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    run: RunConfig
+    eval: EvalConfig
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """Builds and checks a config.
+
+        Raises:
+            UsageError: for an unknown section or key, a wrong type or choice, or a value out of range.
+        """
+        _check_names(values, SECTIONS, "section")
+        sections = {}
+        for name, section in SECTIONS.items():
+            given = values.get(name) or {}
+            _require(isinstance(given, dict), name, given, "a mapping of settings")
+            hints = typing.get_type_hints(section)
+            _check_names(given, hints, "setting", prefix=f"{name}.")
+            sections[name] = section(**{key: _cast(v, hints[key], f"{name}.{key}") for key, v in given.items()})
+        return cls(**sections)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
+
+
+def load_yaml(name: str) -> dict:
+    """Reads a config file, given as a path or as the name of a recipe in `training/configs`."""
+    path = Path(name)
+    if not path.is_file():
+        path = CONFIG_FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        recipes = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.yaml")))
+        raise UsageError(f"--config: found no file {name!r}, expected a YAML file or one of the recipes: {recipes}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config: {path} is not a YAML file: {error}") from error
+    _require(isinstance(values or {}, dict), f"--config {path}", values, "a mapping of sections")
+    return values or {}
+
+
+def parse_arguments(argv: list[str]) -> tuple[Config, str | None]:
+    """The run that the command line asks for, and what to resume from ("auto", a checkpoint folder or None)."""
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UsageError(f"Unknown argument {flag!r}.{_nearest(flag, [f'--{name}' for name in _settings()])}")
+    values = load_yaml(arguments.config)
+    for name, (hint, _) in _settings().items():
+        text = getattr(arguments, name)
+        if text is not None:
+            section, key = name.split(".")
+            _require(isinstance(values.get(section) or {}, dict), section, values.get(section), "a mapping of settings")
+            values[section] = (values.get(section) or {}) | {key: _from_command_line(text, hint, name)}
+    return Config.from_dict(values), arguments.resume
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f"{message[:1].upper()}{message[1:]}. `--help` lists all arguments.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="training/pretrain.py",
+        usage="%(prog)s [--config FILE] [--resume WHERE] [--section.setting VALUE ...]",
+        description="Trains a CLIP model. Without arguments: a small model on built-in pictures, a few minutes on a CPU.",
+        epilog="Several processes: accelerate launch training/pretrain.py ... (see training/launch).",
+        allow_abbrev=False,
+    )
+    recipe = "a YAML file, or a recipe in training/configs (default: quickstart). The arguments below override it"
+    parser.add_argument("--config", metavar="FILE", default=DEFAULT_CONFIG, help=recipe)
+    resume = '"auto" (the newest complete checkpoint of the run folder, if any) or a checkpoint folder'
+    parser.add_argument("--resume", metavar="WHERE", help=resume)
+    groups = {name: parser.add_argument_group(name, section.__doc__) for name, section in SECTIONS.items()}
+    for name, (hint, text) in _settings().items():
+        options = {"nargs": "?", "const": "true"} if hint is bool else {}
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
+        metavar = "{" + ",".join(choices) + "}" if choices else _describe(hint).upper()
+        groups[name.split(".")[0]].add_argument(f"--{name}", dest=name, metavar=metavar, help=text, **options)
+    return parser
+
+
+def _settings() -> dict[str, tuple[Any, str]]:
+    """`section.key` -> (type, help with the default). The help is the docstring under the field."""
+    settings = {}
+    for name, section in SECTIONS.items():
+        hints, texts = typing.get_type_hints(section), _field_docstrings(section)
+        for f in dataclasses.fields(section):
+            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+            shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+            settings[f"{name}.{f.name}"] = (hints[f.name], f"{texts[f.name]} (default: {shown})".replace("%", "%%"))
+    return settings
+
+
+def _field_docstrings(section: type) -> dict[str, str]:
+    body = ast.parse(inspect.getsource(section)).body[0].body
+    return {
+        node.target.id: " ".join(text.value.value.split())
+        for node, text in zip(body, body[1:], strict=False)
+        if isinstance(node, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def _from_command_line(text: str, hint: Any, name: str) -> Any:
+    """Text of an argument -> the value that YAML would give; words stay text for settings that take text."""
+    takes_text = str in (hint, *typing.get_args(hint)) or hint == list[str]
+    if takes_text and text != "null" and not text.startswith("{"):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{name}: found {text!r}, which is not a YAML value: {error}") from error
+
+
+def _cast(value: Any, hint: Any, name: str) -> Any:
+    """`value` as `hint`; only changes of form that lose nothing (1 -> 1.0, "1e-3" -> 0.001, "a,b" -> ["a", "b"])."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if typing.get_origin(option) is Literal and value in typing.get_args(option):
+            return value
+        if option == list[str] and isinstance(value, str):
+            return [word.strip() for word in value.split(",") if word.strip()]
+        if option == list[str] and isinstance(value, list) and all(isinstance(word, str) for word in value):
+            return value
+        if option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:  # YAML reads 1e-3 as text
+                return float(value)
+            except ValueError:
+                continue
+        # bool is a kind of int in Python, but `batch_size: true` is a mistake.
+        if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    raise UsageError(f"{name}: found {value!r}, expected {_describe(hint)}.")
+
+
+def _describe(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
+    names = {type(None): "null", str: "text", int: "int", float: "number", bool: "true or false", dict: "mapping"}
+    return names.get(hint, "list of text")
+
+
+def _check_names(given: dict, known: dict, what: str, prefix: str = "") -> None:
+    for name in given:
+        if name not in known:
+            raise UsageError(f"Unknown {what} {prefix + str(name)!r}.{_nearest(str(name), list(known), prefix)}")
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    """The hint that follows an unknown name."""
+    close = [k for k in known if k.endswith("." + name.lstrip("-"))] or difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {prefix + close[0]!r}?" if close else f" Expected one of: {', '.join(prefix + k for k in known)}."

@@ -1,0 +1,200 @@
+"""What is trained: the model, and the tokenizer and image processor that travel with it.
+
+First the architecture, from the settings alone; then the tokenizer, which may be trained on the captions; then the
+weights. Weights come from the first of: a checkpoint of this run (resume), a pretrained model, two pretrained towers, a
+seeded random initialisation. They are float32 wherever they come from.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+
+from .config import Config, ModelConfig, UsageError, load_yaml
+from .sources import BadSample, Source
+
+
+SIGLIP_LOGITS = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}  # arXiv:2303.15343, section 3
+MAX_TOKENIZER_SAMPLES = 500_000
+
+
+def build_architecture(config: Config) -> HFCLIPConfig:
+    """The config of the model to train; its vocabulary still that of the settings.
+
+    Raises:
+        UsageError: for an unknown preset or field, a folder that is none, or towers that do not fit.
+    """
+    model = config.model
+    try:
+        architecture = _architecture(model)
+        if model.patch_dropout is not None:
+            architecture.vision_config.patch_dropout = model.patch_dropout
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise UsageError(f"model: {error}") from error
+    if not isinstance(getattr(architecture.vision_config, "image_size", None), int):
+        raise UsageError(f"model: the {architecture.vision_config.model_type} tower's config has no image_size; add it.")
+    if config.optim.loss == "sigmoid" and architecture.logit_bias_init_value is None:
+        if model.checkpoint is not None:
+            raise UsageError("optim.loss: sigmoid needs a logit_bias, which this checkpoint has not. Use contrastive.")
+        architecture.update(SIGLIP_LOGITS)
+    if config.optim.loss == "contrastive" and architecture.logit_bias_init_value is not None:
+        raise UsageError("optim.loss: contrastive leaves the model's logit_bias untrained. Use sigmoid.")
+    return architecture
+
+
+def _architecture(model: ModelConfig) -> HFCLIPConfig:
+    if model.preset is not None:
+        return HFCLIPConfig.from_preset(model.preset)
+    if model.checkpoint is not None:
+        return HFCLIPConfig.from_pretrained(model.checkpoint)
+    if model.vision_checkpoint is not None:
+        towers = {"vision": model.vision_checkpoint, "text": model.text_checkpoint}
+        configs = {f"{tower}_config": AutoConfig.from_pretrained(path) for tower, path in towers.items()}
+        return HFCLIPConfig(**configs, projection_dim=model.projection_dim)
+    fields = model.config if isinstance(model.config, dict) else load_yaml(model.config)
+    return HFCLIPConfig(**fields)
+
+
+def build_processor(config: Config, architecture: HFCLIPConfig, source: Source, folder: Path) -> HFCLIPProcessor:
+    """Image processor and tokenizer; a tokenizer that is trained is written to `folder` on the way.
+
+    Raises:
+        UsageError: if there is no tokenizer, or tokenizer or image processor do not fit the model.
+    """
+    model = config.model
+    tokenizer = _tokenizer(config, architecture, source, folder)
+    text = architecture.text_config
+    own = text.model_type.startswith("hfclip_")
+    if own and model.tokenizer == "train":
+        words = {"vocab_size": len(tokenizer)}
+        words |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        architecture.text_config = type(text)(**{**text.to_dict(), **words})
+    # Towers of other families may round their vocabulary up; ours has exactly the tokenizer's.
+    elif len(tokenizer) > text.vocab_size or own and len(tokenizer) != text.vocab_size:
+        raise UsageError(
+            f"model.tokenizer has {len(tokenizer)} tokens, but the model's text_config.vocab_size is {text.vocab_size}. "
+            "Use the tokenizer of the checkpoint, or set vocab_size."
+        )
+    elif own and tokenizer.eos_token_id != text.eos_token_id:
+        raise UsageError(
+            f"model.tokenizer ends texts with id {tokenizer.eos_token_id}, but the model's text_config.eos_token_id, "
+            f"where it pools, is {text.eos_token_id}. Set it to the tokenizer's."
+        )
+    # What both the text tower and the tokenizer allow, start and end included.
+    tokenizer.model_max_length = min(text.max_position_embeddings, tokenizer.model_max_length)
+    return HFCLIPProcessor(_image_processor(model, architecture.vision_config.image_size), tokenizer)
+
+
+def _tokenizer(config: Config, architecture: HFCLIPConfig, source: Source, folder: Path) -> PreTrainedTokenizerBase:
+    model = config.model
+    if model.tokenizer == "train":
+        return _trained_tokenizer(config, architecture.text_config.max_position_embeddings, source, folder)
+    name = model.tokenizer or model.checkpoint or model.text_checkpoint
+    if name is None:
+        raise UsageError(
+            'model.tokenizer: found null, but a model from scratch has none. Set it to "train", to OpenAI\'s merges file '
+            "(bpe_simple_vocab_16e6.txt.gz) or to a folder or Hub name with a tokenizer."
+        )
+    try:
+        if name.endswith((".gz", ".txt")):
+            return HFCLIPTokenizer.from_openai_bpe(name)
+        own = architecture.text_config.model_type.startswith("hfclip_") and name == model.checkpoint
+        return (HFCLIPTokenizer if own else AutoTokenizer).from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model.tokenizer: no tokenizer in {name!r}: {error}") from error
+
+
+def _trained_tokenizer(config: Config, max_length: int, source: Source, folder: Path) -> HFCLIPTokenizer:
+    """Trained by the first process to come here; the others, and a resumed run, find it in `folder`."""
+    if (folder / "tokenizer_config.json").is_file():
+        return HFCLIPTokenizer.from_pretrained(folder)
+    num_samples = min(len(source), config.data.max_samples or len(source))
+    chosen = np.linspace(0, num_samples - 1, min(num_samples, MAX_TOKENIZER_SAMPLES)).astype(int)
+    bar = tqdm(chosen.tolist(), desc="captions for the tokenizer", unit="sample", leave=False)
+    texts = (caption for index in bar for caption in _captions_or_none(source, index))
+    tokenizer = HFCLIPTokenizer.train_new_from_iterator(texts, config.model.vocab_size)
+    tokenizer.model_max_length = max_length
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _captions_or_none(source: Source, index: int) -> list[str]:
+    try:
+        return source.captions(index)
+    except BadSample:  # counted when it comes up in training
+        return []
+
+
+def _image_processor(model: ModelConfig, image_size: int) -> HFCLIPImageProcessor:
+    if model.vision_checkpoint is not None:
+        theirs = AutoImageProcessor.from_pretrained(model.vision_checkpoint)
+        return HFCLIPImageProcessor(size=image_size, image_mean=theirs.image_mean, image_std=theirs.image_std)
+    if model.checkpoint is None:
+        return HFCLIPImageProcessor(size=image_size)
+    processor = HFCLIPImageProcessor.from_pretrained(model.checkpoint)
+    if set(processor.crop_size.values()) != {image_size}:
+        raise UsageError(
+            f"model.checkpoint: its image processor cuts {processor.crop_size}, but the model takes {image_size} pixels. "
+            "Mend preprocessor_config.json."
+        )
+    return processor
+
+
+def build_model(config: Config, architecture: HFCLIPConfig, resume: Path | None) -> HFCLIPModel:
+    """The model in float32, with towers frozen and checkpointing enabled as the settings say.
+
+    Args:
+        resume: a checkpoint of this run, whose weights win over all other origins.
+
+    Raises:
+        UsageError: if weights are missing or cannot be read.
+    """
+    set_seed(config.run.seed)  # the same initial weights on every rank, and in every run with this seed
+    try:
+        if resume is not None or config.model.checkpoint is not None:
+            model = _load(resume or config.model.checkpoint, architecture)
+        elif config.model.vision_checkpoint is not None:
+            logits = {key: getattr(architecture, key) for key in SIGLIP_LOGITS}
+            towers = (config.model.vision_checkpoint, config.model.text_checkpoint)
+            model = HFCLIPModel.from_vision_text_pretrained(*towers, config.model.projection_dim, **logits)
+        else:
+            model = HFCLIPModel(architecture)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model: {error}") from error
+    if config.model.freeze != "none":
+        model.freeze(config.model.freeze)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def _load(path: str | Path, architecture: HFCLIPConfig) -> HFCLIPModel:
+    # float32 whatever the file holds: left alone, transformers would train a half-precision file in half precision.
+    model, report = HFCLIPModel.from_pretrained(
+        path, config=architecture, dtype=torch.float32, output_loading_info=True
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UsageError(f"{path} lacks {len(missing)} weights of the model, first {missing[0]!r}.")
+    return model
+
+
+def synchronise_batch_norm(model: nn.Module) -> nn.Module:
+    """BatchNorm over the global batch instead of each process's own; CUDA only, torch has no CPU version."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def describe(model: HFCLIPModel) -> str:
+    """One line for the start of the run."""
+    total, trained = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or everything) for everything in (True, False)
+    )
+    config = model.config
+    towers = f"{config.vision_config.model_type} at {config.vision_config.image_size} px + {config.text_config.model_type}"
+    return f"{towers}: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained"
