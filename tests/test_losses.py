@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from hfclip.losses import contrastive_loss, sigmoid_loss
 
+
 # float64 against float64: both sides are sums of some hundred terms of order 1, so 1e-12 is far above rounding
 # (2e-16 a term) and far below any missing or doubled term.
 EXACT = dict(rtol=1e-12, atol=1e-12)

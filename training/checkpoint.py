@@ -17,9 +17,21 @@ import torch
 
 from hfclip import HFCLIPModel, HFCLIPProcessor
 
-from .config import UsageError
+from .config import Config, UsageError
 
 
+# Settings that decide what a step sees, or what the weights are.
+FIXED_ON_RESUME = (
+    "model.preset",
+    "model.config",
+    "model.tokenizer",
+    "data.train",
+    "data.split",
+    "data.max_samples",
+    "optim.loss",
+    "optim.batch_size",
+    "run.seed",
+)
 STATE_FILE = Path("trainer_state/state.json")
 OPTIMIZER_FILE = Path("trainer_state/optimizer.pt")
 
@@ -36,22 +48,24 @@ def save_checkpoint(
     step: int,
     model: HFCLIPModel,
     processor: HFCLIPProcessor,
-    optimizer_state: dict,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
     about: dict,
     keep: int,
 ) -> Path:
     """Writes `checkpoint-<step>` and removes all but the newest `keep`.
 
     Args:
-        optimizer_state: tensors and numbers, restored by `load_optimizer_state`.
-        about: JSON values that say what the run was, restored by `read_state`.
+        optimizer, scaler: put back by `restore`.
+        about: JSON values that say what the run was, given back by `read_state`.
     """
     folder = run_folder / f"checkpoint-{step}"
     with _Replacing(folder) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         (temporary / STATE_FILE).parent.mkdir()
-        torch.save(optimizer_state, temporary / OPTIMIZER_FILE)
+        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
+        torch.save(state, temporary / OPTIMIZER_FILE)
         state = {"step": step, **about, "files": {name: _fingerprint(temporary / name) for name in _files(temporary)}}
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     for old in list_checkpoints(run_folder)[:-keep]:
@@ -88,12 +102,11 @@ def read_state(checkpoint: Path) -> dict:
     return state
 
 
-def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest checkpoint that is whole. Damaged newer ones are set aside as `damaged-...`, and said loudly."""
+def newest_checkpoint(run_folder: Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint that is whole, and its state. Damaged newer ones are set aside as `damaged-...`, and said loudly."""
     for checkpoint in reversed(list_checkpoints(run_folder)):
         try:
-            read_state(checkpoint)
-            return checkpoint
+            return checkpoint, read_state(checkpoint)
         except UsageError as error:
             aside = run_folder / f"damaged-{checkpoint.name}"
             print(f"WARNING: {error} Setting it aside as {aside.name} and looking for an older one.", flush=True)
@@ -102,8 +115,62 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     return None
 
 
-def load_optimizer_state(checkpoint: Path) -> dict:
-    return torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    """Puts back what `save_checkpoint` kept of optimizer and scaler."""
+    state = torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    if scaler is not None and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+
+
+def find_resumed(run_folder: Path, resume: str | None) -> tuple[Path, dict] | None:
+    """The checkpoint to go on from and its state; None for a new run.
+
+    Raises:
+        UsageError: if a new run would overwrite an old one, or `resume` names no checkpoint that is whole.
+    """
+    if resume == "auto":
+        return newest_checkpoint(run_folder)
+    occupied = run_folder.is_dir() and any(run_folder.iterdir())
+    if resume is None:
+        if occupied:
+            raise UsageError(
+                f"run.output_dir {str(run_folder)!r} holds a run already. Go on with it by `--resume auto`, choose another "
+                "folder by `--run.output_dir`, or remove it."
+            )
+        return None
+    checkpoint = Path(resume)
+    state = read_state(checkpoint)
+    if checkpoint.resolve().parent != run_folder.resolve():
+        if occupied:
+            raise UsageError(f"--resume {resume} is of another run, and run.output_dir {str(run_folder)!r} is not empty.")
+    elif step_of(list_checkpoints(run_folder)[-1]) > state["step"]:
+        raise UsageError(
+            f"--resume {resume}: {str(run_folder)!r} has newer checkpoints, which the run would overwrite. Remove them, "
+            "or choose another folder by `--run.output_dir`."
+        )
+    return checkpoint, state
+
+
+def check_settings(saved: dict, config: Config) -> list[str]:
+    """Settings that differ from those of the checkpoint, as lines to show.
+
+    Raises:
+        UsageError: for one that decides what a step sees or what the weights are.
+    """
+    changes = []
+    for section, settings in config.to_dict().items():
+        for key, value in settings.items():
+            name, before = f"{section}.{key}", saved.get(section, {}).get(key)
+            if before == value:
+                continue
+            if name in FIXED_ON_RESUME:
+                raise UsageError(
+                    f"{name}: found {value!r}, but the checkpoint was trained with {before!r}. Put it back, or start a new "
+                    "run from these weights by `--model.checkpoint`."
+                )
+            changes.append(f"{name} is {value!r} and was {before!r}")
+    return changes
 
 
 class _Replacing:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase, set_seed
@@ -61,14 +62,19 @@ def _architecture(model: ModelConfig) -> HFCLIPConfig:
     return HFCLIPConfig(**fields)
 
 
-def build_processor(config: Config, architecture: HFCLIPConfig, source: Source, folder: Path) -> HFCLIPProcessor:
-    """Image processor and tokenizer; a tokenizer that is trained is written to `folder` on the way.
+def build_processor(
+    config: Config, architecture: HFCLIPConfig, source: Source, resume: Path | None
+) -> tuple[HFCLIPConfig, HFCLIPProcessor]:
+    """Image processor and tokenizer, and the architecture with the vocabulary of a tokenizer that was trained.
+
+    Args:
+        resume: a checkpoint of this run, which has the tokenizer that was trained.
 
     Raises:
         UsageError: if there is no tokenizer, or tokenizer or image processor do not fit the model.
     """
     model = config.model
-    tokenizer = _tokenizer(config, architecture, source, folder)
+    tokenizer = _tokenizer(config, architecture, source, resume)
     text = architecture.text_config
     own = text.model_type.startswith("hfclip_")
     if own and model.tokenizer == "train":
@@ -88,13 +94,15 @@ def build_processor(config: Config, architecture: HFCLIPConfig, source: Source, 
         )
     # What both the text tower and the tokenizer allow, start and end included.
     tokenizer.model_max_length = min(text.max_position_embeddings, tokenizer.model_max_length)
-    return HFCLIPProcessor(_image_processor(model, architecture.vision_config.image_size), tokenizer)
+    return architecture, HFCLIPProcessor(_image_processor(model, architecture.vision_config.image_size), tokenizer)
 
 
-def _tokenizer(config: Config, architecture: HFCLIPConfig, source: Source, folder: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    config: Config, architecture: HFCLIPConfig, source: Source, resume: Path | None
+) -> PreTrainedTokenizerBase:
     model = config.model
     if model.tokenizer == "train":
-        return _trained_tokenizer(config, architecture.text_config.max_position_embeddings, source, folder)
+        return HFCLIPTokenizer.from_pretrained(resume) if resume else _trained_tokenizer(config, source)
     name = model.tokenizer or model.checkpoint or model.text_checkpoint
     if name is None:
         raise UsageError(
@@ -110,18 +118,12 @@ def _tokenizer(config: Config, architecture: HFCLIPConfig, source: Source, folde
         raise UsageError(f"model.tokenizer: no tokenizer in {name!r}: {error}") from error
 
 
-def _trained_tokenizer(config: Config, max_length: int, source: Source, folder: Path) -> HFCLIPTokenizer:
-    """Trained by the first process to come here; the others, and a resumed run, find it in `folder`."""
-    if (folder / "tokenizer_config.json").is_file():
-        return HFCLIPTokenizer.from_pretrained(folder)
+def _trained_tokenizer(config: Config, source: Source) -> HFCLIPTokenizer:
     num_samples = min(len(source), config.data.max_samples or len(source))
     chosen = np.linspace(0, num_samples - 1, min(num_samples, MAX_TOKENIZER_SAMPLES)).astype(int)
     bar = tqdm(chosen.tolist(), desc="captions for the tokenizer", unit="sample", leave=False)
     texts = (caption for index in bar for caption in _captions_or_none(source, index))
-    tokenizer = HFCLIPTokenizer.train_new_from_iterator(texts, config.model.vocab_size)
-    tokenizer.model_max_length = max_length
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+    return HFCLIPTokenizer.train_new_from_iterator(texts, config.model.vocab_size, show_progress=False)
 
 
 def _captions_or_none(source: Source, index: int) -> list[str]:
@@ -185,9 +187,15 @@ def _load(path: str | Path, architecture: HFCLIPConfig) -> HFCLIPModel:
     return model
 
 
-def synchronise_batch_norm(model: nn.Module) -> nn.Module:
-    """BatchNorm over the global batch instead of each process's own; CUDA only, torch has no CPU version."""
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+def synchronise_batch_norm(model: HFCLIPModel, accelerator: Accelerator) -> None:
+    """Lets BatchNorm see the global batch. torch can on CUDA only: elsewhere each process keeps its own statistics."""
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if not has_batch_norm or accelerator.num_processes == 1:
+        return
+    if accelerator.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        accelerator.print("BatchNorm uses the statistics of each process's own share of the batch: torch has no other way here.")
 
 
 def describe(model: HFCLIPModel) -> str:

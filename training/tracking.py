@@ -3,6 +3,8 @@
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -96,9 +98,12 @@ class Tracking:
                 file.write(json.dumps({"step": step, **line}) + "\n")
         self.accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
 
-    def pause(self) -> None:
-        """Time until now (evaluation, saving) is not the training's."""
-        self.since = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of this block (saving, evaluation) does not count as training."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
 
     def say(self, message: str) -> None:
         """A line above the progress bar, from the main process."""

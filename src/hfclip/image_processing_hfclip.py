@@ -499,10 +499,13 @@ def _size(name: str, value: Any) -> SizeDict:
         edges = {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
     elif isinstance(value, (list, tuple)) and len(value) == 2:
         edges = {"height": value[0], "width": value[1]}
-    allowed = [{"height", "width"}] + [{"shortest_edge"}] * (name == "size")
     if isinstance(edges, (Mapping, SizeDict)):
         edges = dict(edges)
-        pixels = edges.values()
-        if set(edges) in allowed and all(type(edge) is int and edge > 0 for edge in pixels):
+        known = set(edges) == {"height", "width"} or (name == "size" and set(edges) == {"shortest_edge"})
+        if known and all(type(edge) is int and edge > 0 for edge in edges.values()):
             return SizeDict(**edges)
-    raise ValueError(f"{name} must be a positive integer or hold the keys {allowed}, found {value!r}.")
+    keys = "height and width, or shortest_edge" if name == "size" else "height and width"
+    raise ValueError(f"{name} must be a positive integer or a dict of positive integers ({keys}), found {value!r}.")
+
+
+__all__ = ["HFCLIPImageProcessor"]

@@ -66,9 +66,12 @@ def contrastive_loss(
     all_images, all_texts = columns.chunk(2, dim=1)
     positives = None if group_id is None else batch.positives(group_id, images.device)
     with torch.autocast(images.device.type, enabled=False):
-        # Scaling rows instead of logits keeps one (local_batch, global_batch) matrix less for the backward pass.
-        image_sum = _cross_entropy_sum(scale * images, all_texts, batch.start, positives)
-        text_sum = _cross_entropy_sum(scale * texts, all_images, batch.start, positives)
+        # (local_batch, dim) @ (dim, global_batch) -> (local_batch, global_batch). Scaling rows instead of logits keeps
+        # one such matrix less for the backward pass; one process has all rows, so its texts' logits are at hand.
+        image_logits = (scale * images) @ all_texts.T
+        text_logits = image_logits.T if batch.group is None else (scale * texts) @ all_images.T
+        image_sum = _cross_entropy_sum(image_logits, batch.start, positives)
+        text_sum = _cross_entropy_sum(text_logits, batch.start, positives)
     return batch.mean((image_sum + text_sum) / 2)
 
 
@@ -109,16 +112,14 @@ def sigmoid_loss(
         return batch.mean(-F.logsigmoid(torch.where(positives, logits, -logits)).sum())
 
 
-def _cross_entropy_sum(rows: Tensor, columns: Tensor, start: int, positives: Tensor | None) -> Tensor:
-    """Cross-entropy of each row against all columns, summed over rows; row i's own column is `start + i`.
+def _cross_entropy_sum(logits: Tensor, start: int, positives: Tensor | None) -> Tensor:
+    """Cross-entropy of each row of the logits, summed over rows; row i's own column is `start + i`.
 
-    `rows` is `(local_batch, dim)`, scaled, `columns` `(global_batch, dim)`, `positives` `(local_batch, global_batch)`
-    bool or None for the own column alone.
+    `logits` is `(local_batch, global_batch)`, and so is `positives`, bool, or None for the own column alone.
     """
-    # (local_batch, dim) @ (dim, global_batch) -> (local_batch, global_batch)
-    log_probs = F.log_softmax(rows @ columns.T, dim=1)
+    log_probs = F.log_softmax(logits, dim=1)
     if positives is None:
-        own = torch.arange(start, start + len(rows), device=rows.device)
+        own = torch.arange(start, start + len(logits), device=logits.device)
         return F.nll_loss(log_probs, own, reduction="sum")
     return -(log_probs.where(positives, 0).sum(dim=1) / positives.sum(dim=1)).sum()
 

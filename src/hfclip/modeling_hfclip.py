@@ -35,7 +35,7 @@ from .configuration_hfclip import (
     HFCLIPTextConfig,
     HFCLIPVisionConfig,
 )
-from .modeling_hfclip_resnet import HFCLIPResNetModel, check_pixel_values
+from .modeling_hfclip_resnet import HFCLIPResNetModel, check_pixel_values, drawn_with, initialize_leaf
 
 
 @dataclass
@@ -170,10 +170,11 @@ class HFCLIPAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # the text tower says so per call
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        width, depth = config.hidden_size, config.num_hidden_layers
+        self.k_proj = drawn_with(width**-0.5, nn.Linear(width, width))
+        self.v_proj = drawn_with(width**-0.5, nn.Linear(width, width))
+        self.q_proj = drawn_with(width**-0.5, nn.Linear(width, width))
+        self.out_proj = drawn_with((2 * depth * width) ** -0.5, nn.Linear(width, width))
 
     def forward(
         self,
@@ -214,8 +215,9 @@ class HFCLIPMLP(nn.Module):
         super().__init__()
         self.config = config
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        width, depth = config.hidden_size, config.num_hidden_layers
+        self.fc1 = drawn_with((2 * width) ** -0.5, nn.Linear(width, config.intermediate_size))
+        self.fc2 = drawn_with((2 * depth * width) ** -0.5, nn.Linear(config.intermediate_size, width))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
@@ -280,42 +282,15 @@ class HFCLIPPreTrainedModel(PreTrainedModel):
 
         transformers' CLIP swaps the standard deviations of the query/key/value and the output projections.
         """
-        super()._init_weights(module)
         factor = self.config.initializer_factor
-        if isinstance(module, HFCLIPTextEmbeddings):
-            init_normal(module.token_embedding, 0.02 * factor)
-            init_normal(module.position_embedding, 0.01 * factor)
-        elif isinstance(module, HFCLIPVisionEmbeddings):
-            std = module.config.hidden_size**-0.5 * factor
-            init.normal_(module.class_embedding, std=std)
-            init_normal(module.position_embedding, std)
-            fan_in = module.patch_embedding.weight[0].numel()
-            init_normal(module.patch_embedding, fan_in**-0.5 * factor)
-        elif isinstance(module, HFCLIPAttention):
-            width, depth = module.config.hidden_size, module.config.num_hidden_layers
-            for linear in (module.q_proj, module.k_proj, module.v_proj):
-                init_normal(linear, width**-0.5 * factor)
-            init_normal(module.out_proj, width**-0.5 * (2 * depth) ** -0.5 * factor)
-        elif isinstance(module, HFCLIPMLP):
-            width, depth = module.config.hidden_size, module.config.num_hidden_layers
-            init_normal(module.fc1, (2 * width) ** -0.5 * factor)
-            init_normal(module.fc2, width**-0.5 * (2 * depth) ** -0.5 * factor)
-        elif isinstance(module, HFCLIPBagOfWordsModel):
-            init_normal(module.token_embedding, 0.02 * factor)
-        for name in ("visual_projection", "text_projection", "classifier"):
-            projection = module._modules.get(name)
-            if isinstance(projection, nn.Linear):
-                init_normal(projection, projection.in_features**-0.5 * factor)
-        if isinstance(module, HFCLIPModel):
+        if isinstance(module, HFCLIPVisionEmbeddings):
+            init.normal_(module.class_embedding, std=module.config.hidden_size**-0.5 * factor)
+        elif isinstance(module, HFCLIPModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             if module.logit_bias is not None:
                 init.constant_(module.logit_bias, self.config.logit_bias_init_value)
-
-
-def init_normal(module: nn.Module, std: float) -> None:
-    """Draws a module's weight; quantised layers keep theirs elsewhere and are left alone."""
-    if getattr(module, "weight", None) is not None:
-        init.normal_(module.weight, std=std)
+        else:
+            initialize_leaf(module, factor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,10 +306,10 @@ class HFCLIPVisionEmbeddings(nn.Module):
         self.config = config
         self.grid_size = config.image_size // config.patch_size
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
-        )
-        self.position_embedding = nn.Embedding(1 + self.grid_size**2, config.hidden_size)
+        patches = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size, bias=False)
+        positions = nn.Embedding(1 + self.grid_size**2, config.hidden_size)
+        self.patch_embedding = drawn_with((config.num_channels * config.patch_size**2) ** -0.5, patches)
+        self.position_embedding = drawn_with(config.hidden_size**-0.5, positions)
 
     def positions(self, height: int, width: int) -> torch.Tensor:
         """(1 + height * width, hidden) for a grid of patches: the trained grid, or it bicubically interpolated."""
@@ -435,8 +410,9 @@ class HFCLIPTextEmbeddings(nn.Module):
 
     def __init__(self, config: HFCLIPTextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = drawn_with(0.02, nn.Embedding(config.vocab_size, config.hidden_size))
+        positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_embedding = drawn_with(0.01, positions)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         return self.token_embedding(input_ids) + self.position_embedding(position_ids)
@@ -540,7 +516,7 @@ class HFCLIPBagOfWordsModel(HFCLIPPreTrainedModel):
 
     def __init__(self, config: HFCLIPBagOfWordsConfig):
         super().__init__(config)
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding = drawn_with(0.02, nn.Embedding(config.vocab_size, config.hidden_size))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -579,9 +555,7 @@ def build_tower(config) -> PreTrainedModel:
     """Our tower for our config types, AutoModel's for all others."""
     if config.model_type in TOWERS:
         return TOWERS[config.model_type]._from_config(config)
-    requested = config._attn_implementation
     tower = AutoModel.from_config(config)
-    config._attn_implementation = requested
     # Parameters that an encoder never uses would have no gradient, an error under data parallelism.
     for name, parameter in tower.named_parameters():
         if name.endswith("mask_token"):
@@ -630,6 +604,11 @@ def pool(outputs: ModelOutput, rule: str, attention_mask: torch.Tensor | None = 
     return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
+def projection(width: int, projection_dim: int) -> nn.Linear:
+    """The linear map from a tower's pooled output into the joint space."""
+    return drawn_with(width**-0.5, nn.Linear(width, projection_dim, bias=False))
+
+
 def unit_length(embeds: torch.Tensor) -> torch.Tensor:
     """Normalises in float32 (or better): in half precision the norm itself would carry the error."""
     precise = embeds if embeds.dtype == torch.float64 else embeds.float()
@@ -660,7 +639,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
     def _projection(self, tower_config) -> nn.Module:
         if getattr(tower_config, "pooler_is_projected", False):
             return nn.Identity()
-        return nn.Linear(tower_width(tower_config), self.config.projection_dim, bias=False)
+        return projection(tower_width(tower_config), self.config.projection_dim)
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, projection_dim: int = 512, **config) -> "HFCLIPModel":
@@ -910,7 +889,7 @@ class HFCLIPTextModelWithProjection(HFCLIPPreTrainedModel):
     def __init__(self, config: HFCLIPTextConfig):
         super().__init__(config)
         self.text_model = HFCLIPTextModel._from_config(config)
-        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = projection(config.hidden_size, config.projection_dim)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -948,7 +927,7 @@ class HFCLIPVisionModelWithProjection(HFCLIPPreTrainedModel):
     def __init__(self, config: HFCLIPVisionConfig):
         super().__init__(config)
         self.vision_model = HFCLIPVisionModel._from_config(config)
-        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = projection(config.hidden_size, config.projection_dim)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -982,7 +961,9 @@ class HFCLIPForImageClassification(HFCLIPPreTrainedModel):
         self.vision_model = build_tower(config.vision_config)
         vision = config.vision_config
         width = vision.hidden_size if vision.model_type in TOWERS else tower_width(vision)
-        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = nn.Identity()
+        if config.num_labels > 0:
+            self.classifier = drawn_with(width**-0.5, nn.Linear(width, config.num_labels))
         self.post_init()
 
     @can_return_tuple

@@ -17,6 +17,35 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttenti
 from .configuration_hfclip import HFCLIPResNetConfig
 
 
+def drawn_with(std: float, module: nn.Module) -> nn.Module:
+    """Notes on a leaf module the standard deviation that its weight is initialised with; see `initialize_leaf`."""
+    module.init_std = std
+    return module
+
+
+def initialize_leaf(module: nn.Module, factor: float) -> None:
+    """Initialises a leaf module: weights from `init_std`, zero biases, unit gains.
+
+    Every weight is drawn where it lives: transformers skips modules of custom code that own no parameter, so an
+    initialisation written at their parent would silently not happen.
+    """
+    if hasattr(module, "init_std"):
+        # Quantised layers keep their weight elsewhere.
+        if getattr(module, "weight", None) is not None:
+            init.normal_(module.weight, std=module.init_std * factor)
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+        init.constant_(module.weight, getattr(module, "initial_gain", 1.0))
+        init.zeros_(module.bias)
+        if isinstance(module, nn.BatchNorm2d):
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+    elif isinstance(module, nn.Conv2d):
+        init.kaiming_uniform_(module.weight, a=5**0.5)
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose running statistics move once a step, also under gradient checkpointing.
 
@@ -26,7 +55,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         is_recomputation = torch._C._current_graph_task_id() != -1
         if self.training and is_recomputation:
-            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+            scratch = self.running_mean.clone(), self.running_var.clone()
+            return F.batch_norm(x, *scratch, self.weight, self.bias, True, self.momentum, self.eps)
         return super().forward(x)
 
 
@@ -45,6 +75,7 @@ class Bottleneck(GradientCheckpointingLayer):
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = BatchNorm2d(out_channels)
+        self.bn3.initial_gain = 0.0  # as OpenAI: each block starts as its shortcut
         self.downsample = None
         if stride > 1 or in_channels != out_channels:
             # The pool has no parameters; the names "0" and "1" are those of OpenAI's checkpoints.
@@ -70,10 +101,10 @@ class AttentionPool2d(nn.Module):
         self.grid_size = config.image_size // 32
         self.num_heads = config.num_attention_heads
         self.positional_embedding = nn.Parameter(torch.empty(self.grid_size**2 + 1, channels))
-        self.k_proj = nn.Linear(channels, channels)
-        self.q_proj = nn.Linear(channels, channels)
-        self.v_proj = nn.Linear(channels, channels)
-        self.c_proj = nn.Linear(channels, config.projection_dim)
+        self.k_proj = drawn_with(channels**-0.5, nn.Linear(channels, channels))
+        self.q_proj = drawn_with(channels**-0.5, nn.Linear(channels, channels))
+        self.v_proj = drawn_with(channels**-0.5, nn.Linear(channels, channels))
+        self.c_proj = drawn_with(channels**-0.5, nn.Linear(channels, config.projection_dim))
 
     def positions(self, height: int, width: int) -> torch.Tensor:
         """(1 + height * width, channels): the trained grid, bicubically interpolated to another one if needed."""
@@ -143,24 +174,12 @@ class HFCLIPResNetModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # OpenAI's initialisation (CLIP.initialize_parameters): the last gain of each block starts at zero.
-        if isinstance(module, BatchNorm2d):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-            init.zeros_(module.running_mean)
-            init.ones_(module.running_var)
-            init.zeros_(module.num_batches_tracked)
-        elif isinstance(module, nn.Conv2d):
-            init.kaiming_uniform_(module.weight, a=5**0.5)
-        elif isinstance(module, Bottleneck):
-            init.zeros_(module.bn3.weight)
-        elif isinstance(module, AttentionPool2d):
-            std = self.config.hidden_size**-0.5 * self.config.initializer_factor
-            init.normal_(module.positional_embedding, std=std)
-            for linear in (module.q_proj, module.k_proj, module.v_proj, module.c_proj):
-                if getattr(linear, "weight", None) is not None:
-                    init.normal_(linear.weight, std=std)
-                    init.zeros_(linear.bias)
+        # OpenAI's initialisation (`CLIP.initialize_parameters`).
+        factor = self.config.initializer_factor
+        if isinstance(module, AttentionPool2d):
+            init.normal_(module.positional_embedding, std=self.config.hidden_size**-0.5 * factor)
+        else:
+            initialize_leaf(module, factor)
 
     def stem(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, 3, height, width) -> (batch, stem_width, height / 4, width / 4)"""

@@ -2,9 +2,9 @@
 
 A text goes through four steps: cleaning (ftfy, HTML entities, white space, lower case), splitting into words (OpenAI's
 pattern, run by the same `regex` module), byte-pair encoding of each word (the Rust model of `tokenizers`), start and
-end tokens. Captions repeat their words, so the ids of a word are looked up in a bounded table and Rust is asked for new
-words only; this is several times faster than sending whole texts through a Rust pipeline. Whatever needs more than ids
-(offsets, word ids, overflowing tokens) is built as real `tokenizers.Encoding` objects from the same words.
+end tokens. Captions repeat their words, so the ids of a word are looked up in a bounded table and Rust is asked for
+new words only; this is several times faster than sending whole texts through a Rust pipeline. Whatever needs more than
+ids (offsets, word ids, overflowing tokens) is built as real `tokenizers.Encoding` objects from the same words.
 
 `tokenizer.json` holds all that a Rust pipeline can do, for loaders that know nothing of this class. It cannot hold
 ftfy, the full list of HTML entities, Python's lower case (final sigma) and the character classes of `regex`.
@@ -16,6 +16,7 @@ import gzip
 import html
 import json
 import os
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -67,6 +68,251 @@ _WHITE_SPACE = regex.compile(r"\s+")
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
+def _clean(text: str) -> str:
+    """OpenAI's `whitespace_clean(basic_clean(text)).lower()`."""
+    if ftfy is None:
+        raise ImportError(
+            f"Cleaning {text[:40]!r} as OpenAI did needs ftfy: run `pip install ftfy`, or load the tokenizer with "
+            'clean="none" and accept ids that differ from OpenAI\'s.'
+        )
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return _WHITE_SPACE.sub(" ", text).strip().lower()
+
+
+# ftfy takes about 30 us a text, and the labels of a zero-shot task come again with every image.
+_clean_short = lru_cache(maxsize=2**13)(_clean)
+
+
+class _WordIds(dict):
+    """The words of cleaned text and their ids: a table of pieces of text without spaces, filled on demand.
+
+    Args:
+        model: Rust byte-pair model.
+        special_ids: Lower-case start and end token to id. As with OpenAI, they are words among others.
+        added: All other added tokens, as they look in cleaned text; they are cut out before it is split into words.
+    """
+
+    MAX_ENTRIES = 2**16
+    MAX_LENGTH = 64  # characters; longer pieces hardly come again
+
+    def __init__(self, model: BPE, special_ids: dict[str, int], added: dict[str, tuple[int, AddedToken]]):
+        super().__init__()
+        self.model, self.special_ids = model, special_ids
+        # OpenAI's pattern ignores case although the text is lower-case: that decides on U+017F and U+0345
+        self.pattern = regex.compile("|".join([*map(regex.escape, special_ids), WORD_PATTERN]), regex.IGNORECASE)
+        self.added_ids = {text: token_id for text, (token_id, _) in added.items()}
+        alternatives = [
+            rf"(?<!\w){regex.escape(text)}(?!\w)" if added[text][1].single_word else regex.escape(text)
+            for text in sorted(filter(None, added), key=len, reverse=True)
+        ]
+        self.added_pattern = regex.compile(f"({'|'.join(alternatives)})") if alternatives else None
+
+    def __missing__(self, piece: str) -> tuple[int, ...]:
+        words = self.pattern.findall(piece)
+        if words != [piece]:
+            ids = tuple(chain.from_iterable(self[word] for word in words))
+        elif piece in self.special_ids:
+            ids = (self.special_ids[piece],)
+        else:
+            symbols = piece.encode("utf-8").decode("latin-1").translate(BYTE_SYMBOLS)
+            ids = tuple(token.id for token in self.model.tokenize(symbols))
+        if len(piece) <= self.MAX_LENGTH:
+            if len(self) >= self.MAX_ENTRIES:
+                self.clear()
+            self[piece] = ids
+        return ids
+
+    def __reduce__(self):
+        return dict, ()  # a copied or pickled tokenizer starts anew
+
+    def _parts(self, text: str) -> Iterable[str]:
+        """Text between added tokens at even, added tokens at odd positions."""
+        return self.added_pattern.split(text) if self.added_pattern else (text,)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of cleaned text, without start and end."""
+        ids = []
+        for i, part in enumerate(self._parts(text)):
+            if i % 2:
+                ids.append(self.added_ids[part])
+            else:
+                for piece in part.split(" "):
+                    ids += self[piece]
+        return ids
+
+    def encode_with_offsets(self, text: str) -> Encoding:
+        """The same ids with the place of each in the cleaned text, as Rust reports it."""
+        spans, start = [], 0
+        for i, part in enumerate(self._parts(text)):
+            if i % 2:
+                spans.append((start, start + len(part), self.added_ids[part]))
+            else:
+                matches = self.pattern.finditer(part)
+                spans += [(start + m.start(), start + m.end(), self.special_ids.get(m[0])) for m in matches]
+            start += len(part)
+        pretokenized = PreTokenizedString(text)
+        pretokenized.split(lambda _, whole: [whole[start:end] for start, end, _ in spans])
+        _BYTE_LEVEL.pre_tokenize(pretokenized)
+        known_ids = iter([token_id for _, _, token_id in spans])
+
+        def tokenize(word: str) -> list[Token]:
+            token_id = next(known_ids)
+            return self.model.tokenize(word) if token_id is None else [Token(token_id, word, (0, len(word)))]
+
+        pretokenized.tokenize(tokenize)
+        return pretokenized.to_encoding()
+
+
+class _Layout(NamedTuple):
+    """Where the rows of a batch end; lengths in tokens, special tokens included."""
+
+    num_special_tokens: int
+    limit: int | None  # rows are cut to this length, if any
+    stride: int
+    padding: PaddingStrategy
+    max_length: int | None
+    multiple: int | None
+    side: str
+
+    @property
+    def room(self) -> int | None:
+        """Longest row without its special tokens."""
+        return None if self.limit is None else self.limit - self.num_special_tokens
+
+    def width(self, longest: int) -> int | None:
+        """Length that rows are padded to, if any."""
+        if self.padding == PaddingStrategy.DO_NOT_PAD:
+            return None
+        width = longest if self.padding == PaddingStrategy.LONGEST else self.max_length
+        if self.multiple:
+            width += -width % self.multiple
+        return width if self.limit is None else min(width, self.limit)
+
+
+class _LazyBatchEncoding(BatchEncoding):
+    """A `BatchEncoding` that makes its Rust encodings (tokens, words, offsets) when they are first asked for.
+
+    Pickled (by the workers of a data loader) it is a plain `BatchEncoding` of its data.
+    """
+
+    _make_encodings: Callable[[], list[Encoding]] | None = None
+    _made_encodings: list[Encoding] | None = None
+
+    @property
+    def _encodings(self) -> list[Encoding] | None:
+        if self._made_encodings is None and self._make_encodings is not None:
+            self._made_encodings = self._make_encodings()
+        return self._made_encodings
+
+    @_encodings.setter
+    def _encodings(self, encodings: list[Encoding] | None):
+        self._made_encodings = encodings
+
+    def __reduce_ex__(self, protocol):
+        return BatchEncoding, (self.data,)
+
+
+class _ClassOrInstanceMethod:
+    """A method that runs on a default instance when it is called on the class."""
+
+    def __init__(self, function: Callable):
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, instance, owner):
+        return MethodType(self.function, owner() if instance is None else instance)
+
+
+def _check_texts(text, text_pair, is_split_into_words: bool) -> Sequence[str]:
+    if text_pair is not None:
+        raise ValueError("CLIP reads one text at a time: found text_pair; join the texts or encode them separately.")
+    if is_split_into_words:
+        raise ValueError('Found is_split_into_words=True: cleaning needs whole texts; pass " ".join(words).')
+    if isinstance(text, str):
+        return [text]
+    if not isinstance(text, (list, tuple)):
+        raise TypeError(f"text must be a str or a list of str, found {type(text).__name__}")
+    for i, item in enumerate(text):
+        if not isinstance(item, str):
+            raise TypeError(f"text must be a str or a list of str, found {type(item).__name__} at index {i}")
+    return list(text)
+
+
+def _pad_rows(rows: list[list[int]], width: int, pad_id: int, side: str) -> dict[str, np.ndarray]:
+    """Ids and attention mask, (len(rows), width) int64 each."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))[:, None]
+    columns = np.arange(width)
+    mask = columns < lengths if side == "right" else columns >= width - lengths
+    ids = np.full(mask.shape, pad_id, np.int64)
+    ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, lengths.sum())
+    return {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+
+
+def _number(tokens: Iterable[str]) -> dict[str, int]:
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+
+
+def _read_vocab(vocab, merges):
+    """Vocabulary and merges, read if they are the paths of `vocab.json` and `merges.txt`."""
+    if not isinstance(vocab, (str, os.PathLike)):
+        return vocab, merges
+    if merges is None:
+        raise ValueError(f"The vocabulary {str(vocab)!r} comes without its merges.txt")
+    return BPE.read_file(str(vocab), str(merges))
+
+
+def _read_openai_merges(path: Path) -> list[tuple[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no merges file {str(path)!r}. OpenAI's is clip/bpe_simple_vocab_16e6.txt.gz in "
+            "https://github.com/openai/CLIP."
+        )
+    content = path.read_bytes()
+    try:
+        lines = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8").split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is no merges file, gzipped or not: {error}") from error
+    merges = [tuple(line.split()) for line in lines[1 : NUM_OPENAI_MERGES + 1]]  # the first line is a header
+    known = set(BASE_VOCAB)
+    for i, merge in enumerate(merges):
+        if len(merge) != 2 or not known.issuperset(merge):
+            raise ValueError(f"{str(path)!r}, line {i + 2}: expected two tokens made before, found {lines[i + 1]!r}")
+        known.add("".join(merge))
+    if len(merges) < NUM_OPENAI_MERGES:
+        raise ValueError(f"{str(path)!r}: expected a header and {NUM_OPENAI_MERGES} merges, found {len(merges)}")
+    return merges
+
+
+def _build_backend(vocab: dict[str, int], merges: list, bos: str, eos: str, unk: str | None) -> Tokenizer:
+    """The Rust tokenizer that `tokenizer.json` holds: as near to OpenAI's as it gets without Python."""
+    backend = Tokenizer(
+        BPE(vocab=vocab, merges=merges, unk_token=unk, continuing_subword_prefix="", end_of_word_suffix=WORD_END)
+    )
+    replacements = {
+        "[\u02bc\u2018-\u201b]": "'",
+        "[\u201c-\u201f]": '"',
+        "&(amp;)+": "&",  # entities may be escaped twice
+        "&lt;": "<",
+        "&gt;": ">",
+        "&quot;": '"',
+        "&#0*39;": "'",
+        r"\s+": " ",
+    }
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            *(normalizers.Replace(Regex(pattern), content) for pattern, content in replacements.items()),
+            normalizers.Lowercase(),
+        ]
+    )
+    pattern = "|".join([regex.escape(bos.lower()), regex.escape(eos.lower()), WORD_PATTERN])
+    split = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, _BYTE_LEVEL])
+    # OpenAI's decode leaves a space behind the last word
+    last, others = decoders.Replace(Regex(WORD_END + r"\z"), ""), decoders.Replace(WORD_END, " ")
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), last, others])
+    return backend
+
+
 class HFCLIPTokenizer(TokenizersBackend):
     """CLIP's tokenizer: OpenAI's ids between `<|startoftext|>` and `<|endoftext|>`.
 
@@ -99,7 +345,6 @@ class HFCLIPTokenizer(TokenizersBackend):
     vocab_files_names = {"vocab_file": "vocab.json", "merges_file": "merges.txt", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     model = BPE
-    _words: WordIds | None = None
 
     def __init__(
         self,
@@ -117,6 +362,7 @@ class HFCLIPTokenizer(TokenizersBackend):
         if clean not in ("openai", "none"):
             raise ValueError(f'clean must be "openai" or "none", found {clean!r}')
         self.clean = clean
+        self.cache: dict = {}  # `_WordIds` once needed; `datasets` leaves a `cache` out of its fingerprints
         vocab, merges = _read_vocab(vocab, merges)
         if vocab is None:
             vocab = _number([*BASE_VOCAB, str(bos_token), str(eos_token)])
@@ -162,13 +408,15 @@ class HFCLIPTokenizer(TokenizersBackend):
         kwargs.pop("trust_remote_code", None)  # with it, the base class would take the backend as the file has it
         kwargs = super().convert_to_native_format(**kwargs)
         # How it was loaded is no setting to save again; special tokens, truncation and padding are this class's own
-        for name in ("is_local", "local_files_only", "post_processor", "tokenizer_truncation", "tokenizer_padding"):
-            kwargs.pop(name, None)
-        for name in ("_json_truncation", "_json_padding"):
-            kwargs.pop(name, None)
+        loading = ("is_local", "local_files_only")
+        baked_in = ("post_processor", "tokenizer_truncation", "tokenizer_padding", "_json_truncation", "_json_padding")
+        kwargs = {name: value for name, value in kwargs.items() if name not in (*loading, *baked_in)}
         kwargs["vocab"], kwargs["merges"] = _read_vocab(kwargs.get("vocab"), kwargs.get("merges"))
+        if kwargs["vocab"] is None:
+            folder = kwargs.get("name_or_path")
+            raise ValueError(f"No tokenizer in {folder!r}: expected tokenizer.json, or vocab.json and merges.txt")
         # A folder's pad_token counts where it exists for padding alone
-        other_uses = {*(kwargs["vocab"] or ()), *(str(kwargs.get(f"{use}_token")) for use in ("bos", "eos", "unk"))}
+        other_uses = {*kwargs["vocab"], *(str(kwargs.get(f"{use}_token")) for use in ("bos", "eos", "unk"))}
         has_own_pad = kwargs.get("pad_token") is not None and str(kwargs["pad_token"]) not in other_uses
         kwargs.pop("pad_token_id" if has_own_pad else "pad_token", None)
         return kwargs
@@ -181,16 +429,14 @@ class HFCLIPTokenizer(TokenizersBackend):
             config_file.write_text(text, encoding="utf-8")
         return super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_words"}
-
     def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
-        self._words = None
+        self.cache = {}
         return super()._add_tokens(new_tokens, special_tokens)
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def _train_new_from_iterator(
+    @_ClassOrInstanceMethod
+    def train_new_from_iterator(
         self,
         text_iterator: Iterable[str | Sequence[str]],
         vocab_size: int,
@@ -235,7 +481,7 @@ class HFCLIPTokenizer(TokenizersBackend):
             num_merges += 1
         vocab = _number([*tokens, *special_tokens])
         if len(vocab) < vocab_size:
-            logger.warning(f"The texts gave {len(vocab)} tokens where {vocab_size} were asked for: train on more text.")
+            logger.warning(f"The texts gave {len(vocab)} of the {vocab_size} tokens asked for: train on more text.")
         if self.pad_token_id == 0:
             del named["pad_token"]
         settings = {"clean": self.clean, "model_max_length": self.model_max_length, "extra_special_tokens": extra}
@@ -264,9 +510,10 @@ class HFCLIPTokenizer(TokenizersBackend):
         """The text that is split into tokens and that offsets refer to; with `clean="none"`, the text as it is."""
         if self.clean == "none":
             return text
-        if _is_plain(text):
-            return " ".join(text.lower().split())
-        return (_clean_short if len(text) <= 512 else _clean)(text)
+        if text.isascii() and text.isprintable() and "&" not in text:  # ftfy and html.unescape leave it as it is
+            text = text.lower().strip()
+            return " ".join(text.split()) if "  " in text else text
+        return (_clean_short if len(text) <= 256 else _clean)(text)
 
     def _get_padding_truncation_strategies(self, padding=False, truncation=None, pad_to_multiple_of=None, **kwargs):
         if truncation is None:
@@ -291,7 +538,6 @@ class HFCLIPTokenizer(TokenizersBackend):
         padding_side: str | None = None,
         return_tensors: str | TensorType | None = None,
         return_attention_mask: bool | None = None,
-        return_overflowing_tokens: bool = False,
         verbose: bool = True,
         split_special_tokens: bool | None = None,
         **kwargs,
@@ -307,10 +553,12 @@ class HFCLIPTokenizer(TokenizersBackend):
             multiple=pad_to_multiple_of,
             side=padding_side or self.padding_side,
         )
+        if layout.room is not None and layout.room < (stride + 1 if stride else 0):
+            raise ValueError(f"max_length={max_length} leaves no room for special tokens and a stride of {stride}")
         if return_attention_mask is None:
             return_attention_mask = "attention_mask" in self.model_input_names
-        names = ("return_token_type_ids", "return_special_tokens_mask", "return_offsets_mapping", "return_length")
-        features = {name: kwargs.get(name) for name in names} | {"return_overflowing_tokens": return_overflowing_tokens}
+        more = ("token_type_ids", "overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")
+        features = {f"return_{name}": kwargs.get(f"return_{name}", False) for name in more}
         words = self._word_ids(self.split_special_tokens if split_special_tokens is None else split_special_tokens)
         make_encodings = partial(self._make_encodings, texts, words, layout)
 
@@ -320,11 +568,10 @@ class HFCLIPTokenizer(TokenizersBackend):
         if data is None:
             encodings = make_encodings()
             num_cut = sum(len(encoding.overflowing) > 0 for encoding in encodings)
-            features["return_attention_mask"] = return_attention_mask
-            data, encodings = self._convert_encodings(encodings, features)
+            data, encodings = self._convert_encodings(encodings, return_attention_mask, features)
         self._report_lengths(data["input_ids"], len(texts), num_cut, truncation_strategy, max_length, verbose)
 
-        if isinstance(text, str) and return_tensors is None and not return_overflowing_tokens:
+        if isinstance(text, str) and return_tensors is None and not features["return_overflowing_tokens"]:
             data = {name: value[0] if isinstance(value[0], list) else value for name, value in data.items()}
         if encodings is not None:
             return BatchEncoding(data, encodings, tensor_type=return_tensors)
@@ -332,9 +579,9 @@ class HFCLIPTokenizer(TokenizersBackend):
         batch._make_encodings = make_encodings
         return batch
 
-    def _word_ids(self, split_special_tokens: bool) -> WordIds:
-        if self._words is not None and not split_special_tokens:
-            return self._words
+    def _word_ids(self, split_special_tokens: bool) -> _WordIds:
+        if isinstance(self.cache, _WordIds) and not split_special_tokens:
+            return self.cache
         special_ids = {self.bos_token: self.bos_token_id, self.eos_token: self.eos_token_id}
         added = {
             self.clean_text(token.content): (token_id, token)
@@ -342,13 +589,13 @@ class HFCLIPTokenizer(TokenizersBackend):
             if token.content not in special_ids and not (token.special and split_special_tokens)
         }
         if split_special_tokens:
-            return WordIds(self._tokenizer.model, {}, added)
+            return _WordIds(self._tokenizer.model, {}, added)
         special_ids = {token.lower(): token_id for token, token_id in special_ids.items()}
-        self._words = WordIds(self._tokenizer.model, special_ids, added)
-        return self._words
+        self.cache = words = _WordIds(self._tokenizer.model, special_ids, added)
+        return words
 
     def _encode_ids(
-        self, texts: Sequence[str], words: WordIds, layout: _Layout, return_attention_mask: bool, return_tensors
+        self, texts: Sequence[str], words: _WordIds, layout: _Layout, return_attention_mask: bool, return_tensors
     ) -> tuple[dict[str, Any] | None, int]:
         """Ids and attention mask from the table of words, and how many texts were cut.
 
@@ -356,11 +603,11 @@ class HFCLIPTokenizer(TokenizersBackend):
         """
         head = [self.bos_token_id] if layout.num_special_tokens and self.add_bos_token else []
         tail = [self.eos_token_id] if layout.num_special_tokens and self.add_eos_token else []
-        rows, num_cut = [], 0
+        rows, num_cut, room = [], 0, layout.room
         for text in texts:
-            ids = words.encode(text.lower() if _is_plain(text) else self.clean_text(text))
-            if layout.room is not None and len(ids) > layout.room:
-                ids, num_cut = ids[: layout.room], num_cut + 1
+            ids = words.encode(self.clean_text(text))
+            if room is not None and len(ids) > room:
+                ids, num_cut = ids[:room], num_cut + 1
             rows.append(head + ids + tail)
         longest = max(map(len, rows), default=0)
         width = layout.width(longest)
@@ -379,10 +626,10 @@ class HFCLIPTokenizer(TokenizersBackend):
             del data["attention_mask"]
         return data, num_cut
 
-    def _make_encodings(self, texts: Sequence[str], words: WordIds, layout: _Layout) -> list[Encoding]:
+    def _make_encodings(self, texts: Sequence[str], words: _WordIds, layout: _Layout) -> list[Encoding]:
         """One Rust encoding a text, cut and padded; what was cut off is in its `overflowing`."""
         if self.clean == "openai":
-            encodings = [_encode_with_offsets(self.clean_text(text), words) for text in texts]
+            encodings = [words.encode_with_offsets(self.clean_text(text)) for text in texts]
         else:
             self._tokenizer.encode_special_tokens = not words.special_ids
             encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
@@ -398,12 +645,14 @@ class HFCLIPTokenizer(TokenizersBackend):
         return encodings
 
     def _convert_encodings(
-        self, encodings: list[Encoding], features: dict[str, bool | None]
+        self, encodings: list[Encoding], return_attention_mask: bool, features: dict[str, bool]
     ) -> tuple[dict[str, list], list[Encoding]]:
         """Rows of all encodings, and with `return_overflowing_tokens` those of what was cut off."""
         data, parts, samples = defaultdict(list), [], []
         for i, encoding in enumerate(encodings):
-            rows, encoding_and_overflow = self._convert_encoding(encoding, **features)
+            rows, encoding_and_overflow = self._convert_encoding(
+                encoding, return_attention_mask=return_attention_mask, **features
+            )
             for name, values in rows.items():
                 data[name] += values
             parts += encoding_and_overflow
@@ -417,7 +666,7 @@ class HFCLIPTokenizer(TokenizersBackend):
             self._eventual_warn_about_too_long_sequence(max(rows, key=len, default=()), max_length, verbose)
         elif num_cut and verbose and strategy == TruncationStrategy.ONLY_FIRST:
             logger.warning(
-                f"{num_cut} of {num_texts} texts had more than {max_length} tokens and were cut, their end token kept. "
+                f"{num_cut} of {num_texts} texts had more than {max_length} tokens and were cut, end tokens kept. "
                 "truncation=True cuts without this warning, truncation=False keeps all tokens."
             )
 
@@ -444,19 +693,6 @@ class HFCLIPTokenizer(TokenizersBackend):
             start = ids.index(self.bos_token_id)
             ids = ids[start:] if set(ids[:start]) == pad else ids
         return ids
-
-
-class _ClassOrInstanceMethod:
-    """A method that runs on a default instance when it is called on the class."""
-
-    def __init__(self, function: Callable):
-        self.function, self.__doc__ = function, function.__doc__
-
-    def __get__(self, instance, owner):
-        return MethodType(self.function, owner() if instance is None else instance)
-
-
-HFCLIPTokenizer.train_new_from_iterator = _ClassOrInstanceMethod(HFCLIPTokenizer._train_new_from_iterator)
 
 
 __all__ = ["HFCLIPTokenizer"]

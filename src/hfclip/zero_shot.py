@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
 from transformers.utils.logging import tqdm
+
 
 Template = str | Callable[[str], str]
 
@@ -70,14 +71,14 @@ def embed_labels(
     # Summed on the CPU in float64: the same bits whatever the device's order of additions.
     sums: Tensor | None = None
     with evaluating(model) as model:
-        for start in tqdm(range(0, len(prompts), batch_size), desc="Embedding labels", disable=None, leave=False):
+        for start in _progress(len(prompts), batch_size, "Embedding labels"):
             batch = prompts[start : start + batch_size]
             inputs = processor(text=batch, padding=True, return_tensors="pt").to(model.device)
-            embeds = model.encode_text(inputs["input_ids"], inputs.get("attention_mask"), normalize=True)
+            embeds = model.encode_text(inputs["input_ids"], inputs.get("attention_mask"), normalize=False)
             if sums is None:
                 sums = torch.zeros(len(labels), embeds.shape[1], dtype=torch.float64)
             owner = torch.arange(start, start + len(batch)) // len(templates)
-            sums.index_add_(0, owner, embeds.cpu().double())
+            sums.index_add_(0, owner, F.normalize(embeds.cpu().double(), dim=-1))
     if not sums.isfinite().all():
         broken = labels[(~sums.isfinite()).any(dim=1).nonzero()[0].item()]
         raise ValueError(f"the text embedding of label {broken!r} is not finite: the model's weights are damaged.")
@@ -86,6 +87,8 @@ def embed_labels(
 
 class ZeroShotClassifier:
     """Classifies images into labels given in words; the labels are embedded once, when it is built.
+
+    It belongs to the weights the model has at that moment: build it anew after training them further.
 
     Example:
 
@@ -188,13 +191,14 @@ class ZeroShotClassifier:
             raise ValueError("found 0 images: expected at least one.")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: expected at least 1.")
-        for start in tqdm(range(0, len(images), batch_size), desc="Classifying", disable=None, leave=False):
+        for start in _progress(len(images), batch_size, "Classifying"):
             yield self.processor(images=images[start : start + batch_size], return_tensors="pt")["pixel_values"]
 
     def _logits(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
         """`(batch, channels, height, width)` -> `(batch, num_labels)`, in float32 whatever the model's dtype."""
         pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
-        image_embeds = model.encode_image(pixel_values, normalize=True).float()
+        # Normalised here: in half precision a unit vector is off by up to a part in 256, and so would be the logits.
+        image_embeds = F.normalize(model.encode_image(pixel_values, normalize=False).float(), dim=-1)
         logits = model.logit_scale.float().exp() * image_embeds @ self.label_embeds.to(image_embeds.device).T
         return logits if model.logit_bias is None else logits + model.logit_bias.float()
 
@@ -268,9 +272,14 @@ def _architecture(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     incidental = {"transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
-    return {
-        key: _architecture(value) for key, value in config.items() if key not in incidental and not key.startswith("_")
-    }
+    kept = {key: value for key, value in config.items() if key not in incidental and not str(key).startswith("_")}
+    return {str(key): _architecture(value) for key, value in kept.items()}
+
+
+def _progress(total: int, batch_size: int, desc: str) -> Iterable[int]:
+    """First index of each batch; a bar on a terminal, if there is more than one."""
+    disable = None if total > batch_size else True
+    return tqdm(range(0, total, batch_size), desc=desc, disable=disable, leave=False)
 
 
 def _as_list(images: Any) -> tuple[list, bool]:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hfclip.losses import contrastive_loss, sigmoid_loss
 
+
 NUM_FEATURES = 7
 # Largest local batch first, in the middle, last, and ranks without any pair.
 SIZES = {1: [(5,)], 2: [(4, 4), (5, 2), (1, 6), (0, 3)], 3: [(3, 3, 3), (2, 5, 1), (4, 0, 2)]}
@@ -133,7 +134,12 @@ def assert_same(found, expected, tolerance):
         assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[1:])).replace("torch.", ""))
+def name_of(case):
+    world, sizes, head, grouped, dtype = case
+    return "-".join([*map(str, sizes), head, *["grouped"] * grouped, str(dtype).removeprefix("torch.")])
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_ranks_together_equal_one_process(case):
     world, sizes, head, grouped, dtype = case
     images, texts, ids = global_batch(sum(sizes), torch.float64)

@@ -1,9 +1,9 @@
-"""Built-in demonstration data: pictures of coloured shapes with captions, rendered on the fly.
+"""Built-in demonstration data: pictures of colored shapes with captions, rendered on the fly.
 
 Nothing is downloaded or stored. A random stream seeded by (seed, split, index) first plans a scene (what is where),
 then words a caption that is true of it, then paints it: `_plan -> _caption -> _paint`. The train split never shows the
-colour-and-shape pairs in `HELD_OUT` and the test split shows nothing else, so that zero-shot accuracy on the test split
-measures whether a model can put together a colour and a shape that it has only met apart.
+color-and-shape pairs in `HELD_OUT` and the test split shows nothing else, so that zero-shot accuracy on the test split
+measures whether a model can put together a color and a shape that it has only met apart.
 """
 
 import colorsys
@@ -12,10 +12,11 @@ import operator
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from .contact_sheet import draw_predictions  # noqa: F401
 
 
 # Hue in degrees, saturation and value in [0, 1].
@@ -32,7 +33,7 @@ COLORS = {
     "black": (0, 0.00, 0.04),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond")
-SIZES = {"small": (0.090, 0.110), "medium": (0.135, 0.160), "large": (0.190, 0.225)}  # radius / image side
+SIZES = {"small": (0.110, 0.125), "medium": (0.150, 0.170), "large": (0.200, 0.225)}  # radius / image side; two large ones just fit
 BACKGROUNDS = ("plain", "gradient", "noisy", "striped", "checkered", "cloudy")
 COUNTS = ("one", "two", "three", "four")
 POSITIONS = {  # where a lone object may lie: (column, row) of a 3 x 3 grid, and how a caption says it
@@ -70,7 +71,7 @@ _SPLIT_PAIRS = {
 _MARGIN = 0.02  # between an object and the border, as a fraction of the image side
 _GAP = 0.04  # between two objects
 _MIN_SIZE = 32  # pixels; below, a small heart and a small circle look alike
-_MIN_CONTRAST = 110.0  # RGB distance between an object and either colour of its background
+_MIN_CONTRAST = 110.0  # RGB distance between an object and either color of its background
 
 
 class Scenes(Sequence):
@@ -203,9 +204,13 @@ def _scatter(rng: random.Random, count: int, radius: float) -> list[tuple[float,
     """`count` centers whose objects neither touch each other nor the border, by rejection."""
     low, high = _MARGIN + radius, 1 - _MARGIN - radius
     while True:
-        centers = [(rng.uniform(low, high), rng.uniform(low, high)) for _ in range(count)]
-        if all(math.dist(a, b) >= 2 * radius + _GAP for i, a in enumerate(centers) for b in centers[:i]):
-            return centers
+        centers = []
+        for _ in range(50):  # then start afresh: the first ones may have left no room
+            center = rng.uniform(low, high), rng.uniform(low, high)
+            if all(math.dist(center, other) >= 2 * radius + _GAP for other in centers):
+                centers.append(center)
+            if len(centers) == count:
+                return centers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -478,67 +483,3 @@ def retrieval_task(size: int = 64, seed: int = 0, num_images: int = 500) -> Retr
         first_of.setdefault(describe(scenes.attributes(index)), index)
     texts = list(first_of)[:num_images]
     return RetrievalTask("retrieval", [scenes[first_of[text]]["image"] for text in texts], texts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A picture of predictions
-# ---------------------------------------------------------------------------------------------------------------------
-
-_CARD, _PADDING, _LINE = 192, 12, 22  # pixels: side of an enlarged image, space around it, height of a line of text
-_INK, _FAINT, _PAPER, _RIGHT, _WRONG = "#1f2933", "#7b8794", "#ffffff", "#2f9e5b", "#d64545"
-
-
-def draw_predictions(
-    path: str | Path,
-    images: Sequence[Image.Image],
-    truths: Sequence[str],
-    predictions: Sequence[Sequence[dict]],
-    *,
-    title: str = "",
-    columns: int = 6,
-) -> None:
-    """Writes a contact sheet: every image with its truth and its three best labels, green if the first is right.
-
-    Args:
-        truths: the right label of each image.
-        predictions: for each image its labels, best first, as `{"label": str, "score": float}` with scores in [0, 1].
-
-    Raises:
-        ValueError: if there is nothing to draw, or the three sequences differ in length.
-    """
-    if not len(images) == len(truths) == len(predictions) > 0:
-        raise ValueError(
-            "draw_predictions needs as many truths and predictions as images, and at least one: "
-            f"found {len(images)} images, {len(truths)} truths and {len(predictions)} predictions."
-        )
-    columns = min(columns, len(images))
-    rows = math.ceil(len(images) / columns)
-    width, height, header = _CARD + 2 * _PADDING, _CARD + 4 * _LINE + 3 * _PADDING, 44 if title else 0
-    sheet = Image.new("RGB", (columns * width + _PADDING, rows * height + header + _PADDING), "#e9edf1")
-    draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((_PADDING + 4, header / 2 + 4), title, _INK, ImageFont.load_default(20), anchor="lm")
-    for index, (image, truth, ranked) in enumerate(zip(images, truths, predictions, strict=True)):
-        left, top = index % columns * width + _PADDING, index // columns * height + header + _PADDING
-        _draw_card(sheet, draw, (left, top, width - _PADDING, height - _PADDING), image, truth, ranked[:3])
-    sheet.save(path)
-
-
-def _draw_card(sheet: Image.Image, draw: ImageDraw.ImageDraw, box, image, truth: str, ranked: Sequence[dict]) -> None:
-    left, top, width, height = box
-    verdict = _RIGHT if ranked[0]["label"] == truth else _WRONG
-    draw.rounded_rectangle((left, top, left + width, top + height), radius=8, fill=_PAPER, outline=verdict, width=3)
-    inset = (width - _CARD) // 2
-    picture = image.convert("RGB").resize((_CARD, _CARD), Image.Resampling.LANCZOS)
-    sheet.paste(picture, (left + inset, top + inset))
-    text_left, text_right = left + inset + 4, left + width - inset - 4
-    y = top + inset + _CARD + _LINE // 2 + 4
-    bold, plain = ImageFont.load_default(15), ImageFont.load_default(13)
-    draw.text((text_left, y), truth, _INK, bold, anchor="lm")
-    for entry in ranked:
-        y += _LINE
-        right = entry["label"] == truth
-        bar = (text_right - text_left) * min(max(entry["score"], 0.0), 1.0)
-        draw.rectangle((text_left - 4, y - 9, text_left - 4 + bar + 8, y + 9), fill="#cdeed9" if right else "#f3d9d6")
-        draw.text((text_left, y), entry["label"], _RIGHT if right else _FAINT, plain, anchor="lm")
-        draw.text((text_right, y), f"{entry['score']:.0%}", _RIGHT if right else _FAINT, plain, anchor="rm")

@@ -48,8 +48,8 @@ def retrieval_recall(
     image_index = torch.arange(len(images), device=images.device)
     text_ranks = _ranks(images, image_index, texts, image_of_text, chunk_size)
     image_ranks = _ranks(texts, image_of_text, images, image_index, chunk_size)
-    recall = {f"text_retrieval_recall@{k}": (text_ranks < k).double().mean().item() for k in ks}
-    recall.update({f"image_retrieval_recall@{k}": (image_ranks < k).double().mean().item() for k in ks})
+    recall = {f"text_retrieval_recall@{k}": (text_ranks < k).sum().item() / len(images) for k in ks}
+    recall.update({f"image_retrieval_recall@{k}": (image_ranks < k).sum().item() / len(texts) for k in ks})
     return recall
 
 

@@ -88,6 +88,7 @@ def zero_shot_accuracy(
     if world_size > 1:
         dist.all_reduce(counts, group=group)
 
+    counts = counts.cpu()
     occurring = counts[counts[:, 0] > 0].double()
     num_samples, _, *hits = counts.sum(dim=0).tolist()
     return {
@@ -262,6 +263,10 @@ def _entries_of(shard: Path) -> list[_Entry]:
                     images[folder + slash + stem] = member
                 elif suffix.lower() == "cls":
                     targets[folder + slash + stem] = int(tar.extractfile(member).read())
+            # tarfile takes a shard that was cut between two members for a shorter one.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it ends without the block of zeros that closes a tar file")
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(f"{shard} cannot be read ({type(error).__name__}: {error}): fetch it again.") from error
     halves = sorted(images.keys() ^ targets.keys())

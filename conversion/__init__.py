@@ -1,0 +1,1 @@
+"""Programs that turn other projects' CLIP checkpoints into hfclip folders and back."""

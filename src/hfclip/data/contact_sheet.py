@@ -1,0 +1,67 @@
+"""A contact sheet of zero-shot predictions: what the model saw, what it should have said and what it said."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+_CARD, _PADDING, _LINE = 192, 12, 22  # pixels: side of an enlarged image, space around it, height of a line of text
+_INK, _FAINT, _PAPER, _RIGHT, _WRONG = "#1f2933", "#7b8794", "#ffffff", "#2f9e5b", "#d64545"
+
+
+def draw_predictions(
+    path: str | Path,
+    images: Sequence[Image.Image],
+    truths: Sequence[str],
+    predictions: Sequence[Sequence[dict]],
+    *,
+    title: str = "",
+    columns: int = 6,
+) -> None:
+    """Writes a contact sheet: every image with its truth and its three best labels, green if the first is right.
+
+    Args:
+        truths: the right label of each image.
+        predictions: for each image its labels, best first, as `{"label": str, "score": float}` with scores in [0, 1].
+
+    Raises:
+        ValueError: if there is nothing to draw, or the three sequences differ in length.
+    """
+    if not len(images) == len(truths) == len(predictions) > 0:
+        raise ValueError(
+            "draw_predictions needs as many truths and predictions as images, and at least one: "
+            f"found {len(images)} images, {len(truths)} truths and {len(predictions)} predictions."
+        )
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    width, height, header = _CARD + 2 * _PADDING, _CARD + 4 * _LINE + 3 * _PADDING, 44 if title else 0
+    sheet = Image.new("RGB", (columns * width + _PADDING, rows * height + header + _PADDING), "#e9edf1")
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((_PADDING + 4, header / 2 + 4), title, _INK, ImageFont.load_default(20), anchor="lm")
+    for index, (image, truth, ranked) in enumerate(zip(images, truths, predictions, strict=True)):
+        left, top = index % columns * width + _PADDING, index // columns * height + header + _PADDING
+        _draw_card(sheet, draw, (left, top, width - _PADDING, height - _PADDING), image, truth, ranked[:3])
+    sheet.save(path)
+
+
+def _draw_card(sheet: Image.Image, draw: ImageDraw.ImageDraw, box, image, truth: str, ranked: Sequence[dict]) -> None:
+    left, top, width, height = box
+    verdict = _RIGHT if ranked[0]["label"] == truth else _WRONG
+    draw.rounded_rectangle((left, top, left + width, top + height), radius=8, fill=_PAPER, outline=verdict, width=3)
+    inset = (width - _CARD) // 2
+    picture = image.convert("RGB").resize((_CARD, _CARD), Image.Resampling.LANCZOS)
+    sheet.paste(picture, (left + inset, top + inset))
+    text_left, text_right = left + inset + 4, left + width - inset - 4
+    y = top + inset + _CARD + _LINE // 2 + 4
+    bold, plain = ImageFont.load_default(15), ImageFont.load_default(13)
+    draw.text((text_left, y), truth, _INK, bold, anchor="lm")
+    for entry in ranked:
+        y += _LINE
+        right = entry["label"] == truth
+        bar = (text_right - text_left) * min(max(entry["score"], 0.0), 1.0)
+        draw.rectangle((text_left - 4, y - 9, text_left - 4 + bar + 8, y + 9), fill="#cdeed9" if right else "#f3d9d6")
+        draw.text((text_left, y), entry["label"], _RIGHT if right else _FAINT, plain, anchor="lm")
+        draw.text((text_right, y), f"{entry['score']:.0%}", _RIGHT if right else _FAINT, plain, anchor="rm")

@@ -1,0 +1,19 @@
+"""Shared fixtures. Reference data is found through the environment variable HFCLIP_TEST_DATA."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+# Before any transformers or datasets import: tests never reach for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of reference data (golden weights and outputs, photos); skips the test where there is none."""
+    folder = os.environ.get("HFCLIP_TEST_DATA")
+    if not folder:
+        pytest.skip("needs reference data: set HFCLIP_TEST_DATA to its folder")
+    return Path(folder)
