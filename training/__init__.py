@@ -1,1 +1,1 @@
-"""Contrastive pretraining with Accelerate: a program on top of the `hfclip` library. Start reading at `pretrain.py`."""
+"""Contrastive pretraining with Accelerate: a program on top of `hfclip`. Start reading at `pretrain.py`."""

@@ -2,7 +2,7 @@
 `trainer_state/` beside the weights from which the run goes on.
 
 A checkpoint is written next to its place, flushed to disk, and renamed: a folder of that name is whole, or was damaged
-later. `trainer_state/state.json` lists every file with size and CRC-32, so damage is found before a run starts from it.
+later. `trainer_state/state.json` lists every file with size and CRC-32: damage is found before a run starts from it.
 Nothing random needs saving: data, crops and dropout are functions of (seed, step, rank).
 """
 
@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from hfclip import HFCLIPModel, HFCLIPProcessor
 
@@ -39,8 +40,7 @@ OPTIMIZER_FILE = Path("trainer_state/optimizer.pt")
 def save_model(folder: Path, model: HFCLIPModel, processor: HFCLIPProcessor) -> None:
     """Writes weights, config, tokenizer, image processor and code so that `folder` appears at once or not at all."""
     with _Replacing(folder) as temporary:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        _write_model(temporary, model, processor)
 
 
 def save_checkpoint(
@@ -61,8 +61,7 @@ def save_checkpoint(
     """
     folder = run_folder / f"checkpoint-{step}"
     with _Replacing(folder) as temporary:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        _write_model(temporary, model, processor)
         (temporary / STATE_FILE).parent.mkdir()
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
         torch.save(state, temporary / OPTIMIZER_FILE)
@@ -103,7 +102,7 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def newest_checkpoint(run_folder: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is whole, and its state. Damaged newer ones are set aside as `damaged-...`, and said loudly."""
+    """The newest checkpoint that is whole, and its state. Damaged ones are set aside as `damaged-...`, and named."""
     for checkpoint in reversed(list_checkpoints(run_folder)):
         try:
             return checkpoint, read_state(checkpoint)
@@ -135,19 +134,21 @@ def find_resumed(run_folder: Path, resume: str | None) -> tuple[Path, dict] | No
     if resume is None:
         if occupied:
             raise UsageError(
-                f"run.output_dir {str(run_folder)!r} holds a run already. Go on with it by `--resume auto`, choose another "
-                "folder by `--run.output_dir`, or remove it."
+                f"run.output_dir {str(run_folder)!r} holds a run already. Go on with it by `--resume auto`, choose "
+                "another folder by `--run.output_dir`, or remove it."
             )
         return None
     checkpoint = Path(resume)
     state = read_state(checkpoint)
     if checkpoint.resolve().parent != run_folder.resolve():
         if occupied:
-            raise UsageError(f"--resume {resume} is of another run, and run.output_dir {str(run_folder)!r} is not empty.")
+            raise UsageError(
+                f"--resume {resume} is of another run, and run.output_dir {str(run_folder)!r} is not empty."
+            )
     elif step_of(list_checkpoints(run_folder)[-1]) > state["step"]:
         raise UsageError(
-            f"--resume {resume}: {str(run_folder)!r} has newer checkpoints, which the run would overwrite. Remove them, "
-            "or choose another folder by `--run.output_dir`."
+            f"--resume {resume}: {str(run_folder)!r} has newer checkpoints, which the run would overwrite. Remove "
+            "them, or choose another folder by `--run.output_dir`."
         )
     return checkpoint, state
 
@@ -166,11 +167,20 @@ def check_settings(saved: dict, config: Config) -> list[str]:
                 continue
             if name in FIXED_ON_RESUME:
                 raise UsageError(
-                    f"{name}: found {value!r}, but the checkpoint was trained with {before!r}. Put it back, or start a new "
-                    "run from these weights by `--model.checkpoint`."
+                    f"{name}: found {value!r}, but the checkpoint was trained with {before!r}. Put it back, or start "
+                    "a new run from these weights by `--model.checkpoint`."
                 )
             changes.append(f"{name} is {value!r} and was {before!r}")
     return changes
+
+
+def _write_model(folder: Path, model: HFCLIPModel, processor: HFCLIPProcessor) -> None:
+    logging.disable_progress_bar()  # of save_pretrained, which would break into the training's
+    try:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    finally:
+        logging.enable_progress_bar()
 
 
 class _Replacing:

@@ -73,8 +73,8 @@ class ModelConfig:
         origins += [" + ".join(towers)] if towers else []
         if len(origins) != 1:
             raise UsageError(
-                f"model: {' and '.join(origins) or 'nothing'} names the model, expected exactly one of preset, config, "
-                "checkpoint or the two tower checkpoints. On the command line `--model.config null` unsets one."
+                f"model: {' and '.join(origins) or 'nothing'} names the model, expected exactly one of preset, "
+                "config, checkpoint or the two tower checkpoints. `--model.config null` unsets one."
             )
         _require(self.projection_dim >= 1, "model.projection_dim", self.projection_dim, "at least 1")
         _require(self.vocab_size >= 514, "model.vocab_size", self.vocab_size, "at least 514 (512 bytes, start, end)")
@@ -87,8 +87,8 @@ class DataConfig:
     """The pairs to learn from, and how they are read."""
 
     train: str = "scenes"
-    """"scenes" (built in); WebDataset tars (`{0..7}.tar`, glob, folder; local, hf://, https://, s3://); a parquet or image
-    folder; or a data set's name on the Hub."""
+    """The built-in "scenes"; WebDataset tars (`{0..7}.tar`, glob, folder; local, hf://, https://, s3://); a parquet or
+    image folder; or a data set's name on the Hub."""
     split: str = "train"
     """Split of a data set that `datasets` loads."""
     image_key: str | None = None
@@ -181,7 +181,9 @@ class RunConfig:
         _require(bool(self.output_dir), "run.output_dir", self.output_dir, "a folder")
         _require(0 <= self.seed < 2**32, "run.seed", self.seed, "0 to 2**32 - 1")
         _require(self.log_every >= 1, "run.log_every", self.log_every, "at least 1")
-        _require(self.save_every is None or self.save_every >= 0, "run.save_every", self.save_every, "null or 0 or more")
+        _require(
+            self.save_every is None or self.save_every >= 0, "run.save_every", self.save_every, "null or 0 or more"
+        )
         _require(self.keep_checkpoints >= 1, "run.keep_checkpoints", self.keep_checkpoints, "at least 1")
         _require(self.max_bad_steps >= 1, "run.max_bad_steps", self.max_bad_steps, "at least 1")
 
@@ -225,14 +227,14 @@ class Config:
             UsageError: for an unknown section or key, a wrong type or choice, or a value out of range.
         """
         _check_names(values, SECTIONS, "section")
-        sections = {}
+        settings = {}
         for name, section in SECTIONS.items():
             given = values.get(name) or {}
             _require(isinstance(given, dict), name, given, "a mapping of settings")
             hints = typing.get_type_hints(section)
             _check_names(given, hints, "setting", prefix=f"{name}.")
-            sections[name] = section(**{key: _cast(v, hints[key], f"{name}.{key}") for key, v in given.items()})
-        return cls(**sections)
+            settings[name] = {key: _cast(value, hints[key], f"{name}.{key}") for key, value in given.items()}
+        return cls(**{name: section(**settings[name]) for name, section in SECTIONS.items()})
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -271,7 +273,9 @@ def parse_arguments(argv: list[str]) -> tuple[Config, str | None]:
         text = getattr(arguments, name)
         if text is not None:
             section, key = name.split(".")
-            _require(isinstance(values.get(section) or {}, dict), section, values.get(section), "a mapping of settings")
+            _require(
+                isinstance(values.get(section) or {}, dict), section, values.get(section), "a mapping of settings"
+            )
             values[section] = (values.get(section) or {}) | {key: _from_command_line(text, hint, name)}
     return Config.from_dict(values), arguments.resume
 
@@ -285,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="training/pretrain.py",
         usage="%(prog)s [--config FILE] [--resume WHERE] [--section.setting VALUE ...]",
-        description="Trains a CLIP model. Without arguments: a small model on built-in pictures, a few minutes on a CPU.",
+        description="Trains a CLIP model. Without arguments: a small one on built-in pictures, minutes on a CPU.",
         epilog="Several processes: accelerate launch training/pretrain.py ... (see training/launch).",
         allow_abbrev=False,
     )
@@ -373,4 +377,8 @@ def _check_names(given: dict, known: dict, what: str, prefix: str = "") -> None:
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
     """The hint that follows an unknown name."""
     close = [k for k in known if k.endswith("." + name.lstrip("-"))] or difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {prefix + close[0]!r}?" if close else f" Expected one of: {', '.join(prefix + k for k in known)}."
+    return (
+        f" Did you mean {prefix + close[0]!r}?"
+        if close
+        else f" Expected one of: {', '.join(prefix + k for k in known)}."
+    )

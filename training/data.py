@@ -1,8 +1,8 @@
 """From raw samples to batches on each rank: order, decoding, crops, captions and their tokens.
 
 The order is a pure function: step s of the run uses positions s * B ... s * B + B - 1 of an endless sequence of
-epochs, `shuffled` says which sample lies at a position, and rank r of W takes the r-th slice of the batch. Nothing else
-decides what a step sees, so a run continues at any step, with any number of workers or processes.
+epochs, `shuffled` says which sample lies at a position, and rank r of W takes the r-th slice of the batch. Nothing
+else decides what a step sees, so a run continues at any step, with any number of workers or processes.
 
     StepSampler -> (epoch, position) -> PairDataset: source, decode, crop -> Collate: tokens, counts -> batch
 """
@@ -125,7 +125,9 @@ class PairDataset(Dataset):
             except BadSample as bad:
                 problems.append(PROBLEMS.index(bad.kind))
         kinds = {PROBLEMS[problem] for problem in problems}
-        failure = f"Sample {index} and the {len(problems) - 1} tried before it are unusable ({', '.join(sorted(kinds))})"
+        failure = (
+            f"Sample {index} and the {len(problems) - 1} tried before it are unusable ({', '.join(sorted(kinds))})"
+        )
         return {"failure": f"{failure}. Mend the data, or raise data.max_bad_in_a_row.", "problems": problems}
 
     def _load(self, index: int, place: tuple[int, int]) -> dict:

@@ -75,7 +75,9 @@ class Evaluator:
         images = self._embed(model, self.pairs.images, self._image_embeds)
         texts = [text for captions in self.pairs.captions for text in captions]
         text_embeds = self._embed(model, texts, self._text_embeds)
-        owner = torch.tensor([i for i, captions in enumerate(self.pairs.captions) for _ in captions], device=images.device)
+        owner = torch.tensor(
+            [i for i, captions in enumerate(self.pairs.captions) for _ in captions], device=images.device
+        )
         # An unreadable image has a zero in the place of its unit embedding.
         usable = images.norm(dim=1) > 0.5
         new_index = usable.cumsum(0) - 1
@@ -85,10 +87,14 @@ class Evaluator:
 
     def _embed(self, model: HFCLIPModel, items: Sequence, embed) -> torch.Tensor:
         """Embeddings (len(items), dim) in float32 on every process, of which each computes a share."""
-        rank, num_ranks, size = self.accelerator.process_index, self.accelerator.num_processes, self.config.eval.batch_size
+        rank, num_ranks, size = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.config.eval.batch_size,
+        )
         share = range(rank, len(items), num_ranks)
         parts = [torch.zeros(0, model.config.projection_dim, device=model.device)]
-        starts = tqdm(range(0, len(share), size), desc="Retrieval", disable=rank != 0, leave=False)
+        starts = tqdm(range(0, len(share), size), desc="Retrieval", disable=None if rank == 0 else True, leave=False)
         parts += [embed(model, [items[i] for i in share[start : start + size]]).float() for start in starts]
         local = torch.cat(parts)
         padding = math.ceil(len(items) / num_ranks) - len(local)
@@ -119,10 +125,12 @@ class Evaluator:
             return None
         task = self.labelled[0]
         step = max(len(task.samples) // NUM_PICTURES, 1)
-        images, targets = zip(*(task.samples[i] for i in range(0, len(task.samples), step)[:NUM_PICTURES]), strict=True)
+        images, targets = zip(
+            *(task.samples[i] for i in range(0, len(task.samples), step)[:NUM_PICTURES]), strict=True
+        )
         labels = list(dict.fromkeys(task.labels))
         predictions = ZeroShotClassifier(model, self.processor, labels, task.templates)(list(images), top_k=3)
-        draw_predictions(path, images, [task.labels[t] for t in targets], predictions, title=f"Zero-shot: {task.name}")
+        draw_predictions(path, images, [task.labels[t] for t in targets], predictions, title=task.name)
         return path
 
 
@@ -130,12 +138,15 @@ def _open_labelled(name: str, image_size: int) -> list[LabelledSet]:
     if name == "scenes":
         tasks = zero_shot_tasks(size=image_size)
         pairs = (list(zip(task.images, task.targets, strict=True)) for task in tasks)
-        return [LabelledSet(task.name, task.labels, task.templates, p) for task, p in zip(tasks, pairs, strict=True)]
+        return [
+            LabelledSet(f"zero_shot/{task.name}", task.labels, task.templates, p)
+            for task, p in zip(tasks, pairs, strict=True)
+        ]
     try:
         folder = load_labelled_folder(Path(name).expanduser())
     except (OSError, ValueError) as error:
         raise UsageError(f"eval.zero_shot: {error}") from error
-    return [LabelledSet("zero-shot", folder.labels, folder.templates, folder.samples)]
+    return [LabelledSet("zero_shot", folder.labels, folder.templates, folder.samples)]
 
 
 def _open_pairs(config: Config, image_size: int) -> HeldOutPairs:

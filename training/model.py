@@ -1,8 +1,8 @@
 """What is trained: the model, and the tokenizer and image processor that travel with it.
 
 First the architecture, from the settings alone; then the tokenizer, which may be trained on the captions; then the
-weights. Weights come from the first of: a checkpoint of this run (resume), a pretrained model, two pretrained towers, a
-seeded random initialisation. They are float32 wherever they come from.
+weights. Weights come from the first of: a checkpoint of this run (resume), a pretrained model, two pretrained towers,
+a seeded random initialisation. They are float32 wherever they come from.
 """
 
 import math
@@ -15,7 +15,15 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip import (
+    HFCLIPBagOfWordsConfig,
+    HFCLIPConfig,
+    HFCLIPImageProcessor,
+    HFCLIPModel,
+    HFCLIPProcessor,
+    HFCLIPTextConfig,
+    HFCLIPTokenizer,
+)
 
 from .config import Config, ModelConfig, UsageError, load_yaml
 from .sources import BadSample, Source
@@ -34,12 +42,18 @@ def build_architecture(config: Config) -> HFCLIPConfig:
     model = config.model
     try:
         architecture = _architecture(model)
-        if model.patch_dropout is not None:
-            architecture.vision_config.patch_dropout = model.patch_dropout
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError) as error:
         raise UsageError(f"model: {error}") from error
+    if model.patch_dropout is not None:
+        if not hasattr(architecture.vision_config, "patch_dropout"):
+            raise UsageError(
+                f"model.patch_dropout: a {architecture.vision_config.model_type} tower has no patches to drop."
+            )
+        architecture.vision_config.patch_dropout = model.patch_dropout
     if not isinstance(getattr(architecture.vision_config, "image_size", None), int):
-        raise UsageError(f"model: the {architecture.vision_config.model_type} tower's config has no image_size; add it.")
+        raise UsageError(
+            f"model: the {architecture.vision_config.model_type} tower's config has no image_size; add it."
+        )
     if config.optim.loss == "sigmoid" and architecture.logit_bias_init_value is None:
         if model.checkpoint is not None:
             raise UsageError("optim.loss: sigmoid needs a logit_bias, which this checkpoint has not. Use contrastive.")
@@ -73,55 +87,68 @@ def build_processor(
     Raises:
         UsageError: if there is no tokenizer, or tokenizer or image processor do not fit the model.
     """
-    model = config.model
-    tokenizer = _tokenizer(config, architecture, source, resume)
-    text = architecture.text_config
-    own = text.model_type.startswith("hfclip_")
+    model, text = config.model, architecture.text_config
+    try:
+        image_processor = _image_processor(model, architecture.image_size)
+        tokenizer = _tokenizer(config, source, resume)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model: no tokenizer or image processor: {error}") from error
+    own = isinstance(text, (HFCLIPTextConfig, HFCLIPBagOfWordsConfig))
     if own and model.tokenizer == "train":
-        words = {"vocab_size": len(tokenizer)}
-        words |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        architecture.text_config = type(text)(**{**text.to_dict(), **words})
+        words = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        architecture.text_config = type(text)(**{**text.to_dict(), "vocab_size": len(tokenizer), **words})
     # Towers of other families may round their vocabulary up; ours has exactly the tokenizer's.
     elif len(tokenizer) > text.vocab_size or own and len(tokenizer) != text.vocab_size:
         raise UsageError(
-            f"model.tokenizer has {len(tokenizer)} tokens, but the model's text_config.vocab_size is {text.vocab_size}. "
-            "Use the tokenizer of the checkpoint, or set vocab_size."
+            f"model.tokenizer has {len(tokenizer)} tokens, but the model's text_config.vocab_size is "
+            f"{text.vocab_size}. Use the tokenizer that belongs to the checkpoint, or set vocab_size."
         )
     elif own and tokenizer.eos_token_id != text.eos_token_id:
         raise UsageError(
             f"model.tokenizer ends texts with id {tokenizer.eos_token_id}, but the model's text_config.eos_token_id, "
             f"where it pools, is {text.eos_token_id}. Set it to the tokenizer's."
         )
+    crop = (image_processor.crop_size["height"], image_processor.crop_size["width"])
+    if crop != (architecture.image_size, architecture.image_size):
+        raise UsageError(
+            f"model: the image processor cuts {crop[0]} x {crop[1]} pixels, but the model takes squares of "
+            f"{architecture.image_size}. Mend the checkpoint's preprocessor_config.json."
+        )
     # What both the text tower and the tokenizer allow, start and end included.
     tokenizer.model_max_length = min(text.max_position_embeddings, tokenizer.model_max_length)
-    return architecture, HFCLIPProcessor(_image_processor(model, architecture.vision_config.image_size), tokenizer)
+    return architecture, HFCLIPProcessor(image_processor, tokenizer)
 
 
-def _tokenizer(
-    config: Config, architecture: HFCLIPConfig, source: Source, resume: Path | None
-) -> PreTrainedTokenizerBase:
+def _image_processor(model: ModelConfig, image_size: int) -> HFCLIPImageProcessor:
+    if model.checkpoint is not None:
+        return HFCLIPImageProcessor.from_pretrained(model.checkpoint)
+    if model.vision_checkpoint is not None:
+        theirs = AutoImageProcessor.from_pretrained(model.vision_checkpoint)
+        return HFCLIPImageProcessor(size=image_size, image_mean=theirs.image_mean, image_std=theirs.image_std)
+    return HFCLIPImageProcessor(size=image_size)
+
+
+def _tokenizer(config: Config, source: Source, resume: Path | None) -> PreTrainedTokenizerBase:
     model = config.model
     if model.tokenizer == "train":
         return HFCLIPTokenizer.from_pretrained(resume) if resume else _trained_tokenizer(config, source)
-    name = model.tokenizer or model.checkpoint or model.text_checkpoint
+    if model.tokenizer is None and model.checkpoint is not None:
+        return HFCLIPProcessor.from_pretrained(model.checkpoint).tokenizer
+    name = model.tokenizer or model.text_checkpoint
     if name is None:
         raise UsageError(
-            'model.tokenizer: found null, but a model from scratch has none. Set it to "train", to OpenAI\'s merges file '
-            "(bpe_simple_vocab_16e6.txt.gz) or to a folder or Hub name with a tokenizer."
+            'model.tokenizer: found null, but a model from scratch has none. Set it to "train", to OpenAI\'s merges '
+            "file (bpe_simple_vocab_16e6.txt.gz) or to a folder or Hub name with a tokenizer."
         )
-    try:
-        if name.endswith((".gz", ".txt")):
-            return HFCLIPTokenizer.from_openai_bpe(name)
-        own = architecture.text_config.model_type.startswith("hfclip_") and name == model.checkpoint
-        return (HFCLIPTokenizer if own else AutoTokenizer).from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model.tokenizer: no tokenizer in {name!r}: {error}") from error
+    if name.endswith((".gz", ".txt")):
+        return HFCLIPTokenizer.from_openai_bpe(name)
+    return AutoTokenizer.from_pretrained(name)
 
 
 def _trained_tokenizer(config: Config, source: Source) -> HFCLIPTokenizer:
     num_samples = min(len(source), config.data.max_samples or len(source))
     chosen = np.linspace(0, num_samples - 1, min(num_samples, MAX_TOKENIZER_SAMPLES)).astype(int)
-    bar = tqdm(chosen.tolist(), desc="captions for the tokenizer", unit="sample", leave=False)
+    bar = tqdm(chosen.tolist(), desc="captions for the tokenizer", unit="sample", disable=None, leave=False)
     texts = (caption for index in bar for caption in _captions_or_none(source, index))
     return HFCLIPTokenizer.train_new_from_iterator(texts, config.model.vocab_size, show_progress=False)
 
@@ -131,21 +158,6 @@ def _captions_or_none(source: Source, index: int) -> list[str]:
         return source.captions(index)
     except BadSample:  # counted when it comes up in training
         return []
-
-
-def _image_processor(model: ModelConfig, image_size: int) -> HFCLIPImageProcessor:
-    if model.vision_checkpoint is not None:
-        theirs = AutoImageProcessor.from_pretrained(model.vision_checkpoint)
-        return HFCLIPImageProcessor(size=image_size, image_mean=theirs.image_mean, image_std=theirs.image_std)
-    if model.checkpoint is None:
-        return HFCLIPImageProcessor(size=image_size)
-    processor = HFCLIPImageProcessor.from_pretrained(model.checkpoint)
-    if set(processor.crop_size.values()) != {image_size}:
-        raise UsageError(
-            f"model.checkpoint: its image processor cuts {processor.crop_size}, but the model takes {image_size} pixels. "
-            "Mend preprocessor_config.json."
-        )
-    return processor
 
 
 def build_model(config: Config, architecture: HFCLIPConfig, resume: Path | None) -> HFCLIPModel:
@@ -195,7 +207,9 @@ def synchronise_batch_norm(model: HFCLIPModel, accelerator: Accelerator) -> None
     if accelerator.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
-        accelerator.print("BatchNorm uses the statistics of each process's own share of the batch: torch has no other way here.")
+        accelerator.print(
+            "BatchNorm uses the statistics of each process's own share of the batch: torch has no other way here."
+        )
 
 
 def describe(model: HFCLIPModel) -> str:
@@ -204,5 +218,7 @@ def describe(model: HFCLIPModel) -> str:
         sum(p.numel() for p in model.parameters() if p.requires_grad or everything) for everything in (True, False)
     )
     config = model.config
-    towers = f"{config.vision_config.model_type} at {config.vision_config.image_size} px + {config.text_config.model_type}"
+    towers = (
+        f"{config.vision_config.model_type} at {config.vision_config.image_size} px + {config.text_config.model_type}"
+    )
     return f"{towers}: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained"

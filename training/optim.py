@@ -11,9 +11,9 @@ from .config import OptimConfig, UsageError
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters in two groups: those that decay and those that do not.
 
-    Matrices, convolutions and embeddings decay. Gains, biases, the class embedding, `logit_scale` and `logit_bias`, that
-    is everything with fewer than two dimensions, do not (Radford et al. 2021, section 2.5: "all weights that are not
-    gains or biases").
+    Matrices, convolutions and embeddings decay. Gains, biases, the class embedding, `logit_scale` and `logit_bias`,
+    that is everything with fewer than two dimensions, do not (Radford et al. 2021, section 2.5: "all weights that are
+    not gains or biases").
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [

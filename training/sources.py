@@ -1,8 +1,8 @@
 """Where pairs come from: WebDataset tars, tables that `datasets` reads, and the built-in scenes.
 
-A source is a sequence of raw samples, `source[i] -> (encoded image, captions)`, read at random and never decoded here, so
-that the order of the data is the sampler's alone. `open_source` finds out what a name means; whatever is wrong with the
-whole is a `UsageError` before the run starts, whatever is wrong with one sample is a `BadSample` when it is read.
+A source is a sequence of raw samples, `source[i] -> (encoded image, captions)`, read at random and never decoded here,
+so that the order of the data is the sampler's alone. `open_source` finds out what a name means; whatever is wrong with
+the whole is a `UsageError` before the run starts, whatever is wrong with one sample is a `BadSample` when it is read.
 """
 
 import glob
@@ -109,7 +109,7 @@ _MEMBERS = [(f"{member}_{what}", np.int64) for member in ("image", "text", "json
 class ShardSource:
     """Uncompressed tars whose samples are neighbouring members with one name: `0001.jpg`, `0001.txt` or `0001.json`.
 
-    The headers of each tar are read once, and kept in the cache folder; then each sample is two reads at known offsets.
+    The headers of each tar are read once and kept in the cache folder; then each sample is two reads at known offsets.
     Samples without image or caption are left out here, and counted.
     """
 
@@ -117,7 +117,7 @@ class ShardSource:
         self.shards, self.key = shards, config.caption_key
         self.skipped = Counter()
         cache = Path(config.cache_dir).expanduser() / "indices"
-        bar = tqdm(shards, desc="indexing shards", unit="tar", disable=len(shards) < 100)
+        bar = tqdm(shards, desc="indexing shards", unit="tar", disable=None)
         parts = [self._usable(self._load_index(shard, cache)) for shard in bar]
         self.index = np.concatenate(parts) if parts else np.empty(0, _MEMBERS)
         self.starts = np.cumsum([0] + [len(part) for part in parts])
@@ -181,7 +181,7 @@ class ShardSource:
 
 def _index_tar(shard: Path) -> tuple[np.ndarray, bool]:
     """The `_MEMBERS` of each sample, and whether the tar is whole."""
-    rows, last_name, complete = [], None, True
+    rows, last_name, complete = [], None, False
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -195,10 +195,13 @@ def _index_tar(shard: Path) -> tuple[np.ndarray, bool]:
                     last_name = (folder, stem)
                     rows.append(dict.fromkeys((name for name, _ in _MEMBERS), -1))
                 rows[-1] |= {f"{kind}_offset": member.offset_data, f"{kind}_size": member.size}
+            tar.fileobj.seek(tar.offset)  # a whole tar ends with blocks of zeros; tarfile does not insist on them
+            complete = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except tarfile.ReadError as error:
         if not rows:
-            raise UsageError(f"{shard} is not an uncompressed tar file: {error}. Unpack .tar.gz shards first.") from error
-        complete = False
+            raise UsageError(
+                f"{shard} is not an uncompressed tar file: {error}. Unpack .tar.gz shards first."
+            ) from error
     return np.array([tuple(row.values()) for row in rows], _MEMBERS), complete
 
 
@@ -223,7 +226,7 @@ def find_shards(name: str, cache: Path) -> list[Path]:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """"{00..02}.tar" -> ["00.tar", "01.tar", "02.tar"]; "{a,b}.tar" -> ["a.tar", "b.tar"]."""
+    """ "{00..02}.tar" -> ["00.tar", "01.tar", "02.tar"]; "{a,b}.tar" -> ["a.tar", "b.tar"]."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
@@ -240,32 +243,29 @@ def _expand_braces(pattern: str) -> list[str]:
 
 def _fetch_shards(urls: list[str], cache: Path) -> list[Path]:
     try:
-        files, urls_found = fsspec.url_to_fs(urls[0])[0], []
+        files, found = fsspec.url_to_fs(urls[0])[0], []
         for url in urls:
+            url += "*.tar" if url.endswith("/") else ""
             path = files._strip_protocol(url)
-            if url.endswith("/"):
-                urls_found += sorted(p for p in files.ls(path, detail=False) if p.endswith(".tar"))
-            elif any(mark in url for mark in "*?["):
-                urls_found += sorted(files.glob(path))
-            elif url.endswith(".tar"):
-                urls_found.append(path)
-        return [_fetch(files, url, cache, f"{i}/{len(urls_found)}") for i, url in enumerate(urls_found, 1)]
+            if url.endswith(".tar"):
+                found += sorted(files.glob(path)) if glob.has_magic(path) else [path]
+        return [_fetch(files, path, cache, f"{number}/{len(found)}") for number, path in enumerate(found, 1)]
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"{urls[0]!r} cannot be fetched: {type(error).__name__}: {error}") from error
 
 
-def _fetch(files: fsspec.AbstractFileSystem, url: str, cache: Path, number: str) -> Path:
-    size = files.info(url).get("size")
-    folder = cache / hashlib.sha256(files.unstrip_protocol(url).encode()).hexdigest()[:16]
-    local = folder / url.rsplit("/", 1)[-1]
+def _fetch(files: fsspec.AbstractFileSystem, path: str, cache: Path, number: str) -> Path:
+    size = files.info(path).get("size")
+    folder = cache / hashlib.sha256(files.unstrip_protocol(path).encode()).hexdigest()[:16]
+    local = folder / path.rsplit("/", 1)[-1]
     if local.is_file() and size in (None, local.stat().st_size):
         return local
     folder.mkdir(parents=True, exist_ok=True)
     temporary = local.with_name(f"{local.name}.{os.getpid()}.tmp")
     bar = {"desc": f"fetching {number} {local.name}", "unit": "B", "unit_scale": True, "leave": False}
-    files.get_file(url, str(temporary), callback=TqdmCallback(tqdm_kwargs=bar))
+    files.get_file(path, str(temporary), callback=TqdmCallback(tqdm_kwargs=bar))
     if size not in (None, temporary.stat().st_size):
-        raise OSError(f"{url} broke off after {temporary.stat().st_size} of {size} bytes; run again to fetch it anew")
+        raise OSError(f"{path} broke off after {temporary.stat().st_size} of {size} bytes; run again to fetch it anew")
     os.replace(temporary, local)
     return local
 
@@ -276,7 +276,7 @@ def _fetch(files: fsspec.AbstractFileSystem, url: str, cache: Path, number: str)
 
 
 class TableSource:
-    """A table that `datasets` reads (parquet, image folder with metadata, Hub): one column of images, one of captions."""
+    """A table that `datasets` reads (parquet, image folder, Hub): one column of images, one of captions."""
 
     def __init__(self, table, image_key: str, caption_key: str):
         from datasets import Image as ImageFeature
@@ -350,5 +350,7 @@ def _load_table(name: str, split: str):
 def _find_column(columns: list[str], asked: str | None, usual: tuple[str, ...], setting: str, name: str) -> str:
     column = asked or next((key for key in usual if key in columns), None)
     if column not in columns:
-        raise UsageError(f"{name!r}: found the columns {columns}, expected {asked or ' or '.join(usual)}; set {setting}.")
+        raise UsageError(
+            f"{name!r}: found the columns {columns}, expected {asked or ' or '.join(usual)}; set {setting}."
+        )
     return column

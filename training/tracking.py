@@ -1,6 +1,7 @@
 """What a run reports: a progress bar, `metrics.jsonl` in the run folder, and any Accelerate tracker beside it."""
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -41,7 +42,12 @@ class Tracking:
         self.accelerator, self.every, self.batch_size = accelerator, config.run.log_every, config.optim.batch_size
         self.path = Path(config.run.output_dir) / METRICS_FILE
         self.bar = tqdm(
-            initial=start, total=stop, unit="step", disable=not accelerator.is_local_main_process, dynamic_ncols=True
+            initial=start,
+            total=stop,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
+            disable=not accelerator.is_local_main_process,
         )
         self.counts = torch.zeros(len(COUNTED), dtype=torch.long)
         self._reset()

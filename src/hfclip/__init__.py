@@ -16,9 +16,12 @@ _NAMES = {
     "configuration_hfclip": [
         *("HFCLIPConfig", "HFCLIPTextConfig", "HFCLIPVisionConfig", "HFCLIPResNetConfig", "HFCLIPBagOfWordsConfig"),
     ],
+    "modeling_hfclip_transformer": [
+        *("HFCLIPTextModel", "HFCLIPVisionModel", "HFCLIPBagOfWordsModel", "HFCLIPPreTrainedModel"),
+    ],
     "modeling_hfclip": [
-        *("HFCLIPModel", "HFCLIPTextModel", "HFCLIPVisionModel", "HFCLIPBagOfWordsModel", "HFCLIPPreTrainedModel"),
-        *("HFCLIPTextModelWithProjection", "HFCLIPVisionModelWithProjection", "HFCLIPForImageClassification"),
+        *("HFCLIPModel", "HFCLIPForImageClassification"),
+        *("HFCLIPTextModelWithProjection", "HFCLIPVisionModelWithProjection"),
     ],
     "modeling_hfclip_resnet": ["HFCLIPResNetModel"],
     "tokenization_hfclip": ["HFCLIPTokenizer"],
@@ -42,16 +45,18 @@ if TYPE_CHECKING:
     from .image_processing_hfclip import HFCLIPImageProcessor
     from .losses import contrastive_loss, sigmoid_loss
     from .modeling_hfclip import (
-        HFCLIPBagOfWordsModel,
         HFCLIPForImageClassification,
         HFCLIPModel,
-        HFCLIPPreTrainedModel,
-        HFCLIPTextModel,
         HFCLIPTextModelWithProjection,
-        HFCLIPVisionModel,
         HFCLIPVisionModelWithProjection,
     )
     from .modeling_hfclip_resnet import HFCLIPResNetModel
+    from .modeling_hfclip_transformer import (
+        HFCLIPBagOfWordsModel,
+        HFCLIPPreTrainedModel,
+        HFCLIPTextModel,
+        HFCLIPVisionModel,
+    )
     from .processing_hfclip import HFCLIPProcessor
     from .tokenization_hfclip import HFCLIPTokenizer
     from .zero_shot import ZeroShotClassifier

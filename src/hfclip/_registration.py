@@ -62,36 +62,33 @@ def _register_processor() -> None:
     AutoProcessor.register(HFCLIPConfig, HFCLIPProcessor, exist_ok=True)
 
 
-AUTO, OWN = "transformers.models.auto.", f"{__package__}."
-
-# Auto module: (registration to run once it is there, our modules that it imports)
+AUTO = "transformers.models.auto."
 REGISTRATIONS = {
-    AUTO + "configuration_auto": (_register_configs, {OWN + "configuration_hfclip"}),
-    AUTO + "modeling_auto": (_register_models, {OWN + "modeling_hfclip_resnet", OWN + "modeling_hfclip"}),
-    AUTO + "tokenization_auto": (_register_tokenizer, {OWN + "tokenization_hfclip"}),
-    AUTO + "image_processing_auto": (_register_image_processor, {OWN + "image_processing_hfclip"}),
-    AUTO + "processing_auto": (_register_processor, {OWN + "processing_hfclip"}),
+    AUTO + "configuration_auto": _register_configs,
+    AUTO + "modeling_auto": _register_models,
+    AUTO + "tokenization_auto": _register_tokenizer,
+    AUTO + "image_processing_auto": _register_image_processor,
+    AUTO + "processing_auto": _register_processor,
 }
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the awaited modules like everybody else, and registers behind their execution.
 
-    Our own modules are awaited too: one of them may be what imports an Auto module, and cannot be registered before
-    it has run to its end itself.
+    Our own modules are awaited too. These modules import each other, so registrations wait until none of them is
+    halfway through its execution.
     """
 
     def __init__(self):
-        self.awaited = {*REGISTRATIONS, *(name for _, needed in REGISTRATIONS.values() for name in needed)}
-        self.executing: set[str] = set()
-        self.loaders: dict[str, importlib.abc.Loader] = {}
         self.waiting = dict(REGISTRATIONS)
+        self.loaders: dict[str, importlib.abc.Loader] = {}
+        self.num_executing = 0
 
     def find_spec(self, name, path=None, target=None):
-        if name not in self.awaited:
+        if name not in self.waiting and not name.startswith(f"{__package__}."):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             self.loaders[name], spec.loader = spec.loader, self
         return spec
 
@@ -101,18 +98,18 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module) -> None:
         name = module.__spec__.name
         module.__spec__.loader = module.__loader__ = self.loaders.pop(name)
-        self.executing.add(name)
+        self.num_executing += 1
         try:
             module.__loader__.exec_module(module)
         finally:
-            self.executing.discard(name)
+            self.num_executing -= 1
         self.register()
 
     def register(self) -> None:
-        """Runs every registration that waits, whose Auto module is imported and whose own modules are not halfway."""
-        for auto, (registration, needed) in list(self.waiting.items()):
-            if auto in sys.modules and not self.executing & {auto, *needed, OWN + "configuration_hfclip"}:
-                if self.waiting.pop(auto, None):
+        """Runs each registration whose Auto module is there, unless an awaited module is halfway."""
+        for auto in list(self.waiting):
+            if auto in sys.modules and not self.num_executing:
+                if registration := self.waiting.pop(auto, None):
                     registration()
 
 

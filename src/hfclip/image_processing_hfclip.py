@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 import torch
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
@@ -27,7 +27,16 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 ImageSource = PIL.Image.Image | np.ndarray | torch.Tensor | bytes | str | os.PathLike
 ResizeBackend = Literal["pil", "torch"]
 
-_EXIF_ORIENTATION = 0x0112
+_ORIENTATION = PIL.ExifTags.Base.Orientation
+_TURNS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
 _URL_TIMEOUT = 30  # seconds
 _BICUBIC = PILImageResampling.BICUBIC
 # PIL's filters that torch also has with antialiasing
@@ -97,10 +106,16 @@ def _as_file(source: bytes | str | os.PathLike) -> io.BytesIO | str | os.PathLik
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-        return image if orientation == 1 else PIL.ImageOps.exif_transpose(image)
-    except Exception:  # malformed EXIF is common on the web and leaves the pixels sound
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # malformed EXIF leaves the pixels sound; PIL raises what its parser happens to meet
         return image
+    if turn is None:
+        return image
+    # PIL.ImageOps.exif_transpose would also write the other tags anew, and fail where they are malformed
+    image = image.transpose(turn)
+    for key in ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"):
+        image.info.pop(key, None)  # or a second call would turn it again
+    return image
 
 
 def _to_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -170,7 +185,8 @@ def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarr
 def _resized(
     image: PIL.Image.Image, size: Mapping | SizeDict, resample: int, resize_backend: ResizeBackend
 ) -> PIL.Image.Image:
-    """`image` resized to `size`, {"shortest_edge"} (torchvision's rounding) or {"height", "width"}; mode unchanged.
+    """`image` resized to `size`, {"shortest_edge"} (torchvision's rounding) or {"height", "width"}, by PIL in
+    its mode, by torch as RGB.
 
     Raises `ValueError` before anything is allocated when the result would exceed twice `PIL.Image.MAX_IMAGE_PIXELS`,
     which is also where PIL refuses to open a file (default 178,956,970 pixels).
@@ -206,7 +222,7 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _center_cropped(image: PIL.Image.Image, height: int, width: int) -> np.ndarray:
-    """The middle of `image` as RGB, (height, width, 3) uint8, with torchvision's rounding; black where it is smaller."""
+    """The middle of `image` as RGB, (height, width, 3) uint8, rounded as torchvision does; black where it is smaller."""
     # torchvision pads by half the missing pixels, rounded down, and rounds the offset of a crop half to even
     left, pad_left = round(max(image.width - width, 0) / 2), max(width - image.width, 0) // 2
     top, pad_top = round(max(image.height - height, 0) / 2), max(height - image.height, 0) // 2
@@ -338,6 +354,7 @@ class HFCLIPImageProcessor(BaseImageProcessor):
 
     valid_kwargs = HFCLIPImageProcessorKwargs
     model_input_names = ["pixel_values"]
+    _auto_class = "AutoImageProcessor"  # saved folders carry this code, for where hfclip is not installed
 
     do_resize = True
     size = {"shortest_edge": 224}

@@ -22,6 +22,8 @@ class HFCLIPProcessor(ProcessorMixin):
     of hfclip with the saved settings, since transformers' own differ from openai/CLIP in some pixels and ids.
     """
 
+    _auto_class = "AutoProcessor"  # saved folders carry this code, so that they load where hfclip is not installed
+
     def __init__(self, image_processor, tokenizer):
         super().__init__(image_processor, tokenizer)
 

@@ -76,7 +76,7 @@ def _clean(text: str) -> str:
             'clean="none" and accept ids that differ from OpenAI\'s.'
         )
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return _WHITE_SPACE.sub(" ", text).strip().lower()
+    return _WHITE_SPACE.sub(" ", text).lower()
 
 
 # ftfy takes about 30 us a text, and the labels of a zero-shot task come again with every image.
@@ -344,6 +344,7 @@ class HFCLIPTokenizer(TokenizersBackend):
 
     vocab_files_names = {"vocab_file": "vocab.json", "merges_file": "merges.txt", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
+    _auto_class = "AutoTokenizer"  # saved folders carry this code, so that they load where hfclip is not installed
     model = BPE
 
     def __init__(
@@ -484,7 +485,9 @@ class HFCLIPTokenizer(TokenizersBackend):
             logger.warning(f"The texts gave {len(vocab)} of the {vocab_size} tokens asked for: train on more text.")
         if self.pad_token_id == 0:
             del named["pad_token"]
-        settings = {"clean": self.clean, "model_max_length": self.model_max_length, "extra_special_tokens": extra}
+        settings = {"clean": self.clean, "model_max_length": self.model_max_length}
+        if extra:
+            settings["extra_special_tokens"] = extra
         return type(self)(vocab=vocab, merges=merges[:num_merges], **named, **settings)
 
     def _train_merges(self, text_iterator, vocab_size: int, length: int | None, **kwargs) -> list[tuple[str, str]]:

@@ -1,0 +1,17 @@
+.PHONY: install check test bench quickstart
+
+install:
+	pip install -e ".[test]"
+
+check:
+	ruff check .
+	ruff format --check .
+
+test:
+	python -m pytest
+
+bench:
+	python benchmarks/inference.py
+
+quickstart:
+	accelerate launch training/pretrain.py

@@ -1,0 +1,490 @@
+"""The ViT and the text towers, with the parameter names of transformers' `CLIPModel`.
+
+    pixel_values -> patches, class token, positions -> LayerNorm -> blocks -> class token -> LayerNorm -> pooled
+    input_ids    -> tokens, positions -> causal blocks -> LayerNorm -> first end-of-text token -> pooled
+
+Departures from transformers' `CLIPModel`, all exact to float tolerance:
+
+- Text is packed. In a causal tower nothing behind the end-of-text token can change the embedding, so a batch of
+  captions is computed as one flat list of its real tokens; only attention sees a padded form.
+- Where only the embedding is asked for, the last ViT block computes the class token alone.
+- Images of any size that the patch divides are served by interpolating the positions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_hfclip import HFCLIPBagOfWordsConfig, HFCLIPConfig, HFCLIPTextConfig, HFCLIPVisionConfig
+from .modeling_hfclip_resnet import check_pixel_values, drawn_with, initialize_leaf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which tokens of a text count
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, eos_token_id: int) -> torch.Tensor:
+    """(batch,) position that each text is pooled at: its first end-of-text token.
+
+    A text without one (cut by hand) is pooled at its last real token, if an attention mask says which that is.
+
+    Raises:
+        ValueError: no end-of-text token and no attention mask; pooling position 0 would be silently wrong
+            (open_clip issue 1151).
+    """
+    is_eos = input_ids == eos_token_id
+    if attention_mask is not None:
+        is_eos = is_eos & attention_mask.bool()
+    first_eos = is_eos.int().argmax(dim=-1)
+    if attention_mask is not None:
+        order = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last_real = (attention_mask.bool() * order).argmax(dim=-1)
+        return torch.where(is_eos.any(dim=-1), first_eos, last_real)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return first_eos
+    missing = (~is_eos.any(dim=-1)).nonzero().flatten().tolist()
+    if missing:
+        raise ValueError(
+            f"input_ids: found no end-of-text token {eos_token_id} in row(s) {missing[:5]}, expected one in each. "
+            "Let the tokenizer truncate (it keeps that token), or pass the attention_mask."
+        )
+    return first_eos
+
+
+@dataclass
+class PackedTexts:
+    """Where the real tokens of a padded batch lie: flat (num_tokens, ...) tensors <-> (batch, length, ...) tensors."""
+
+    index: torch.Tensor  # (num_tokens,) position of each real token in the flattened (batch * length) layout
+    positions: torch.Tensor  # (num_tokens,) position of each real token in its text
+    last: torch.Tensor  # (batch,) index of each text's pooled token in the flat layout
+    batch_size: int
+    length: int
+
+    @classmethod
+    @torch.compiler.disable
+    def of(cls, attention_mask: torch.Tensor | None, pooled: torch.Tensor) -> "PackedTexts | None":
+        """The tokens up to the pooled one; None if padding lies among them, which only a full mask can express."""
+        order = torch.arange(int(pooled.max()) + 1, device=pooled.device)
+        keep = order <= pooled[:, None]
+        if attention_mask is not None and not bool(attention_mask[:, : len(order)].bool()[keep].all()):
+            return None
+        index = keep.flatten().nonzero().flatten()
+        last = (pooled + 1).cumsum(dim=0) - 1
+        return cls(index, index % len(order), last, len(keep), len(order))
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """(batch, at least length, ...) -> (num_tokens, ...)"""
+        return padded[:, : self.length].flatten(0, 1).index_select(0, self.index)
+
+    def pad(self, packed: torch.Tensor) -> torch.Tensor:
+        """(num_tokens, hidden) -> (batch, length, hidden), zeros in the places without a token"""
+        padded = packed.new_zeros(self.batch_size * self.length, packed.shape[-1])
+        return padded.index_copy(0, self.index, packed).view(self.batch_size, self.length, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer blocks, shared by both towers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out; the only implementation that returns its weights."""
+    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    # (batch, heads, queries, head_dim) -> (batch, queries, heads, head_dim)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class HFCLIPAttention(nn.Module):
+    def __init__(self, config: HFCLIPVisionConfig | HFCLIPTextConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False  # the text tower says so per call
+        width, depth = config.hidden_size, config.num_hidden_layers
+        self.k_proj = drawn_with(width**-0.5, nn.Linear(width, width))
+        self.v_proj = drawn_with(width**-0.5, nn.Linear(width, width))
+        self.q_proj = drawn_with(width**-0.5, nn.Linear(width, width))
+        self.out_proj = drawn_with((2 * depth * width) ** -0.5, nn.Linear(width, width))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        packed: PackedTexts | None = None,
+        num_queries: int | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, seq, hidden), or (num_tokens, hidden) with `packed`. `num_queries`: only the first ones attend."""
+        query = self.q_proj(hidden_states[:, :num_queries])
+        key = self.k_proj(hidden_states)
+        value = self.v_proj(hidden_states)
+        if packed is not None:
+            query, key, value = packed.pad(query), packed.pad(key), packed.pad(value)
+        # (batch, seq, hidden) -> (batch, heads, seq, head_dim)
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        # (batch, seq, heads, head_dim) -> (batch, seq, hidden)
+        attended = attended.flatten(-2)
+        if packed is not None:
+            attended = packed.pack(attended)
+        return self.out_proj(attended), weights
+
+
+class HFCLIPMLP(nn.Module):
+    def __init__(self, config: HFCLIPVisionConfig | HFCLIPTextConfig):
+        super().__init__()
+        self.config = config
+        self.activation_fn = ACT2FN[config.hidden_act]
+        width, depth = config.hidden_size, config.num_hidden_layers
+        self.fc1 = drawn_with((2 * width) ** -0.5, nn.Linear(width, config.intermediate_size))
+        self.fc2 = drawn_with((2 * depth * width) ** -0.5, nn.Linear(config.intermediate_size, width))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class HFCLIPEncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: HFCLIPVisionConfig | HFCLIPTextConfig):
+        super().__init__()
+        self.self_attn = HFCLIPAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = HFCLIPMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
+        residual = hidden_states[:, : kwargs.get("num_queries")]
+        attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
+        hidden_states = residual + attended
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class HFCLIPEncoder(nn.Module):
+    def __init__(self, config: HFCLIPVisionConfig | HFCLIPTextConfig):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList([HFCLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_queries: int | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """`num_queries`: the last block computes only that many positions, all that the caller will read."""
+        for layer in self.layers[:-1]:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return self.layers[-1](hidden_states, attention_mask, num_queries=num_queries, **kwargs)
+
+
+class HFCLIPPreTrainedModel(PreTrainedModel):
+    config_class = HFCLIPConfig
+    config: HFCLIPConfig
+    base_model_prefix = "hfclip"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _auto_class = "AutoModel"  # saved folders carry this code, so that they load where hfclip is not installed
+    _no_split_modules = ["HFCLIPTextEmbeddings", "HFCLIPVisionEmbeddings", "HFCLIPEncoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": HFCLIPEncoderLayer, "attentions": HFCLIPAttention}
+    # Buffers that transformers before version 5 wrote into CLIP checkpoints.
+    _keys_to_ignore_on_load_unexpected = [r"position_ids"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """OpenAI's initialisation (`CLIP.initialize_parameters`), for both towers.
+
+        transformers' CLIP swaps the standard deviations of the query/key/value and the output projections.
+        """
+        factor = self.config.initializer_factor
+        if isinstance(module, HFCLIPVisionEmbeddings):
+            init.normal_(module.class_embedding, std=module.config.hidden_size**-0.5 * factor)
+        else:
+            initialize_leaf(module, factor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image tower
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class HFCLIPVisionEmbeddings(nn.Module):
+    """Patches, class token and positions."""
+
+    def __init__(self, config: HFCLIPVisionConfig):
+        super().__init__()
+        self.config = config
+        self.grid_size = config.image_size // config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        patches = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size, bias=False)
+        positions = nn.Embedding(1 + self.grid_size**2, config.hidden_size)
+        self.patch_embedding = drawn_with((config.num_channels * config.patch_size**2) ** -0.5, patches)
+        self.position_embedding = drawn_with(config.hidden_size**-0.5, positions)
+
+    def positions(self, height: int, width: int) -> torch.Tensor:
+        """(1 + height * width, hidden) for a grid of patches: the trained grid, or it bicubically interpolated."""
+        trained = self.position_embedding.weight
+        if height == width == self.grid_size:
+            return trained
+        # (grid * grid, hidden) -> (1, hidden, grid, grid) -> (1, hidden, height, width) -> (height * width, hidden)
+        grid = trained[1:].T.reshape(1, -1, self.grid_size, self.grid_size)
+        grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
+        return torch.cat([trained[:1], grid.flatten(2)[0].T])
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        # (batch, channels, height, width) -> (batch, hidden, rows, columns)
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        positions = self.positions(*patches.shape[-2:])
+        # (batch, hidden, rows, columns) -> (batch, rows * columns, hidden) -> (batch, 1 + rows * columns, hidden)
+        patches = patches.flatten(2).transpose(1, 2)
+        class_token = self.class_embedding.expand(len(patches), 1, -1)
+        embeddings = torch.cat([class_token, patches], dim=1) + positions
+        if self.training and self.config.patch_dropout:
+            embeddings = self.drop_patches(embeddings)
+        return embeddings
+
+    def drop_patches(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Keeps the class token and a random share of the patches of each image (FLIP, arXiv 2212.00794)."""
+        batch_size, length, hidden = embeddings.shape
+        num_kept = max(1, round((length - 1) * (1 - self.config.patch_dropout)))
+        noise = torch.rand(batch_size, length - 1, device=embeddings.device)
+        kept = 1 + noise.argsort(dim=1)[:, :num_kept]
+        kept = torch.cat([kept.new_zeros(batch_size, 1), kept], dim=1)
+        # (batch, length, hidden) -> (batch, 1 + num_kept, hidden)
+        return embeddings.gather(1, kept[..., None].expand(-1, -1, hidden))
+
+
+class HFCLIPVisionModel(HFCLIPPreTrainedModel):
+    """ViT image tower. Its pooled output is the class token behind the last LayerNorm, not yet projected."""
+
+    config_class = HFCLIPVisionConfig
+    config: HFCLIPVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
+
+    def __init__(self, config: HFCLIPVisionConfig):
+        super().__init__(config)
+        self.embeddings = HFCLIPVisionEmbeddings(config)
+        # The misspelling is part of every CLIP checkpoint on the Hub.
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = HFCLIPEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        pooled_only: bool = False,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Hidden states and the pooled output of images.
+
+        Args:
+            pixel_values: (batch, channels, height, width), normalised; height and width multiples of the patch. Other
+                sizes than the trained one are served by interpolating the positions, unless
+                `interpolate_pos_encoding` is False.
+            pooled_only: compute nothing but the pooled output; `last_hidden_state` is then None.
+
+        Returns:
+            `last_hidden_state` (batch, 1 + patches, hidden), before the last LayerNorm;
+            `pooler_output` (batch, hidden), not normalised.
+
+        Raises:
+            ValueError: wrong shape, or a size that the patch does not divide.
+        """
+        check_pixel_values(pixel_values, self.config, self.config.patch_size, interpolate_pos_encoding)
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
+        hidden_states = self.encoder(hidden_states, num_queries=1 if pooled_only else None, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=None if pooled_only else hidden_states,
+            pooler_output=self.post_layernorm(hidden_states[:, 0]),
+        )
+
+    def features_for_classification(self, outputs: BaseModelOutputWithPooling) -> torch.Tensor:
+        """(batch, hidden_size): the mean over the patches, what transformers' CLIP classifier reads."""
+        return outputs.last_hidden_state[:, 1:].mean(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text towers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class HFCLIPTextEmbeddings(nn.Module):
+    """Tokens and learned positions."""
+
+    def __init__(self, config: HFCLIPTextConfig):
+        super().__init__()
+        self.token_embedding = drawn_with(0.02, nn.Embedding(config.vocab_size, config.hidden_size))
+        positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_embedding = drawn_with(0.01, positions)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
+
+
+def check_input_ids(input_ids: torch.Tensor | None, max_length: int) -> None:
+    """Raises ValueError for ids that are missing, not two-dimensional or longer than the context."""
+    if input_ids is None:
+        raise ValueError("You have to specify input_ids, a (batch, length) tensor of token ids.")
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: found shape {tuple(input_ids.shape)}, expected (batch, length).")
+    if input_ids.shape[1] > max_length:
+        raise ValueError(
+            f"Sequence length must be at most max_position_embeddings: found {input_ids.shape[1]} tokens, expected at "
+            f"most {max_length}. Truncate with the tokenizer, which keeps the end-of-text token."
+        )
+
+
+class HFCLIPTextModel(HFCLIPPreTrainedModel):
+    """Causal text transformer. Its pooled output is the first end-of-text token behind the last LayerNorm."""
+
+    config_class = HFCLIPTextConfig
+    config: HFCLIPTextConfig
+    base_model_prefix = "text_model"
+    input_modalities = ("text",)
+    _input_embed_layer = "token_embedding"
+
+    def __init__(self, config: HFCLIPTextConfig):
+        super().__init__(config)
+        self.embeddings = HFCLIPTextEmbeddings(config)
+        self.encoder = HFCLIPEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        skip_padding: bool = False,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Hidden states and the pooled output of texts.
+
+        Args:
+            input_ids: (batch, length), each row with an end-of-text token.
+            attention_mask: (batch, length), 1 for real tokens. Not needed for texts padded on the right.
+            position_ids: (batch, length) or (1, length), default 0, 1, 2, ...
+            skip_padding: compute nothing for the tokens behind each first end-of-text token. The pooled output is
+                the same; `last_hidden_state` is zero there. Ignored where all positions are asked for
+                (`output_hidden_states`, `output_attentions`), for `position_ids`, and for padding in front.
+
+        Returns:
+            `last_hidden_state` (batch, length, hidden), behind the last LayerNorm;
+            `pooler_output` (batch, hidden), not projected, not normalised.
+
+        Raises:
+            ValueError: ids missing, longer than the context, or without end-of-text token and attention mask.
+        """
+        check_input_ids(input_ids, self.config.max_position_embeddings)
+        pooled = pooled_positions(input_ids, attention_mask, self.config.eos_token_id)
+        packed = None
+        if skip_padding and position_ids is None and not torch.jit.is_tracing():
+            if not (kwargs.get("output_hidden_states") or kwargs.get("output_attentions")):
+                packed = PackedTexts.of(attention_mask, pooled)
+        if packed is not None:
+            return self._forward_packed(input_ids, packed, **kwargs)
+
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        hidden_states = self.embeddings(input_ids, position_ids)
+        causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
+        hidden_states = self.encoder(hidden_states, causal_mask, **{**kwargs, "is_causal": True})
+        hidden_states = self.final_layer_norm(hidden_states)
+        rows = torch.arange(len(pooled), device=pooled.device)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[rows, pooled])
+
+    def _forward_packed(self, input_ids: torch.Tensor, packed: PackedTexts, **kwargs) -> BaseModelOutputWithPooling:
+        hidden_states = self.embeddings(packed.pack(input_ids), packed.positions)
+        layout = hidden_states.new_empty(packed.batch_size, packed.length, 1)
+        causal_mask = create_causal_mask(self.config, layout, None, past_key_values=None)
+        hidden_states = self.encoder(hidden_states, causal_mask, **{**kwargs, "is_causal": True, "packed": packed})
+        hidden_states = self.final_layer_norm(hidden_states)
+        last_hidden_state = F.pad(packed.pad(hidden_states), (0, 0, 0, input_ids.shape[1] - packed.length))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state, pooler_output=hidden_states.index_select(0, packed.last)
+        )
+
+
+class HFCLIPBagOfWordsModel(HFCLIPPreTrainedModel):
+    """Bag-of-words text tower: LayerNorm of the mean embedding of a caption's tokens, order ignored."""
+
+    config_class = HFCLIPBagOfWordsConfig
+    config: HFCLIPBagOfWordsConfig
+    base_model_prefix = "text_model"
+    input_modalities = ("text",)
+    _input_embed_layer = "token_embedding"
+    _can_record_outputs = {}
+
+    def __init__(self, config: HFCLIPBagOfWordsConfig):
+        super().__init__(config)
+        self.token_embedding = drawn_with(0.02, nn.Embedding(config.vocab_size, config.hidden_size))
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """`last_hidden_state` (batch, length, hidden): token embeddings; `pooler_output` (batch, hidden).
+
+        The words of a caption are the tokens in front of its first end-of-text token, without the start token.
+        """
+        check_input_ids(input_ids, self.config.max_position_embeddings)
+        pooled = pooled_positions(input_ids, attention_mask, self.config.eos_token_id)
+        is_word = torch.arange(input_ids.shape[1], device=input_ids.device) < pooled[:, None]
+        is_word = is_word & (input_ids != self.config.bos_token_id)
+        if attention_mask is not None:
+            is_word = is_word & attention_mask.bool()
+        hidden_states = self.token_embedding(input_ids)
+        weights = is_word.to(hidden_states.dtype) / is_word.sum(dim=1, keepdim=True).clamp(min=1)
+        # (batch, 1, length) @ (batch, length, hidden) -> (batch, hidden)
+        mean = (weights[:, None].to(hidden_states.dtype) @ hidden_states)[:, 0]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=self.final_layer_norm(mean)
+        )

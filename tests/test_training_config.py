@@ -1,0 +1,114 @@
+"""Settings: every recipe parses, the command line overrides, and each mistake is told before any work."""
+
+import dataclasses
+
+import pytest
+import yaml
+from training_utils import tiny_recipe
+
+from training.config import CONFIG_FOLDER, SECTIONS, Config, UsageError, load_yaml, parse_arguments
+
+
+def write(folder, values):
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values) if isinstance(values, dict) else values)
+    return str(path)
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml")))
+def test_every_shipped_recipe_is_valid(recipe):
+    assert isinstance(Config.from_dict(load_yaml(recipe)), Config)
+
+
+def test_no_arguments_mean_the_quickstart():
+    config, resume = parse_arguments([])
+    assert config == Config.from_dict(load_yaml("quickstart"))
+    assert config.data.train == "scenes"
+    assert resume is None
+
+
+def test_command_line_overrides_the_file(tmp_path):
+    path = write(tmp_path, tiny_recipe(tmp_path))
+    arguments = ["--optim.lr", "1e-2", "--data.train=x.tar", "--run.trackers", "tensorboard,wandb", "--model.compile"]
+    arguments += ["--model.config", "null", "--model.preset", "ViT-B/32", "--optim.max_grad_norm", "1"]
+    config, resume = parse_arguments(["--config", path, "--resume", "auto", *arguments])
+    assert (config.optim.lr, config.data.train, resume) == (0.01, "x.tar", "auto")
+    assert config.run.trackers == ["tensorboard", "wandb"]
+    assert config.model.compile and config.model.config is None and config.model.preset == "ViT-B/32"
+    assert isinstance(config.optim.max_grad_norm, float)
+    assert config.optim.batch_size == 16  # of the file
+
+
+def test_inline_model_may_be_given_on_the_command_line():
+    config, _ = parse_arguments(["--model.config", "{projection_dim: 8}"])
+    assert config.model.config == {"projection_dim": 8}
+
+
+def test_saved_config_names_the_same_run(tmp_path):
+    config, _ = parse_arguments(["--optim.lr", "3e-7", "--data.max_samples", "100"])
+    config.save(tmp_path / "saved.yaml")
+    assert parse_arguments(["--config", str(tmp_path / "saved.yaml")])[0] == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--optim.lrr", "1"], ["--optim.lrr", "Did you mean '--optim.lr'"]),
+        (["--batch_size", "1"], ["Did you mean '--optim.batch_size'"]),
+        (["--optim.lr"], ["--optim.lr", "expected one argument"]),
+        (["--optim.lr", "fast"], ["optim.lr", "'fast'", "number"]),
+        (["--optim.lr", "-1"], ["optim.lr", "-1.0", "above 0"]),
+        (["--optim.lr", "nan"], ["optim.lr", "nan", "above 0"]),
+        (["--optim.batch_size", "2.5"], ["optim.batch_size", "2.5", "int"]),
+        (["--optim.batch_size", "true"], ["optim.batch_size", "True", "int"]),
+        (["--optim.batch_size", "1"], ["optim.batch_size", "no negatives"]),
+        (["--optim.batch_size", "[1"], ["optim.batch_size", "not a YAML value"]),
+        (["--run.precision", "fp8"], ["run.precision", "'fp8'", "'bf16', 'fp16', 'fp32'"]),
+        (["--data.num_workers", "null"], ["data.num_workers", "None", "int"]),
+        (["--model.preset", "ViT-B/32"], ["preset and config", "exactly one", "null"]),
+        (["--model.config", "null"], ["nothing names the model"]),
+        (["--model.config", "null", "--model.vision_checkpoint", "x"], ["set alone", "text_checkpoint"]),
+        (["--model.patch_dropout", "1"], ["patch_dropout", "0 <= value < 1"]),
+        (["--config", "quickstrat"], ["quickstrat", "recipes", "quickstart"]),
+    ],
+)
+def test_rejects_mistaken_arguments(arguments, words):
+    with pytest.raises(UsageError) as error:
+        parse_arguments(arguments)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"optim": {"learning_rate": 1}}, ["optim.learning_rate"]),
+        ({"optim": {"bach_size": 8}}, ["Did you mean 'optim.batch_size'"]),
+        ({"optimizer": {"lr": 1}}, ["section 'optimizer'", "Did you mean 'optim'"]),
+        ({"optim": [1, 2]}, ["optim", "[1, 2]", "mapping"]),
+        ({"run": {"trackers": [1]}}, ["run.trackers", "[1]", "list of text"]),
+        ("optim: {lr: 1", ["not a YAML file", "line 1"]),
+        ("just text", ["'just text'", "mapping of sections"]),
+    ],
+)
+def test_rejects_mistaken_files(values, words, tmp_path):
+    with pytest.raises(UsageError) as error:
+        parse_arguments(["--config", write(tmp_path, values)])
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    for name, section in SECTIONS.items():
+        for field in dataclasses.fields(section):
+            flag = f"--{name}.{field.name} "
+            assert flag in text
+            assert "(default:" in text[text.index(flag) :][:800]
+    assert "Weights and optimizer state are float32" in " ".join(text.split())  # a field's docstring
+
+
+def test_settings_stay_few():
+    """A new setting needs a reason, and perhaps one less elsewhere."""
+    assert sum(len(dataclasses.fields(section)) for section in SECTIONS.values()) <= 46

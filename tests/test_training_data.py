@@ -1,0 +1,412 @@
+"""Reading of training data: real tars, tables and servers; an order that is a pure function; damage is counted."""
+
+import functools
+import gzip
+import http.server
+import io
+import json
+import random
+import threading
+from collections import Counter
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_utils import caption, image_bytes, pairs, tiny_recipe, write_tar
+
+from hfclip import HFCLIPTokenizer
+from training.config import Config, DataConfig, UsageError
+from training.data import COUNTED, Collate, PairDataset, build_loader, caption_id, rank_slice, shuffled
+from training.sources import BadSample, ShardSource, find_shards, open_source
+
+
+def config_of(folder, **sections):
+    return Config.from_dict(tiny_recipe(folder, **sections))
+
+
+def opened(folder, name=None, **data):
+    config = config_of(folder, data=data)
+    return open_source(str(name or folder / "shards"), config.data, split="train", image_size=32)
+
+
+def shards(folder, num_pairs, num_shards=2):
+    """A folder of tars with pairs 0 ... num_pairs - 1 in turn."""
+    (folder / "shards").mkdir(exist_ok=True)
+    for i in range(num_shards):
+        write_tar(folder / "shards" / f"{i:02d}.tar", pairs(range(i, num_pairs, num_shards)))
+    return folder / "shards"
+
+
+@functools.cache
+def tokenizer():
+    tokenizer = HFCLIPTokenizer.train_new_from_iterator(map(caption, range(300)), 600, show_progress=False)
+    tokenizer.model_max_length = 16
+    return tokenizer
+
+
+def batches(config, source, start=0, stop=4, rank=0, num_ranks=1):
+    dataset = PairDataset(source, config, 32)
+    collate = Collate(tokenizer(), pad_to_max=False, group=config.data.group_captions)
+    return list(build_loader(dataset, collate, config, start=start, stop=stop, rank=rank, num_ranks=num_ranks))
+
+
+def texts(batch):
+    return tokenizer().batch_decode(batch["input_ids"], skip_special_tokens=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 17, 64, 1000])
+def test_shuffled_is_a_bijection_in_every_epoch(length):
+    orders = [[shuffled(i, length, seed=3, epoch=epoch) for i in range(length)] for epoch in range(3)]
+    assert all(sorted(order) == list(range(length)) for order in orders)
+    if length > 16:
+        assert orders[0] != orders[1] != orders[2] != list(range(length))
+
+
+def test_shuffled_looks_random():
+    """Where a sample lies in one epoch says nothing about the next, nor do neighbours stay together."""
+    length = 4096
+    a, b = (np.array([shuffled(i, length, seed=0, epoch=epoch) for i in range(length)]) for epoch in (0, 1))
+    # Correlations of independent permutations have standard deviation 1 / 64; five of them are beyond chance.
+    assert abs(np.corrcoef(a, b)[0, 1]) < 5 / 64
+    assert abs(np.corrcoef(a[:-1], a[1:])[0, 1]) < 5 / 64
+    assert abs(np.corrcoef(a, np.arange(length))[0, 1]) < 5 / 64
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+def test_rank_slices_make_the_batch(num_ranks):
+    slices = [rank_slice(16, rank, num_ranks) for rank in range(num_ranks)]
+    assert [slot for part in slices for slot in part] == list(range(16))
+    assert max(map(len, slices)) - min(map(len, slices)) <= 1
+
+
+def test_batches_are_the_same_for_any_ranks_and_workers(tmp_path):
+    source = ShardSource(
+        find_shards(str(shards(tmp_path, 50)), tmp_path), DataConfig(cache_dir=str(tmp_path / "cache"))
+    )
+    alone = batches(config_of(tmp_path), source, stop=5)
+    several = config_of(tmp_path, data={"num_workers": 2})
+    split = [batches(several, source, stop=5, rank=rank, num_ranks=3) for rank in range(3)]
+    for step, whole in enumerate(alone):
+        parts = [part[step] for part in split]
+        assert torch.equal(torch.cat([part["pixel_values"] for part in parts]), whole["pixel_values"])
+        assert sum(map(texts, parts), []) == texts(whole)
+
+
+def test_reading_from_any_step_gives_what_comes_there(tmp_path):
+    source, config = opened(tmp_path, shards(tmp_path, 50)), config_of(tmp_path)
+    all_steps, later = batches(config, source, stop=7), batches(config, source, start=4, stop=7)
+    for a, b in zip(all_steps[4:], later, strict=True):
+        assert torch.equal(a["pixel_values"], b["pixel_values"]) and torch.equal(a["input_ids"], b["input_ids"])
+
+
+def test_an_epoch_shows_each_pair_once_and_the_next_in_another_order(tmp_path):
+    source, config = opened(tmp_path, shards(tmp_path, 48)), config_of(tmp_path)
+    seen = [text for batch in batches(config, source, stop=6) for text in texts(batch)]
+    first, second = seen[:48], seen[48:]
+    assert sorted(first) == sorted(second) == sorted(map(caption, range(48)))
+    assert first != second
+
+
+def test_images_belong_to_their_captions_and_crops_move(tmp_path):
+    source, config = opened(tmp_path, shards(tmp_path, 16)), config_of(tmp_path)
+    first, second = batches(config, source, stop=2)
+    by_text = [dict(zip(texts(batch), batch["pixel_values"], strict=True)) for batch in (first, second)]
+    moved = 0
+    for seed in range(16):
+        pixels = np.asarray(Image.open(io.BytesIO(image_bytes(seed)))).transpose(
+            2, 0, 1
+        )  # 40 x 32 pixels, crop 32 x 32
+        for crops in by_text:
+            crop = crops[caption(seed)].numpy()
+            assert any((pixels[:, :, x : x + 32] == crop).all() for x in range(9))
+        moved += not torch.equal(by_text[0][caption(seed)], by_text[1][caption(seed)])
+    assert moved > 8  # a crop stays where it was with probability 1 / 9
+
+
+def test_one_of_several_captions_is_chosen_by_epoch(tmp_path):
+    record = {"captions": ["red", "green", "blue"], "id": 7}
+    members = [(f"{i}.{kind}", data) for i in range(16) for kind, data in _both(i, json.dumps(record).encode())]
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "0.tar", members)
+    source, config = opened(tmp_path), config_of(tmp_path)
+    seen = [texts(batch) for batch in batches(config, source, stop=4)]
+    assert set(sum(seen, [])) == {"red", "green", "blue"} and len({tuple(epoch) for epoch in seen}) == 4
+    assert seen == [texts(batch) for batch in batches(config, source, stop=4)]
+
+
+def _both(seed, record):
+    return ("jpg", image_bytes(seed)), ("json", record)
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def test_group_ids_follow_the_caption_and_nothing_else(tmp_path):
+    members = [(f"{i}.{kind}", data) for i in range(16) for kind, data in (("png", image_bytes(i)), ("txt", b"a cat"))]
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "0.tar", [*members, *pairs(range(100, 116))])
+    source = opened(tmp_path)
+    config = config_of(tmp_path, data={"group_captions": True}, optim={"batch_size": 32})
+    batch = batches(config, source, stop=1)[0]
+    expected = torch.tensor([caption_id(text) for text in texts(batch)])
+    assert torch.equal(batch["group_id"], expected)
+    assert (batch["group_id"] == caption_id("a cat")).sum() == 16 and len(batch["group_id"].unique()) == 17
+    assert caption_id("a cat") == 5867787368591784627  # the same on every machine, in every version
+    assert "group_id" not in batches(config_of(tmp_path), source, stop=1)[0]
+
+
+def test_long_captions_are_cut_counted_and_keep_their_end(tmp_path):
+    long = " ".join(["fish"] * 40).encode()
+    members = [(f"{i}.{kind}", data) for i in range(16) for kind, data in (("jpg", image_bytes(i)), ("txt", long))]
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "0.tar", [*members[:10], *pairs(range(100, 111))])
+    batch = batches(config_of(tmp_path), opened(tmp_path), stop=1)[0]
+    assert batch["input_ids"].shape == (16, 16)
+    assert batch["counts"][COUNTED.index("truncated captions")] == 5
+    assert all(tokenizer().eos_token_id in ids for ids in batch["input_ids"].tolist())
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
+
+
+def damaged_members():
+    """One sample of each kind of damage, with what it is counted under."""
+    whole = image_bytes(0)
+    return {
+        "unreadable image": [("bad1.jpg", whole[: len(whole) // 2]), ("bad1.txt", b"a cat")],
+        "empty caption": [("bad2.jpg", whole), ("bad2.txt", b"  \n")],
+        "unreadable caption": [("bad3.jpg", whole), ("bad3.txt", b"\xff\xfe\x00\xd8")],
+        "missing caption": [("bad4.jpg", whole)],
+        "missing image": [("bad5.txt", b"a cat")],
+    }
+
+
+def test_damaged_samples_are_counted_and_replaced_within_the_slot(tmp_path):
+    folder = shards(tmp_path, 61)
+    write_tar(folder / "bad.tar", [member for members in damaged_members().values() for member in members])
+    source, config = opened(tmp_path, folder), config_of(tmp_path)
+    assert source.skipped == {"missing image": 1, "missing caption": 1}  # known from the headers
+    assert len(source) == 64
+    epoch = batches(config, source, stop=4)
+    assert all(len(batch["pixel_values"]) == 16 for batch in epoch)
+    assert all(len(set(texts(batch))) == 16 for batch in epoch), "a sample twice in one batch"
+    counts = {name: int(n) for name, n in zip(COUNTED, sum(batch["counts"] for batch in epoch), strict=True) if n}
+    assert {"skipped: unreadable image", "skipped: empty caption", "skipped: unreadable caption"} == set(counts)
+    # Each damaged sample is met in its own place, and again where the slot's neighbour looks for a replacement.
+    assert all(n >= 1 for n in counts.values())
+
+
+def test_replacement_is_the_same_for_any_ranks(tmp_path):
+    folder = shards(tmp_path, 30)
+    write_tar(folder / "bad.tar", damaged_members()["unreadable image"] + damaged_members()["empty caption"])
+    source, config = opened(tmp_path, folder), config_of(tmp_path)
+    alone = batches(config, source, stop=4)
+    split = [batches(config, source, stop=4, rank=rank, num_ranks=2) for rank in range(2)]
+    for step, whole in enumerate(alone):
+        assert sum((texts(part[step]) for part in split), []) == texts(whole)
+        assert torch.equal(sum(part[step]["counts"] for part in split), whole["counts"])
+
+
+def test_too_many_unusable_samples_in_a_row_fail_with_a_message(tmp_path):
+    members = [
+        (f"{i}.{kind}", data) for i in range(64) for kind, data in (("jpg", b"not a picture"), ("txt", b"a cat"))
+    ]
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "0.tar", members)
+    source = opened(tmp_path)
+    batch = batches(config_of(tmp_path, data={"max_bad_in_a_row": 3}), source, stop=1)[0]
+    assert "2 tried before it" in batch["failure"] and "unreadable image" in batch["failure"]
+    assert "tried before it" in batches(config_of(tmp_path), source, stop=1)[0]["failure"]  # the slot's column ends
+
+
+def test_truncated_shard_gives_what_it_has(tmp_path):
+    folder = shards(tmp_path, 40)
+    data = (folder / "01.tar").read_bytes()
+    (folder / "01.tar").write_bytes(data[: len(data) * 2 // 3])
+    source = opened(tmp_path, folder)
+    assert source.skipped["truncated shard"] == 1
+    assert 20 < len(source) < 40
+    # The last member may be cut in its middle: its header is there, its bytes are not.
+    kinds = Counter(_kind_of(source, index) for index in range(len(source)))
+    assert set(kinds) <= {"usable", "truncated shard"} and kinds["truncated shard"] <= 1
+
+
+def _kind_of(source, index):
+    try:
+        source[index]
+        return "usable"
+    except BadSample as error:
+        return error.kind
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def test_tar_members_of_other_kinds_are_ignored_and_names_follow_webdataset(tmp_path):
+    members = [
+        ("a/1.JPG", image_bytes(1)),
+        ("a/1.cls", b"3"),
+        ("a/1.txt", b"one"),
+        ("b/1.webp", image_bytes(2, kind="WEBP")),
+        ("b/1.json", b'{"caption": "two", "text": ""}'),
+        ("b/2.seg.png", image_bytes(3)),
+        ("b/2.txt", b"no picture"),
+    ]
+    write_tar(tmp_path / "x.tar", members)
+    source = opened(tmp_path, tmp_path / "x.tar", caption_key="caption")
+    assert [source.captions(i) for i in range(len(source))] == [["two"]]
+    source = opened(tmp_path, tmp_path / "x.tar")
+    assert [source[i] for i in range(len(source))] == [
+        (image_bytes(1), ["one"]),
+        (image_bytes(2, kind="WEBP"), [""]),  # "text" comes before "caption"
+    ]
+
+
+def test_index_of_shards_is_kept_and_follows_the_file(tmp_path):
+    folder = shards(tmp_path, 10, num_shards=1)
+    assert len(opened(tmp_path, folder)) == 10
+    kept = list((tmp_path / "cache" / "indices").iterdir())
+    assert len(kept) == 1
+    write_tar(folder / "00.tar", pairs(range(12)))
+    source = opened(tmp_path, folder)
+    assert len(source) == 12 and source.captions(11) == [caption(11)]
+    assert len(opened(tmp_path, folder)) == 12  # from the cache
+
+
+def test_patterns_name_shards(tmp_path):
+    folder = shards(tmp_path, 30, num_shards=3)
+    for pattern, expected in (
+        ("{00..02}.tar", [0, 1, 2]),
+        ("{00,02}.tar", [0, 2]),
+        ("0[12].tar", [1, 2]),
+        ("*.tar", [0, 1, 2]),
+        ("01.tar", [1]),
+    ):
+        found = find_shards(str(folder / pattern), tmp_path)
+        assert found == [folder / f"{i:02d}.tar" for i in expected], pattern
+
+
+@contextmanager
+def server(folder):
+    """A web server on `folder`; yields its address and the paths that were fetched."""
+    fetched = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            fetched.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http_server.server_port}", fetched
+        http_server.shutdown()
+
+
+def test_remote_shards_are_fetched_once(tmp_path):
+    pytest.importorskip("aiohttp", reason="fsspec reads http through aiohttp")
+    folder = shards(tmp_path, 10)
+    with server(folder) as (address, fetched):
+        source = opened(tmp_path, address + "/{00..01}.tar")
+        assert [source[i] for i in range(10)] == [opened(tmp_path, folder)[i] for i in range(10)]
+        assert fetched.count("/00.tar") == 1
+        fetched.clear()
+        opened(tmp_path, address + "/{00..01}.tar")
+        assert not fetched
+        with pytest.raises(UsageError, match="cannot be fetched"):
+            opened(tmp_path, address + "/{00..02}.tar")
+
+
+@pytest.mark.parametrize("pattern", ["{00..01}.tar", "*.tar", ""])
+def test_shards_behind_any_fsspec_url_are_read(pattern, tmp_path):
+    folder = shards(tmp_path, 10)
+    source = opened(tmp_path, f"file://{folder}/{pattern}")
+    assert len(source) == 10
+    assert sum((source.captions(i) for i in range(10)), []) == [
+        caption(i) for i in [*range(0, 10, 2), *range(1, 10, 2)]
+    ]
+
+
+def table(num_rows):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    rows = [{"image": {"bytes": image_bytes(i), "path": None}, "caption": caption(i)} for i in range(num_rows)]
+    return Dataset.from_list(rows, features=Features({"image": ImageFeature(), "caption": Value("string")}))
+
+
+def test_parquet_files_are_read(tmp_path):
+    (tmp_path / "parquet").mkdir()
+    table(20).to_parquet(str(tmp_path / "parquet" / "train-0.parquet"))
+    for name in ("parquet", "parquet/train-0.parquet", "parquet/*.parquet"):
+        source = opened(tmp_path, tmp_path / name)
+        assert [source[i] for i in (0, 19)] == [(image_bytes(i), [caption(i)]) for i in (0, 19)]
+        assert source.captions(7) == [caption(7)]
+
+
+def test_table_with_other_columns_lists_and_gaps_is_read(tmp_path):
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    features = Features({"photo": ImageFeature(), "sentences": List(Value("string"))})
+    rows = [{"photo": {"bytes": image_bytes(i), "path": None}, "sentences": [caption(i), "a"]} for i in range(4)]
+    rows += [{"photo": None, "sentences": ["a"]}, {"photo": rows[0]["photo"], "sentences": None}]
+    Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "x.parquet"))
+    source = opened(tmp_path, tmp_path / "x.parquet", image_key="photo")
+    assert source[3] == (image_bytes(3), [caption(3), "a"])
+    assert _kind_of(source, 4) == "missing image" and _kind_of(source, 5) == "missing caption"
+    with pytest.raises(UsageError, match="'photo'.*set data.image_key"):
+        opened(tmp_path, tmp_path / "x.parquet")
+
+
+def test_image_folder_with_metadata_is_read(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    lines = [json.dumps({"file_name": f"{i}.jpg", "text": caption(i)}) for i in range(5)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    for i in range(5):
+        (folder / f"{i}.jpg").write_bytes(image_bytes(i))
+    source = opened(tmp_path, folder)
+    assert sorted(source[i] for i in range(5)) == sorted((image_bytes(i), [caption(i)]) for i in range(5))
+
+
+def test_scenes_need_no_files(tmp_path):
+    source = opened(tmp_path, "scenes", max_samples=100)
+    image, captions = source[42]
+    assert len(source) == 100 and image.size == (32, 32) and captions == source.captions(42)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "words"),
+    [
+        (lambda f: None, "nowhere/at/all", ["found neither a file nor a folder"]),
+        (lambda f: None, "{0..1}.tar", ["0.tar", "2 of 2 tars are missing"]),
+        (lambda f: (f / "empty").mkdir(), "empty", ["empty folder"]),
+        (lambda f: write_tar(f / "x.tar", []), "x.tar", ["no usable pair"]),
+        (lambda f: write_tar(f / "x.tar", [("a.jpg", b"x")]), "x.tar", ["no usable pair", "1 with missing caption"]),
+        (lambda f: (f / "x.tar").write_bytes(random.Random(0).randbytes(5000)), "x.tar", ["not an uncompressed tar"]),
+        (lambda f: (f / "x.tar").write_bytes(gzip.compress(b"x" * 5000)), "x.tar", ["Unpack .tar.gz shards first"]),
+        (lambda f: (f / "x.tar").write_bytes(b""), "x.tar", ["no usable pair|not an uncompressed tar"]),
+        (lambda f: (f / "x.parquet").write_bytes(b"junk"), "x.parquet", ["x.parquet", "cannot load"]),
+    ],
+)
+def test_rejects_data_that_is_not_there(make, name, words, tmp_path):
+    make(tmp_path)
+    with pytest.raises(UsageError) as error:
+        opened(tmp_path, tmp_path / name)
+    for word in words:
+        assert any(option in str(error.value) for option in word.split("|")), str(error.value)
+
+
+def test_rejects_fewer_pairs_than_a_batch(tmp_path):
+    source = opened(tmp_path, shards(tmp_path, 10))
+    with pytest.raises(UsageError, match="10 usable pairs.*batch of 16"):
+        PairDataset(source, config_of(tmp_path), 32)

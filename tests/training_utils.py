@@ -1,0 +1,98 @@
+"""What the tests of the trainer share: small real files, a tiny recipe, and the trainer as a process."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = "red green blue small large round square cat dog bird tree house car boat fish star".split()
+
+
+def image_bytes(seed: int, size: tuple[int, int] = (40, 32), kind: str = "JPEG") -> bytes:
+    """An encoded picture of `size` (width, height) that only this seed gives."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, quality=95)
+    return file.getvalue()
+
+
+def caption(seed: int) -> str:
+    """A caption that no other seed below 4,096 has."""
+    return f"a {WORDS[seed % 16]} {WORDS[seed // 16 % 16]} {WORDS[seed // 256]}"
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return path
+
+
+def pairs(seeds: Iterable[int]) -> list[tuple[str, bytes]]:
+    """Members of a shard: a picture and a caption for each seed."""
+    return [
+        member
+        for seed in seeds
+        for member in ((f"{seed:06d}.jpg", image_bytes(seed)), (f"{seed:06d}.txt", caption(seed).encode()))
+    ]
+
+
+def tiny_recipe(folder: Path, **sections: dict) -> dict:
+    """Settings of a run that takes seconds, in `folder`; `sections` replace single settings."""
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    recipe = {
+        "model": {
+            "config": {
+                "projection_dim": 16,
+                "vision_config": {**tower, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8},
+                "text_config": {**tower, "num_hidden_layers": 1, "max_position_embeddings": 16},
+            },
+            "tokenizer": "train",
+            "vocab_size": 600,
+        },
+        "data": {"train": str(folder / "shards"), "num_workers": 0, "cache_dir": str(folder / "cache")},
+        "optim": {"batch_size": 16, "steps": 6, "lr": 1e-3, "warmup_steps": 2},
+        "run": {"output_dir": str(folder / "run"), "precision": "fp32", "log_every": 1, "save_every": 0},
+        "eval": {"every": 0},
+    }
+    return {name: {**settings, **sections.get(name, {})} for name, settings in recipe.items()}
+
+
+def write_recipe(folder: Path, **sections: dict) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe(folder, **sections)))
+    return path
+
+
+def command(*arguments: str | Path, processes: int | None = None) -> list[str]:
+    """The trainer's command line; `processes` through `accelerate launch`."""
+    launcher = []
+    if processes is not None:
+        launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--main_process_port", "0"]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += ["--multi_gpu"] if processes > 1 else []
+    return [sys.executable, *launcher, str(ROOT / "training" / "pretrain.py"), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process: many small ones on few cores are faster alone, and sums have one order."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def pretrain(
+    *arguments: str | Path, processes: int | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Runs the trainer to its end."""
+    line = command(*arguments, processes=processes)
+    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=timeout)
