@@ -76,7 +76,7 @@ def processor():
     return HFCLIPImageProcessor()
 
 
-# ------------------------------------------------------------------------------------------------- equality to OpenAI's
+# ------------------------------------------------------------------------------------------------ equality to OpenAI
 
 
 def test_crops_equal_openai_on_all_golden_photos(data_dir, photos):

@@ -1,5 +1,6 @@
 """What the tests of the trainer share: small real files, a tiny recipe, and the trainer as a process."""
 
+import copy
 import io
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 from PIL import Image
+
+from hfclip import HFCLIPTokenizer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +70,17 @@ def tiny_recipe(folder: Path, **sections: dict) -> dict:
         "eval": {"every": 0},
     }
     return {name: {**settings, **sections.get(name, {})} for name, settings in recipe.items()}
+
+
+def model_with_tokenizer(folder: Path, text: dict | None = None, vision: dict | None = None) -> dict:
+    """The `model` section of a recipe whose tokenizer is in a folder; `text` and `vision` go to the towers."""
+    tokenizer = HFCLIPTokenizer.train_new_from_iterator(map(caption, range(256)), 600, show_progress=False)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config = copy.deepcopy(tiny_recipe(folder)["model"]["config"])
+    words = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
+    config["text_config"] |= {**words, "eos_token_id": tokenizer.eos_token_id, **(text or {})}
+    config["vision_config"] |= vision or {}
+    return {"config": config, "tokenizer": str(folder / "tokenizer")}
 
 
 def write_recipe(folder: Path, **sections: dict) -> Path:

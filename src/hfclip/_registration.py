@@ -45,12 +45,15 @@ def _register_tokenizer() -> None:
 
 
 def _register_image_processor() -> None:
-    from transformers import AutoImageProcessor
+    # transformers 5.17 offers only a placeholder at the top level where torchvision is missing.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from .configuration_hfclip import HFCLIPConfig
     from .image_processing_hfclip import HFCLIPImageProcessor
 
-    AutoImageProcessor.register(HFCLIPConfig, image_processor_classes={"pil": HFCLIPImageProcessor}, exist_ok=True)
+    # The same class for every backend that transformers may prefer: pixels do not depend on what is installed.
+    classes = {"pil": HFCLIPImageProcessor, "torchvision": HFCLIPImageProcessor}
+    AutoImageProcessor.register(HFCLIPConfig, image_processor_classes=classes, exist_ok=True)
 
 
 def _register_processor() -> None:

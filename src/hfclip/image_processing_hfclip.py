@@ -222,7 +222,7 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _center_cropped(image: PIL.Image.Image, height: int, width: int) -> np.ndarray:
-    """The middle of `image` as RGB, (height, width, 3) uint8, rounded as torchvision does; black where it is smaller."""
+    """The middle of `image` as RGB, (height, width, 3) uint8, rounded as by torchvision; black where it is smaller."""
     # torchvision pads by half the missing pixels, rounded down, and rounds the offset of a crop half to even
     left, pad_left = round(max(image.width - width, 0) / 2), max(width - image.width, 0) // 2
     top, pad_top = round(max(image.height - height, 0) / 2), max(height - image.height, 0) // 2

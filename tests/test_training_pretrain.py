@@ -1,0 +1,212 @@
+"""The trainer as a program: from files to a usable model, stopped and resumed, wrong input told in one message."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_utils import (
+    command,
+    environment,
+    image_bytes,
+    model_with_tokenizer,
+    pairs,
+    pretrain,
+    write_recipe,
+    write_tar,
+)
+from transformers import pipeline
+
+from hfclip import HFCLIPTokenizer
+from training import pretrain as program
+from training.data import Collate
+
+
+def write_shards(folder: Path, num_pairs: int) -> None:
+    (folder / "shards").mkdir()
+    write_tar(folder / "shards" / "0.tar", pairs(range(num_pairs)))
+
+
+def write_classes(folder: Path) -> Path:
+    """A labelled folder: four pictures in each of three classes."""
+    for label in ("cat", "dog", "red house"):
+        (folder / "classes" / label).mkdir(parents=True)
+        for seed in range(4):
+            (folder / "classes" / label / f"{seed}.jpg").write_bytes(image_bytes(seed))
+    return folder / "classes"
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run to its end on data with some damage, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_shards(folder, 60)
+    damaged = [("x.jpg", image_bytes(0)[:300]), ("x.txt", b"a cat"), ("y.jpg", image_bytes(0)), ("y.txt", b" ")]
+    write_tar(folder / "shards" / "1.tar", [*damaged, ("z.txt", b"no picture")])
+    held_out = {"zero_shot": str(write_classes(folder)), "retrieval": str(folder / "shards" / "0.tar"), "every": 4}
+    run = {"save_every": 4, "keep_checkpoints": 2, "precision": "bf16", "trackers": ["tensorboard"]}
+    recipe = write_recipe(folder, eval=held_out, run=run, optim={"steps": 12}, data={"num_workers": 2})
+    return folder / "run", pretrain("--config", recipe, "--optim.lr", "2e-3", processes=1)
+
+
+def test_run_reports_what_it_did(finished):
+    run, process = finished
+    assert process.returncode == 0, process.stderr
+    lines = metrics(run)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    expected = {"loss", "grad_norm", "lr", "logit_scale", "epoch", "samples_per_second", "data_time", "step_time"}
+    assert all(expected | {"skipped_steps"} <= set(line) for line in steps)
+    assert steps[1]["lr"] == 2e-3  # the end of the warm-up; of the command line
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert steps[-1]["skipped: unreadable image"] >= 1 and steps[-1]["skipped: empty caption"] >= 1
+    assert [line["step"] for line in lines if "zero_shot/top1" in line] == [4, 8, 12]
+    assert all(0 <= line["retrieval/text_retrieval_recall@1"] <= 1 for line in lines if "zero_shot/top1" in line)
+    assert "1 with missing image" in process.stdout and "skipped: unreadable image" in process.stdout
+    assert any(run.rglob("events.out.tfevents*"))
+
+
+def test_run_leaves_checkpoints_and_a_model_for_pipelines(finished):
+    run, process = finished
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+    assert not list(run.glob(".tmp-*"))
+    final, last = (load_file(folder / "model.safetensors") for folder in (run / "model", run / "checkpoint-12"))
+    assert all(torch.equal(final[name], last[name]) for name in last) and final.keys() == last.keys()
+    assert {tensor.dtype for tensor in final.values()} == {torch.float32}
+    assert str(run / "model") in process.stdout and (run / "predictions.png").stat().st_size > 1000
+    classify = pipeline("zero-shot-image-classification", str(run / "model"))
+    scores = classify(str(run.parent / "classes" / "dog" / "0.jpg"), candidate_labels=["cat", "dog"])
+    assert {score["label"] for score in scores} == {"cat", "dog"}
+
+
+def test_finished_run_resumes_to_nothing_and_is_not_overwritten(finished, tmp_path):
+    run, _ = finished
+    before = metrics(run)
+    refused = pretrain("--config", run / "config.yaml")
+    assert refused.returncode == 2 and "holds a run already" in refused.stderr
+    assert "Traceback" not in refused.stderr + refused.stdout
+    assert metrics(run) == before
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen, count: int) -> None:
+    for _ in range(2400):
+        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= count:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("no step in two minutes")
+
+
+@pytest.mark.parametrize("stop_with", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_run_goes_on_bit_for_bit(stop_with, tmp_path):
+    """N steps and M steps after a stop are N + M steps: weights, losses, optimizer state."""
+    write_shards(tmp_path, 64)
+    # Dropout is on: its random numbers must come back, too.
+    dropout = {"attention_dropout": 0.1}
+    model = model_with_tokenizer(tmp_path, text=dropout, vision={**dropout, "patch_dropout": 0.25})
+    sections = {"model": model, "optim": {"steps": 80}, "run": {"save_every": 20, "keep_checkpoints": 9}}
+    recipe = write_recipe(tmp_path, data={"num_workers": 1}, **sections)
+    whole = pretrain("--config", recipe)
+    assert whole.returncode == 0, whole.stderr
+
+    again = tmp_path / "again"
+    line = command("--config", recipe, "--run.output_dir", again)
+    process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(again, process, 30)
+    process.send_signal(stop_with)
+    output, errors = process.communicate(timeout=120)
+    if stop_with == signal.SIGINT:
+        assert process.returncode == 0, errors
+        assert f"--config {again / 'config.yaml'} --resume auto" in output
+        assert len(metrics(again)) < 80
+    resumed = pretrain("--config", again / "config.yaml", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Going on from" in resumed.stdout
+
+    expected, found = (load_file(run / "model" / "model.safetensors") for run in (tmp_path / "run", again))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, found = (metrics(run) for run in (tmp_path / "run", again))
+    assert [(line["step"], line["loss"]) for line in expected] == [(line["step"], line["loss"]) for line in found]
+    states = [torch.load(run / "checkpoint-80/trainer_state/optimizer.pt") for run in (tmp_path / "run", again)]
+    states = [state["optimizer"]["state"] for state in states]
+    assert all(torch.equal(v, states[1][i][name]) for i, state in states[0].items() for name, v in state.items())
+
+
+def run_here(capsys, monkeypatch, *arguments) -> tuple[int, str]:
+    """Exit status and messages of the program in this process."""
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    torch.set_num_threads(threads)
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--optim.bach_size", "4"], ["optim.bach_size", "optim.batch_size"]),
+        (["--data.train", "/no/such/data"], ["/no/such/data"]),
+        (["--run.trackers", "tensorbord"], ["tensorbord", "tensorboard"]),
+        (["--run.trackers", "wandb"], ["wandb", "not installed"]),
+        (["--run.precision", "fp16"], ["fp16 needs a CUDA device"]),
+        (["--eval.zero_shot", "/no/such/folder"], ["eval.zero_shot", "/no/such/folder"]),
+        (["--eval.retrieval", "/no/such/data"], ["/no/such/data"]),
+        (["--optim.warmup_steps", "6"], ["warmup_steps", "6 steps of the run"]),
+        (["--optim.batch_size", "65"], ["64 usable pairs", "batch of 65"]),
+        (["--resume", "/no/such/checkpoint"], ["/no/such/checkpoint", "not a checkpoint"]),
+    ],
+)
+def test_rejects_wrong_input_before_any_work(arguments, words, tmp_path, capsys, monkeypatch):
+    if torch.cuda.is_available() and "fp16" in arguments:
+        pytest.skip("fp16 is right on this machine")
+    write_shards(tmp_path, 64)
+    code, message = run_here(capsys, monkeypatch, "--config", write_recipe(tmp_path), *arguments)
+    assert code == 2 and all(word in message for word in words), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_diverging_run_ends_with_a_remedy_and_its_weights(tmp_path, capsys, monkeypatch):
+    write_shards(tmp_path, 64)
+    recipe = write_recipe(tmp_path, optim={"lr": 1e30, "steps": 50}, run={"max_bad_steps": 3})
+    code, message = run_here(capsys, monkeypatch, "--config", recipe)
+    assert code == 2 and "not finite in 3 steps in a row" in message and "optim.lr" in message
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped_steps"] for line in lines][-3:] == [1, 1, 1] and len(lines) < 50
+    assert (tmp_path / "run" / f"checkpoint-{lines[-1]['step']}").is_dir()
+
+
+def test_run_without_usable_data_saves_before_it_ends(tmp_path, capsys, monkeypatch):
+    """Samples that can be read at first and not later: the disk went away, say."""
+    write_shards(tmp_path, 64)
+    recipe = write_recipe(tmp_path, optim={"steps": 50})
+    one_step = program.train_step
+
+    def lose_the_data_after_three_steps(run, batch, step):
+        if step == 3:
+            shutil.rmtree(tmp_path / "shards")
+            (tmp_path / "shards").mkdir()
+            write_tar(tmp_path / "shards" / "0.tar", [])
+        return one_step(run, batch, step)
+
+    monkeypatch.setattr(program, "train_step", lose_the_data_after_three_steps)
+    code, message = run_here(capsys, monkeypatch, "--config", recipe)
+    assert code == 2 and "truncated shard" in message and "Mend the data" in message
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_compiled_model_gets_captions_of_one_length(tmp_path):
+    """What torch.compile needs; compiling itself is torch's business, and slow."""
+    tokenizer = HFCLIPTokenizer(model_max_length=16)
+    example = {"image": torch.zeros(3, 8, 8).numpy(), "caption": "a", "problems": []}
+    assert Collate(tokenizer, pad_to_max=True, group=False)([example])["input_ids"].shape == (1, 16)
