@@ -28,7 +28,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer, pipeline
 
 import hfclip
-from hfclip import HFCLIPConfig, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip import HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from hfclip.data.scenes import Scenes
 
 
@@ -46,7 +46,13 @@ def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object],
             function()
             times.append(time.perf_counter() - start)
     ratio = statistics.median(b / a for a, b in zip(our_times, their_times))
-    row = (name, statistics.median(our_times), statistics.median(their_times), ratio, f"{unit / min(our_times):,.0f}/s")
+    row = (
+        name,
+        statistics.median(our_times),
+        statistics.median(their_times),
+        ratio,
+        f"{unit / min(our_times):,.0f}/s",
+    )
     print(f"{name}: {row[1] * 1e3:.1f} ms against {row[2] * 1e3:.1f} ms, {ratio:.2f}x", flush=True)
     return row
 
@@ -60,7 +66,9 @@ def captions(number: int) -> list[str]:
 
 def build_folder(folder: str, texts: list[str], merges: Path | None) -> None:
     """A folder that transformers' CLIP writes: random ViT-B/32 weights, tokenizer, image processor."""
-    tokenizer = HFCLIPTokenizer.from_openai_bpe(merges) if merges else HFCLIPTokenizer.train_new_from_iterator(texts, 2000)
+    tokenizer = (
+        HFCLIPTokenizer.from_openai_bpe(merges) if merges else HFCLIPTokenizer.train_new_from_iterator(texts, 2000)
+    )
     backend = tokenizer.backend_tokenizer.model
     backend.save(folder)  # vocab.json and merges.txt
     theirs = CLIPTokenizer.from_pretrained(folder, model_max_length=77)

@@ -167,9 +167,7 @@ def openclip_config(state_dict: StateDict, model_cfg: dict[str, Any]) -> HFCLIPC
     )
 
 
-def _config(
-    state_dict: StateDict, text_heads: int | None, vision_head_width: int, hidden_act: str
-) -> HFCLIPConfig:
+def _config(state_dict: StateDict, text_heads: int | None, vision_head_width: int, hidden_act: str) -> HFCLIPConfig:
     missing = {"token_embedding.weight", "positional_embedding", "text_projection", "visual.conv1.weight"} - {
         *state_dict
     }
@@ -190,8 +188,10 @@ def _config(
         "eos_token_id": vocab_size - 1,
     }
     is_vit = "visual.proj" in state_dict
-    vision = _vit_config(state_dict, vision_head_width, hidden_act) if is_vit else _resnet_config(
-        state_dict, vision_head_width
+    vision = (
+        _vit_config(state_dict, vision_head_width, hidden_act)
+        if is_vit
+        else _resnet_config(state_dict, vision_head_width)
     )
     return HFCLIPConfig(
         text_config=text,

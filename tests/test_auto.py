@@ -10,8 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from hfclip import HFCLIPConfig, HFCLIPForImageClassification, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor
-from hfclip import HFCLIPTokenizer
+from hfclip import (
+    HFCLIPConfig,
+    HFCLIPForImageClassification,
+    HFCLIPImageProcessor,
+    HFCLIPModel,
+    HFCLIPProcessor,
+    HFCLIPTokenizer,
+)
+
 
 CAPTIONS = ["a photo of a cat", "a photo of a dog", "two small birds on a branch", "a red car, parked"]
 VISIONS = {

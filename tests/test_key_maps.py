@@ -9,6 +9,7 @@ from safetensors import safe_open
 from conversion.key_maps import openai_config, openclip_config, to_hfclip, to_openai
 from hfclip import HFCLIPModel
 
+
 GOLDEN = [
     "openai_resnet_tiny",
     "openai_vit_tiny",
@@ -67,6 +68,8 @@ def test_round_trip_is_bit_exact(name, data_dir):
 def test_rejects_unknown_names(data_dir):
     weights, _, _ = read_golden(data_dir / "golden" / "openai_vit_tiny.safetensors")
     with pytest.raises(ValueError, match="module.logit_scale"):
-        to_hfclip({f"module.{name}": tensor for name, tensor in weights.items()} | {"module.logit_scale": torch.ones(())})
+        to_hfclip(
+            {f"module.{name}": tensor for name, tensor in weights.items()} | {"module.logit_scale": torch.ones(())}
+        )
     with pytest.raises(ValueError, match="missing"):
         openai_config({"logit_scale": torch.ones(())})

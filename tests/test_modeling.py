@@ -24,6 +24,7 @@ from hfclip import (
     HFCLIPVisionModelWithProjection,
 )
 
+
 PUBLISHED_PARAMETERS = {
     "RN50": 102_007_137,
     "RN101": 119_688_033,
@@ -381,7 +382,9 @@ class TestTraining:
         torch.testing.assert_close(outputs.loss, loss, **CLOSE)
 
     def test_initial_weights_follow_openai(self):
-        model = HFCLIPModel(HFCLIPConfig(text_config=dict(hidden_size=256, num_attention_heads=4, num_hidden_layers=2)))
+        model = HFCLIPModel(
+            HFCLIPConfig(text_config=dict(hidden_size=256, num_attention_heads=4, num_hidden_layers=2))
+        )
         layer = model.text_model.encoder.layers[0]
         for weight, std in [
             (layer.self_attn.q_proj.weight, 256**-0.5),

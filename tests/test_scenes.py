@@ -132,7 +132,9 @@ def test_every_value_of_every_attribute_occurs(scenes):
 
 def test_objects_lie_inside_apart_and_where_their_position_says(scenes):
     for index in range(MANY):
-        placed = [(*center, kind["radius"]) for kind in scenes.attributes(index)["objects"] for center in kind["centers"]]
+        placed = [
+            (*center, kind["radius"]) for kind in scenes.attributes(index)["objects"] for center in kind["centers"]
+        ]
         for x, y, radius in placed:
             assert radius < min(x, y) and max(x, y) < 1 - radius
         for a, b in itertools.combinations(placed, 2):
@@ -273,7 +275,9 @@ def shown() -> dict[bytes, dict]:
 def test_zero_shot_targets_agree_with_what_the_images_show(shown):
     tasks = {task.name: task for task in zero_shot_tasks(size=32, num_images=60)}
     label_of = {
-        "color and shape": lambda kind: f"{'an' if kind['color'] == 'orange' else 'a'} {kind['color']} {kind['shape']}",
+        "color and shape": lambda kind: (
+            f"{'an' if kind['color'] == 'orange' else 'a'} {kind['color']} {kind['shape']}"
+        ),
         "color": lambda kind: kind["color"],
         "shape": lambda kind: f"a {kind['shape']}",
         "count": lambda kind: "a shape" if kind["count"] == 1 else f"{COUNTS[kind['count'] - 1]} shapes",
@@ -341,7 +345,9 @@ def test_predictions_are_drawn_green_if_right_and_red_if_wrong(tmp_path):
     ranked = [{"label": "a star", "score": 0.7}, {"label": "a ring", "score": 0.2}, {"label": "a heart", "score": 0.1}]
     draw_predictions(tmp_path / "sheet.png", images, ["a star", "a ring"], [ranked, ranked], title="Zero-shot")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
-    frames = [sheet[len(sheet) // 2, column] for column in (13, sheet.shape[1] - 13)]  # left and right edge of the cards
+    frames = [
+        sheet[len(sheet) // 2, column] for column in (13, sheet.shape[1] - 13)
+    ]  # left and right edge of the cards
     assert [frame.tolist() for frame in frames] == [[47, 158, 91], [214, 69, 69]]
 
 

@@ -321,7 +321,9 @@ class HFCLIPConfig(HFCLIPBaseConfig):
         expected_key = {"text_config": self.text_config, "vision_config": self.vision_config}
         for key, config in expected_key.items():
             found_key = getattr(config, "base_config_key", "") if config.model_type in TOWER_CONFIGS else key
-            self._require(found_key == key, f"{key} of type `{config.model_type}`", f"a {key[:-7]} tower", "Swap them.")
+            self._require(
+                found_key == key, f"{key} of type `{config.model_type}`", f"a {key[:-7]} tower", "Swap them."
+            )
             if getattr(config, "pooler_is_projected", False):
                 self._require(
                     config.projection_dim == self.projection_dim,
@@ -356,7 +358,9 @@ class HFCLIPConfig(HFCLIPBaseConfig):
             "num_attention_heads": text_width // 64,
             "num_hidden_layers": 12,
         }
-        return cls(**{"text_config": text, "vision_config": dict(vision), "projection_dim": projection_dim, **overrides})
+        return cls(
+            **{"text_config": text, "vision_config": dict(vision), "projection_dim": projection_dim, **overrides}
+        )
 
 
 def _vit(width: int, layers: int, patch: int, image_size: int = 224) -> dict[str, Any]:

@@ -384,7 +384,9 @@ class TextCache:
         if any(type(weight.data) is not torch.Tensor or weight.is_inference() or weight.is_meta for weight in weights):
             return None
         identity = [(weight.data_ptr(), weight.dtype, weight._version) for weight in weights]
-        values = [weight.detach().view(-1)[weight.numel() // 2].float() for weight in weights if weight.is_contiguous()]
+        values = [
+            weight.detach().view(-1)[weight.numel() // 2].float() for weight in weights if weight.is_contiguous()
+        ]
         return identity, input_ids, attention_mask, torch.stack(values)
 
     def holds(self, state: tuple) -> bool:

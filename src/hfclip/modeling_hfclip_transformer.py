@@ -485,6 +485,4 @@ class HFCLIPBagOfWordsModel(HFCLIPPreTrainedModel):
         weights = is_word.to(hidden_states.dtype) / is_word.sum(dim=1, keepdim=True).clamp(min=1)
         # (batch, 1, length) @ (batch, length, hidden) -> (batch, hidden)
         mean = (weights[:, None].to(hidden_states.dtype) @ hidden_states)[:, 0]
-        return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states, pooler_output=self.final_layer_norm(mean)
-        )
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self.final_layer_norm(mean))

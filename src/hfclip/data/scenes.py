@@ -86,7 +86,9 @@ class Scenes(Sequence):
         if split not in _SPLIT_PAIRS:
             raise ValueError(f"Scenes has the splits {sorted(_SPLIT_PAIRS)}, but split={split!r} was asked for.")
         if size < _MIN_SIZE:
-            raise ValueError(f"Scenes needs size >= {_MIN_SIZE} pixels for shapes to be told apart, found size={size}.")
+            raise ValueError(
+                f"Scenes needs size >= {_MIN_SIZE} pixels for shapes to be told apart, found size={size}."
+            )
         if num_scenes < 1:
             raise ValueError(f"Scenes needs num_scenes >= 1, found num_scenes={num_scenes}.")
         self.split, self.size, self.seed, self.num_scenes = split, size, seed, num_scenes
@@ -388,7 +390,9 @@ def _texture(rng: random.Random, background: str, x: np.ndarray, y: np.ndarray) 
     return np.clip(wave * (size / (2 * math.pi * frequency)) + 0.5, 0, 1)
 
 
-def _stamp(rng: random.Random, canvas: np.ndarray, shape: str, center: tuple, radius: float, color: np.ndarray) -> None:
+def _stamp(
+    rng: random.Random, canvas: np.ndarray, shape: str, center: tuple, radius: float, color: np.ndarray
+) -> None:
     """Paints one object onto `canvas` (size, size, 3), turned by up to 12 degrees, with antialiased edges."""
     size = len(canvas)
     left, top = (max(int((c - 1.2 * radius) * size), 0) for c in center)
@@ -431,7 +435,13 @@ class RetrievalTask:
     texts: list[str]
 
 
-_PHOTO_TEMPLATES = ["a photo of {}.", "a picture of {}.", "an image of {}.", "a scene with {}.", "this image shows {}."]
+_PHOTO_TEMPLATES = [
+    "a photo of {}.",
+    "a picture of {}.",
+    "an image of {}.",
+    "a scene with {}.",
+    "this image shows {}.",
+]
 
 
 def zero_shot_tasks(size: int = 64, seed: int = 0, num_images: int = 500) -> list[ZeroShotTask]:
