@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from hfclip import HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from training.config import Config, UsageError
-from training.model import build_architecture, build_model, build_processor
+from training.model import build_architecture, build_model, build_processor, resumed_from
 from training.sources import open_source
 
 
@@ -22,11 +22,11 @@ def recipe(folder, **sections):
     return Config.from_dict(tiny_recipe(folder, **{"data": SCENES, **sections}))
 
 
-def build(config, resume=None):
+def build(config):
     architecture = build_architecture(config)
     source = open_source("scenes", config.data, split="train", image_size=architecture.image_size)
-    architecture, processor = build_processor(config, architecture, source, resume)
-    return build_model(config, architecture, resume), processor
+    architecture, processor = build_processor(config, architecture, source)
+    return build_model(config, architecture), processor
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +153,7 @@ def test_rejects_checkpoints_that_do_not_fit(trained, tmp_path):
 
 def test_resume_wins_over_every_other_origin(trained, tmp_path):
     config = recipe(tmp_path, run={"seed": 5})
-    model, processor = build(config, resume=Path(trained))
+    assert resumed_from(config, None) is config
+    model, processor = build(resumed_from(config, Path(trained)))
     assert torch.equal(model.visual_projection.weight, HFCLIPModel.from_pretrained(trained).visual_projection.weight)
     assert processor.tokenizer.get_vocab() == HFCLIPTokenizer.from_pretrained(trained).get_vocab()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from training_utils import (
     command,
@@ -107,37 +108,44 @@ def wait_for_steps(run: Path, process: subprocess.Popen, count: int) -> None:
     raise AssertionError("no step in two minutes")
 
 
-@pytest.mark.parametrize("stop_with", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_run_goes_on_bit_for_bit(stop_with, tmp_path):
-    """N steps and M steps after a stop are N + M steps: weights, losses, optimizer state."""
+def stopped(recipe: Path, run: Path, at_step: int, stop_with: signal.Signals, *arguments: str) -> subprocess.Popen:
+    """The program, sent a signal when `at_step` lines are written; it has ended, and its `output` is read."""
+    line = command("--config", recipe, "--run.output_dir", run, *arguments)
+    process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(run, process, at_step)
+    process.send_signal(stop_with)
+    process.output, process.errors = process.communicate(timeout=120)
+    return process
+
+
+def test_interrupted_run_goes_on_bit_for_bit(tmp_path):
+    """Killed, resumed, stopped by Ctrl-C and resumed again, a run has the weights and losses of one in one piece."""
     write_shards(tmp_path, 64)
     # Dropout is on: its random numbers must come back, too.
     dropout = {"attention_dropout": 0.1}
     model = model_with_tokenizer(tmp_path, text=dropout, vision={**dropout, "patch_dropout": 0.25})
-    sections = {"model": model, "optim": {"steps": 80}, "run": {"save_every": 20, "keep_checkpoints": 9}}
+    sections = {"model": model, "optim": {"steps": 90}, "run": {"save_every": 20, "keep_checkpoints": 9}}
     recipe = write_recipe(tmp_path, data={"num_workers": 1}, **sections)
-    whole = pretrain("--config", recipe)
-    assert whole.returncode == 0, whole.stderr
+    whole, again = tmp_path / "run", tmp_path / "again"
+    process = pretrain("--config", recipe)
+    assert process.returncode == 0, process.stderr
 
-    again = tmp_path / "again"
-    line = command("--config", recipe, "--run.output_dir", again)
-    process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_steps(again, process, 30)
-    process.send_signal(stop_with)
-    output, errors = process.communicate(timeout=120)
-    if stop_with == signal.SIGINT:
-        assert process.returncode == 0, errors
-        assert f"--config {again / 'config.yaml'} --resume auto" in output
-        assert len(metrics(again)) < 80
+    killed = stopped(recipe, again, 25, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL and not (again / "model").exists()
+    interrupted = stopped(recipe, again, 45, signal.SIGINT, "--resume", "auto")
+    assert interrupted.returncode == 0, interrupted.errors
+    assert f"--config {again / 'config.yaml'} --resume auto" in interrupted.output
+    done = metrics(again)[-1]["step"]
+    assert 45 <= done < 90 and (again / f"checkpoint-{done}").is_dir() and not (again / "model").exists()
     resumed = pretrain("--config", again / "config.yaml", "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
-    assert "Going on from" in resumed.stdout
+    assert f"Going on from {again / f'checkpoint-{done}'}, step {done}" in resumed.stdout
 
-    expected, found = (load_file(run / "model" / "model.safetensors") for run in (tmp_path / "run", again))
+    expected, found = (load_file(run / "model" / "model.safetensors") for run in (whole, again))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    expected, found = (metrics(run) for run in (tmp_path / "run", again))
+    expected, found = (metrics(run) for run in (whole, again))
     assert [(line["step"], line["loss"]) for line in expected] == [(line["step"], line["loss"]) for line in found]
-    states = [torch.load(run / "checkpoint-80/trainer_state/optimizer.pt") for run in (tmp_path / "run", again)]
+    states = [torch.load(run / "checkpoint-90/trainer_state/optimizer.pt") for run in (whole, again)]
     states = [state["optimizer"]["state"] for state in states]
     assert all(torch.equal(v, states[1][i][name]) for i, state in states[0].items() for name, v in state.items())
 
@@ -145,10 +153,9 @@ def test_interrupted_run_goes_on_bit_for_bit(stop_with, tmp_path):
 def run_here(capsys, monkeypatch, *arguments) -> tuple[int, str]:
     """Exit status and messages of the program in this process."""
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
-    threads = torch.get_num_threads()
+    AcceleratorState._reset_state(reset_partial_state=True)  # one run's settings outlive it in a process
     with pytest.raises(SystemExit) as end:
         program.main()
-    torch.set_num_threads(threads)
     return end.value.code, capsys.readouterr().err
 
 
@@ -159,7 +166,7 @@ def run_here(capsys, monkeypatch, *arguments) -> tuple[int, str]:
         (["--data.train", "/no/such/data"], ["/no/such/data"]),
         (["--run.trackers", "tensorbord"], ["tensorbord", "tensorboard"]),
         (["--run.trackers", "wandb"], ["wandb", "not installed"]),
-        (["--run.precision", "fp16"], ["fp16 needs a CUDA device"]),
+        (["--run.precision", "fp16"], ["fp16", "requires", "bf16 or fp32"]),
         (["--eval.zero_shot", "/no/such/folder"], ["eval.zero_shot", "/no/such/folder"]),
         (["--eval.retrieval", "/no/such/data"], ["/no/such/data"]),
         (["--optim.warmup_steps", "6"], ["warmup_steps", "6 steps of the run"]),

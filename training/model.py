@@ -1,11 +1,12 @@
 """What is trained: the model, and the tokenizer and image processor that travel with it.
 
 First the architecture, from the settings alone; then the tokenizer, which may be trained on the captions; then the
-weights. Weights come from the first of: a checkpoint of this run (resume), a pretrained model, two pretrained towers,
-a seeded random initialisation. They are float32 wherever they come from.
+weights: of a pretrained model, of two pretrained towers, or random. They are float32 wherever they come from. A
+resumed run goes on from its checkpoint as from any pretrained model.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,15 @@ from .sources import BadSample, Source
 
 SIGLIP_LOGITS = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}  # arXiv:2303.15343, section 3
 MAX_TOKENIZER_SAMPLES = 500_000
+
+
+def resumed_from(config: Config, checkpoint: Path | None) -> Config:
+    """The settings with `checkpoint` as the origin of model, tokenizer and image processor, unless it is None."""
+    if checkpoint is None:
+        return config
+    origin = {"checkpoint": str(checkpoint), "preset": None, "config": None, "tokenizer": None}
+    towers = {"vision_checkpoint": None, "text_checkpoint": None}
+    return replace(config, model=replace(config.model, **origin, **towers))
 
 
 def build_architecture(config: Config) -> HFCLIPConfig:
@@ -77,12 +87,9 @@ def _architecture(model: ModelConfig) -> HFCLIPConfig:
 
 
 def build_processor(
-    config: Config, architecture: HFCLIPConfig, source: Source, resume: Path | None
+    config: Config, architecture: HFCLIPConfig, source: Source
 ) -> tuple[HFCLIPConfig, HFCLIPProcessor]:
     """Image processor and tokenizer, and the architecture with the vocabulary of a tokenizer that was trained.
-
-    Args:
-        resume: a checkpoint of this run, which has the tokenizer that was trained.
 
     Raises:
         UsageError: if there is no tokenizer, or tokenizer or image processor do not fit the model.
@@ -90,7 +97,7 @@ def build_processor(
     model, text = config.model, architecture.text_config
     try:
         image_processor = _image_processor(model, architecture.image_size)
-        tokenizer = _tokenizer(config, source, resume)
+        tokenizer = _tokenizer(config, source)
     except (OSError, ValueError) as error:
         raise UsageError(f"model: no tokenizer or image processor: {error}") from error
     own = isinstance(text, (HFCLIPTextConfig, HFCLIPBagOfWordsConfig))
@@ -128,10 +135,10 @@ def _image_processor(model: ModelConfig, image_size: int) -> HFCLIPImageProcesso
     return HFCLIPImageProcessor(size=image_size)
 
 
-def _tokenizer(config: Config, source: Source, resume: Path | None) -> PreTrainedTokenizerBase:
+def _tokenizer(config: Config, source: Source) -> PreTrainedTokenizerBase:
     model = config.model
     if model.tokenizer == "train":
-        return HFCLIPTokenizer.from_pretrained(resume) if resume else _trained_tokenizer(config, source)
+        return _trained_tokenizer(config, source)
     if model.tokenizer is None and model.checkpoint is not None:
         return HFCLIPProcessor.from_pretrained(model.checkpoint).tokenizer
     name = model.tokenizer or model.text_checkpoint
@@ -160,19 +167,16 @@ def _captions_or_none(source: Source, index: int) -> list[str]:
         return []
 
 
-def build_model(config: Config, architecture: HFCLIPConfig, resume: Path | None) -> HFCLIPModel:
+def build_model(config: Config, architecture: HFCLIPConfig) -> HFCLIPModel:
     """The model in float32, with towers frozen and checkpointing enabled as the settings say.
-
-    Args:
-        resume: a checkpoint of this run, whose weights win over all other origins.
 
     Raises:
         UsageError: if weights are missing or cannot be read.
     """
     set_seed(config.run.seed)  # the same initial weights on every rank, and in every run with this seed
     try:
-        if resume is not None or config.model.checkpoint is not None:
-            model = _load(resume or config.model.checkpoint, architecture)
+        if config.model.checkpoint is not None:
+            model = _load(config.model.checkpoint, architecture)
         elif config.model.vision_checkpoint is not None:
             logits = {key: getattr(architecture, key) for key in SIGLIP_LOGITS}
             towers = (config.model.vision_checkpoint, config.model.text_checkpoint)
@@ -188,7 +192,7 @@ def build_model(config: Config, architecture: HFCLIPConfig, resume: Path | None)
     return model.train()
 
 
-def _load(path: str | Path, architecture: HFCLIPConfig) -> HFCLIPModel:
+def _load(path: str, architecture: HFCLIPConfig) -> HFCLIPModel:
     # float32 whatever the file holds: left alone, transformers would train a half-precision file in half precision.
     model, report = HFCLIPModel.from_pretrained(
         path, config=architecture, dtype=torch.float32, output_loading_info=True

@@ -35,7 +35,14 @@ from training import checkpoint, optim
 from training.config import Config, UsageError, parse_arguments
 from training.data import Collate, PairDataset, build_loader
 from training.evaluation import Evaluator
-from training.model import build_architecture, build_model, build_processor, describe, synchronise_batch_norm
+from training.model import (
+    build_architecture,
+    build_model,
+    build_processor,
+    describe,
+    resumed_from,
+    synchronise_batch_norm,
+)
 from training.sources import open_source
 from training.tracking import Tracking, check_trackers
 
@@ -73,6 +80,7 @@ def main() -> None:
         run = build(config, resume)
         done = train(run)
         finish(run, done)
+        run.accelerator.end_training()
     except UsageError as error:
         leave(f"error: {error}", status=2)
     except KeyboardInterrupt:
@@ -80,8 +88,8 @@ def main() -> None:
 
 
 def leave(message: str, status: int) -> None:
-    """Ends this process without traceback; the first one speaks for all."""
-    if os.environ.get("RANK", "0") == "0":
+    """Ends this process without traceback; the first one of each machine speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"\n{message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -99,7 +107,8 @@ def build(config: Config, resume: str | None) -> Run:
     resumed, state = on_main_process(accelerator, checkpoint.find_resumed, folder, resume) or (None, {"step": 0})
     changes = checkpoint.check_settings(state["config"], config) if resumed else []
 
-    architecture = build_architecture(config)
+    origin = resumed_from(config, resumed)
+    architecture = build_architecture(origin)
     with accelerator.local_main_process_first():  # one process fetches and indexes, the others find it done
         source = open_source(
             config.data.train, config.data, split=config.data.split, image_size=architecture.image_size
@@ -110,10 +119,11 @@ def build(config: Config, resume: str | None) -> Run:
         raise UsageError(
             f"{resumed} is at step {start}, beyond the {stop} steps of the run. Raise optim.epochs or steps."
         )
-    architecture, processor = on_main_process(accelerator, build_processor, config, architecture, source, resumed)
-    evaluator = Evaluator(config, accelerator, processor, architecture.image_size)
+    architecture, processor = on_main_process(accelerator, build_processor, origin, architecture, source)
+    with accelerator.local_main_process_first():
+        evaluator = Evaluator(config, accelerator, processor, architecture.image_size)
 
-    core = build_model(config, architecture, resumed)
+    core = build_model(origin, architecture)
     if accelerator.device.type == "cpu" and config.run.precision == "bf16":
         # torch's fused attention has a slow bfloat16 backward on CPUs: written out, a step takes half the time.
         core.set_attn_implementation("eager")
@@ -152,14 +162,9 @@ def build(config: Config, resume: str | None) -> Run:
 def build_accelerator(config: Config) -> Accelerator:
     """Accelerate as the launcher set it up, on the CPU where there is nothing else."""
     precision = config.run.precision
-    on_cpu = not torch.accelerator.is_available()
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UsageError("run.precision: fp16 needs a CUDA device, found none. Use bf16 or fp32.")
-    if on_cpu:
-        make_the_most_of_the_cpu()
     try:
-        return Accelerator(
-            cpu=on_cpu,  # without it, Accelerate leaves processes on a machine without GPU each to itself
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # without it, Accelerate leaves processes on a machine without GPU each to itself
             mixed_precision="no" if precision == "fp32" else precision,
             log_with=config.run.trackers or None,
             project_dir=config.run.output_dir,
@@ -169,7 +174,15 @@ def build_accelerator(config: Config) -> Accelerator:
             ],
         )
     except ValueError as error:
-        raise UsageError(f"run.precision {precision}: {error}") from error
+        raise UsageError(f"run.precision: {error} Use bf16 or fp32.") from error
+    if config.optim.batch_size < accelerator.num_processes:
+        raise UsageError(
+            f"optim.batch_size: found {config.optim.batch_size}, expected a pair for each of "
+            f"{accelerator.num_processes} processes at least."
+        )
+    if accelerator.device.type == "cpu":
+        make_the_most_of_the_cpu()
+    return accelerator
 
 
 def make_the_most_of_the_cpu() -> None:
@@ -360,7 +373,7 @@ def is_to_stop(run: Run, step: int, failure: str | None) -> bool:
 def finish(run: Run, done: int) -> None:
     """Saves and evaluates the trained model and says how to use it, or how to go on with an interrupted run."""
     if done < run.stop:
-        run.tracking.close()
+        run.tracking.bar.close()
         command = f"accelerate launch {sys.argv[0]} --config {run.folder / 'config.yaml'} --resume auto"
         run.accelerator.print(f"Stopped after step {done} of {run.stop}. Go on with:\n    {command}")
         return
@@ -371,7 +384,7 @@ def finish(run: Run, done: int) -> None:
         checkpoint.save_model(model_folder, run.core, run.processor)
     results = evaluate(run, done)
     problems = run.tracking.total_counts()
-    run.tracking.close()
+    run.tracking.bar.close()
     if run.accelerator.is_main_process:
         picture = run.evaluator.draw(run.core, run.folder / "predictions.png")
         print_summary(results, problems, model_folder, picture)

@@ -116,10 +116,6 @@ class Tracking:
         if self.accelerator.is_main_process:
             self.bar.write(message)
 
-    def close(self) -> None:
-        self.bar.close()
-        self.accelerator.end_training()
-
 
 def _forget_after(path: Path, step: int) -> None:
     """Drops lines of steps that a resumed run does again."""

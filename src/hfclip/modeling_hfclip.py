@@ -171,6 +171,13 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             return nn.Identity()
         return projection(tower_width(tower_config), self.config.projection_dim)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding, as tools for language models (resizing, quantisation) expect it."""
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, projection_dim: int = 512, **config) -> "HFCLIPModel":
         """A dual encoder from two pretrained towers (folders or Hub names of any AutoModel type), projections new.
@@ -497,6 +504,9 @@ class HFCLIPForImageClassification(HFCLIPPreTrainedModel):
         if config.num_labels > 0:
             self.classifier = drawn_with(width**-0.5, nn.Linear(width, config.num_labels))
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
     def forward(

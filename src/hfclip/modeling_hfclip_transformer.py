@@ -65,34 +65,40 @@ def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
 
 @dataclass
 class PackedTexts:
-    """Where the real tokens of a padded batch lie: flat (num_tokens, ...) tensors <-> (batch, length, ...) tensors."""
+    """Where the real tokens of a padded batch lie: flat (num_tokens, ...) tensors <-> (batch, length, ...) tensors.
 
-    index: torch.Tensor  # (num_tokens,) position of each real token in the flattened (batch * length) layout
-    positions: torch.Tensor  # (num_tokens,) position of each real token in its text
-    last: torch.Tensor  # (batch,) index of each text's pooled token in the flat layout
-    batch_size: int
-    length: int
+    The flat list is filled up to a multiple of 64 with tokens from behind the pooled ones, as far as there are any:
+    kernels are chosen and cached by shape, and numbers of tokens would hardly ever repeat.
+    """
+
+    index: torch.Tensor  # (num_tokens,) place of each packed token in the flattened (batch * length) layout
+    positions: torch.Tensor  # (num_tokens,) position of each packed token in its text
+    last: torch.Tensor  # (batch,) place of each text's pooled token in the flat list
+    real: torch.Tensor  # (batch, length) whether a token is at or in front of the pooled one
 
     @classmethod
     @torch.compiler.disable
     def of(cls, attention_mask: torch.Tensor | None, pooled: torch.Tensor) -> "PackedTexts | None":
         """The tokens up to the pooled one; None if padding lies among them, which only a full mask can express."""
         order = torch.arange(int(pooled.max()) + 1, device=pooled.device)
-        keep = order <= pooled[:, None]
-        if attention_mask is not None and not bool(attention_mask[:, : len(order)].bool()[keep].all()):
+        real = order <= pooled[:, None]
+        if attention_mask is not None and not bool(attention_mask[:, : len(order)].bool()[real].all()):
             return None
-        index = keep.flatten().nonzero().flatten()
-        last = (pooled + 1).cumsum(dim=0) - 1
-        return cls(index, index % len(order), last, len(keep), len(order))
+        taken = real.flatten().clone()
+        taken[(~taken).nonzero().flatten()[: -int(real.sum()) % 64]] = True
+        index = taken.nonzero().flatten()
+        rows = torch.arange(len(pooled), device=pooled.device)
+        last = taken.cumsum(dim=0)[rows * len(order) + pooled] - 1
+        return cls(index, index % len(order), last, real)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """(batch, at least length, ...) -> (num_tokens, ...)"""
-        return padded[:, : self.length].flatten(0, 1).index_select(0, self.index)
+        return padded[:, : self.real.shape[1]].flatten(0, 1).index_select(0, self.index)
 
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """(num_tokens, hidden) -> (batch, length, hidden), zeros in the places without a token"""
-        padded = packed.new_zeros(self.batch_size * self.length, packed.shape[-1])
-        return padded.index_copy(0, self.index, packed).view(self.batch_size, self.length, -1)
+        padded = packed.new_zeros(self.real.numel(), packed.shape[-1])
+        return padded.index_copy(0, self.index, packed).view(*self.real.shape, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,11 +444,12 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
 
     def _forward_packed(self, input_ids: torch.Tensor, packed: PackedTexts, **kwargs) -> BaseModelOutputWithPooling:
         hidden_states = self.embeddings(packed.pack(input_ids), packed.positions)
-        layout = hidden_states.new_empty(packed.batch_size, packed.length, 1)
+        layout = hidden_states.new_empty(*packed.real.shape, 1)
         causal_mask = create_causal_mask(self.config, layout, None, past_key_values=None)
         hidden_states = self.encoder(hidden_states, causal_mask, **{**kwargs, "is_causal": True, "packed": packed})
         hidden_states = self.final_layer_norm(hidden_states)
-        last_hidden_state = F.pad(packed.pad(hidden_states), (0, 0, 0, input_ids.shape[1] - packed.length))
+        last_hidden_state = packed.pad(hidden_states).masked_fill(~packed.real[..., None], 0)
+        last_hidden_state = F.pad(last_hidden_state, (0, 0, 0, input_ids.shape[1] - packed.real.shape[1]))
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state, pooler_output=hidden_states.index_select(0, packed.last)
         )

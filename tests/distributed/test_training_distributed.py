@@ -11,12 +11,12 @@ from training_utils import image_bytes, model_with_tokenizer, pairs, pretrain, w
 STEPS, BATCH = 3, 16
 
 
-@pytest.fixture(scope="module", params=["contrastive", "sigmoid"])
-def runs(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
     """Run folders by number of processes; the batch of 16 does not divide by 3."""
     found, model = {}, model_with_tokenizer(tmp_path_factory.mktemp("model"))
     for processes in (1, 2, 3):
-        folder = tmp_path_factory.mktemp(f"{request.param}-{processes}")
+        folder = tmp_path_factory.mktemp(f"processes-{processes}")
         (folder / "shards").mkdir()
         # Captions repeat, so that pairs of different processes are positives of each other.
         repeated = [
@@ -33,7 +33,7 @@ def runs(request, tmp_path_factory):
             folder,
             model=model,
             data={"group_captions": True},
-            optim={"steps": STEPS, "batch_size": BATCH, "loss": request.param, "max_grad_norm": 1.0},
+            optim={"steps": STEPS, "batch_size": BATCH, "max_grad_norm": 1.0},
             run={"save_every": 1},
             eval={"zero_shot": str(folder / "classes"), "retrieval": str(folder / "shards"), "batch_size": 4},
         )
@@ -72,11 +72,13 @@ def test_losses_and_gradient_norms_are_those_of_one_process(processes, runs):
 def test_gradient_of_every_parameter_is_that_of_one_process(processes, runs):
     expected, found = first_gradients(runs[1]), first_gradients(runs[processes])
     num_parameters = len(load_file(runs[1] / "model" / "model.safetensors"))
-    assert len(expected) == len(found) == num_parameters  # logit_scale and logit_bias among them
+    assert len(expected) == len(found) == num_parameters  # logit_scale among them
+    total = torch.stack([gradient.norm() for gradient in expected]).norm()
+    assert total == pytest.approx(1, rel=1e-3)  # clipped
     for a, b in zip(expected, found, strict=True):
-        assert a.norm() > 0
-        # against the norm of the tensor: single entries may cancel to rounding noise
-        assert (a - b).norm() <= 1e-4 * a.norm()
+        # Against the norm of the tensor: single entries may cancel to rounding noise. The bias of the keys has no
+        # gradient but rounding noise, since softmax ignores it; some 1e-9 of the whole.
+        assert (a - b).norm() <= 1e-4 * a.norm() + 2e-8 * total
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -137,7 +137,7 @@ class Scenes(Sequence):
 
 def _plan(rng: random.Random, split: str) -> dict:
     background = rng.choice(BACKGROUNDS)
-    if rng.random() < 0.25:
+    if rng.random() < 0.2:
         relation, objects = _plan_two_kinds(rng, split)
     else:
         relation, objects = None, [_plan_one_kind(rng, split)]
@@ -244,17 +244,17 @@ def _caption(rng: random.Random, attributes: dict) -> str:
             text, other, relation = other, text, RELATIONS[relation]
         joint = rng.choice(_RELATION_WORDS[relation]) if rng.random() < 0.75 else "and"
         text = f"{text} {joint} {other}"
-    elif first["position"] and rng.random() < 0.5:
+    elif first["position"] and rng.random() < 0.3:
         text += " " + POSITIONS[first["position"]][1]
-    if rng.random() < 0.4:
+    if rng.random() < 0.2:
         text += f" on a {attributes['background']} background"
     return frame.format(text)
 
 
 def _noun_phrase(rng: random.Random, kind: dict) -> str:
     names_color = rng.random() < 0.8
-    names_shape = not names_color or rng.random() < 0.92
-    adjectives = [rng.choice(_SIZE_WORDS[kind["size"]])] if rng.random() < 0.45 else []
+    names_shape = not names_color or rng.random() < 0.95
+    adjectives = [rng.choice(_SIZE_WORDS[kind["size"]])] if rng.random() < 0.25 else []
     adjectives += [kind["color"]] if names_color else []
     noun = kind["shape"] if names_shape else rng.choice(("shape", "object"))
     return _count_noun(kind["count"], adjectives, noun, vague=rng.random() < 0.15)
