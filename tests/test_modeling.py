@@ -232,9 +232,9 @@ class TestText:
     def test_computes_only_real_tokens(self):
         model, seen = tiny(), []
         model.text_model.encoder.layers[0].mlp.register_forward_hook(lambda *a: seen.append(a[1][0].shape[0]))
-        ids = texts(batch_size=5).repeat(10, 1)  # 350 real tokens of 1,000, computed as a multiple of 64
+        ids = texts().repeat(10, 1)  # 400 real tokens of 1,000, computed as a multiple of 64
         states = model.get_text_features(ids).last_hidden_state
-        assert int((ids != 0).sum()) == 350 and seen == [384]
+        assert int((ids != 0).sum()) == 400 and seen == [448]
         assert states[ids == 0].count_nonzero() == 0
 
     def test_padding_in_front_is_masked(self):

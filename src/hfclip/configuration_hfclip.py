@@ -193,7 +193,8 @@ class HFCLIPResNetConfig(HFCLIPBaseConfig):
 
     `depths` are the blocks of the four stages, `stem_width` the channels behind the stem; stage n has
     `stem_width * 4 * 2**n` channels. The attention pool maps to `projection_dim` itself, so the dual encoder adds
-    no projection. `num_attention_heads` of the pool defaults to 64 channels a head.
+    no projection. `num_attention_heads` of the pool defaults to 64 channels a head. `zero_init_residual` starts each
+    block as its shortcut, as OpenAI does for long training; small models and short runs learn faster without.
     """
 
     model_type = "hfclip_resnet"
@@ -206,6 +207,7 @@ class HFCLIPResNetConfig(HFCLIPBaseConfig):
     num_attention_heads: int | None = None
     num_channels: int = 3
     image_size: int = 224
+    zero_init_residual: bool = True
     initializer_factor: int | float = 1.0
 
     def __post_init__(self, **kwargs):

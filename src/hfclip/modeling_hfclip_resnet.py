@@ -65,7 +65,7 @@ class Bottleneck(GradientCheckpointingLayer):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int):
+    def __init__(self, in_channels: int, channels: int, stride: int, zero_init: bool):
         super().__init__()
         out_channels = channels * self.expansion
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
@@ -75,7 +75,7 @@ class Bottleneck(GradientCheckpointingLayer):
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = BatchNorm2d(out_channels)
-        self.bn3.initial_gain = 0.0  # as OpenAI: each block starts as its shortcut
+        self.bn3.initial_gain = 0.0 if zero_init else 1.0
         self.downsample = None
         if stride > 1 or in_channels != out_channels:
             # The pool has no parameters; the names "0" and "1" are those of OpenAI's checkpoints.
@@ -162,9 +162,11 @@ class HFCLIPResNetModel(PreTrainedModel):
         in_channels = width
         for stage, depth in enumerate(config.depths):
             channels = width * 2**stage
-            blocks = [Bottleneck(in_channels, channels, stride=1 if stage == 0 else 2)]
-            in_channels = channels * Bottleneck.expansion
-            blocks += [Bottleneck(in_channels, channels, stride=1) for _ in range(depth - 1)]
+            blocks = []
+            for number in range(depth):
+                stride = 2 if stage > 0 and number == 0 else 1
+                blocks.append(Bottleneck(in_channels, channels, stride, config.zero_init_residual))
+                in_channels = channels * Bottleneck.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.attnpool = AttentionPool2d(config)
         self.post_init()
@@ -174,7 +176,7 @@ class HFCLIPResNetModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # OpenAI's initialisation (`CLIP.initialize_parameters`).
+        # OpenAI's initialisation (`CLIP.initialize_parameters`); `BatchNorm2d.initial_gain` belongs to it.
         factor = self.config.initializer_factor
         if isinstance(module, AttentionPool2d):
             init.normal_(module.positional_embedding, std=self.config.hidden_size**-0.5 * factor)

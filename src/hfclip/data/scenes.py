@@ -33,7 +33,8 @@ COLORS = {
     "black": (0, 0.00, 0.04),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond")
-SIZES = {"small": (0.120, 0.135), "medium": (0.160, 0.175), "large": (0.205, 0.225)}  # radius / image side
+# Radius as a fraction of the image side. Two large objects with margins and gap just fit beside each other.
+SIZES = {"small": (0.120, 0.135), "medium": (0.160, 0.175), "large": (0.205, 0.225)}
 BACKGROUNDS = ("plain", "gradient", "noisy", "striped", "checkered", "cloudy")
 COUNTS = ("one", "two", "three", "four")
 POSITIONS = {  # where a lone object may lie: (column, row) of a 3 x 3 grid, and how a caption says it
@@ -50,20 +51,13 @@ POSITIONS = {  # where a lone object may lie: (column, row) of a 3 x 3 grid, and
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # with their inverses
 
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
-HELD_OUT = frozenset(
-    [
-        *(("red", "heart"), ("orange", "circle"), ("yellow", "star"), ("green", "triangle"), ("cyan", "ring")),
-        *(("blue", "square"), ("purple", "cross"), ("pink", "diamond"), ("white", "star"), ("black", "circle")),
-    ]
-)
-_SPLIT_PAIRS = {
-    "train": [pair for pair in PAIRS if pair not in HELD_OUT],
-    "test": [pair for pair in PAIRS if pair in HELD_OUT],
-}
+_HELD_OUT_SHAPES = ("heart", "circle", "star", "triangle", "ring", "square", "cross", "diamond", "star", "circle")
+HELD_OUT = frozenset(zip(COLORS, _HELD_OUT_SHAPES, strict=True))  # one shape of each color
+_SPLIT_PAIRS = {"train": [pair for pair in PAIRS if pair not in HELD_OUT], "test": sorted(HELD_OUT)}
 
 _MARGIN = 0.02  # between an object and the border, as a fraction of the image side
 _GAP = 0.04  # between two objects
-_MIN_SIZE = 32  # pixels; below, a small heart and a small circle look alike
+_MIN_SIZE = 32  # pixels; below, small shapes look alike
 _MIN_CONTRAST = 110.0  # RGB distance between an object and either color of its background
 
 
@@ -137,10 +131,7 @@ class Scenes(Sequence):
 
 def _plan(rng: random.Random, split: str) -> dict:
     background = rng.choice(BACKGROUNDS)
-    if rng.random() < 0.2:
-        relation, objects = _plan_two_kinds(rng, split)
-    else:
-        relation, objects = None, [_plan_one_kind(rng, split)]
+    relation, objects = _plan_two_kinds(rng, split) if rng.random() < 0.2 else (None, [_plan_one_kind(rng, split)])
     return {"background": background, "relation": relation, "objects": objects}
 
 
@@ -169,24 +160,15 @@ def _plan_two_kinds(rng: random.Random, split: str) -> tuple[str, list[dict]]:
     centers = [(first, first_across), (second, second_across)]
     if relation in ("above", "below"):
         centers = [(across, along) for along, across in centers]
-    objects = [
-        _kind(*pair, size, radius, [center], None)
-        for pair, size, radius, center in zip(pairs, sizes, radii, centers, strict=True)
-    ]
+    placed = zip(pairs, sizes, radii, centers, strict=True)
+    objects = [_kind(*pair, size, radius, [center], None) for pair, size, radius, center in placed]
     # The object with the smaller coordinate is the one on the left or above.
     return relation, objects if relation in ("left of", "above") else objects[::-1]
 
 
 def _kind(color: str, shape: str, size: str, radius: float, centers: list, position: str | None) -> dict:
-    return {
-        "color": color,
-        "shape": shape,
-        "size": size,
-        "count": len(centers),
-        "position": position,
-        "centers": centers,
-        "radius": radius,
-    }
+    kind = {"color": color, "shape": shape, "size": size, "count": len(centers), "position": position}
+    return kind | {"centers": centers, "radius": radius}
 
 
 def _place(rng: random.Random, position: str, radius: float) -> tuple[float, float]:
@@ -212,24 +194,17 @@ def _scatter(rng: random.Random, count: int, radius: float) -> list[tuple[float,
 # Caption: words that are true of the plan
 # ---------------------------------------------------------------------------------------------------------------------
 
+_OPENINGS = ("a photo of", "a picture of", "an image of", "a scene with", "this image shows")
 _FRAMES = (
     "{}",
-    "a photo of {}.",
-    "a picture of {}.",
-    "an image of {}.",
+    *(f"{opening} {{}}." for opening in _OPENINGS),
     "a drawing of {}.",
-    "a scene with {}.",
-    "this image shows {}.",
     "you can see {}.",
     "there {be} {}.",
 )
 _SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium-sized",), "large": ("large", "big")}
-_RELATION_WORDS = {
-    "left of": ("left of", "to the left of"),
-    "right of": ("right of", "to the right of"),
-    "above": ("above", "over"),
-    "below": ("below", "under"),
-}
+_RELATION_WORDS = {side: (side, f"to the {side}") for side in ("left of", "right of")}
+_RELATION_WORDS |= {"above": ("above", "over"), "below": ("below", "under")}
 
 
 def _caption(rng: random.Random, attributes: dict) -> str:
@@ -262,14 +237,11 @@ def _noun_phrase(rng: random.Random, kind: dict) -> str:
 
 def _count_noun(count: int, adjectives: list[str], noun: str, vague: bool = False) -> str:
     """ "two small red circles"; `vague` leaves the number out: "small red circles"."""
-    words = " ".join([*adjectives, noun if count == 1 else _plural(noun)])
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    words = " ".join([*adjectives, noun + plural])
     if count == 1:
         return f"one {words}" if vague else _with_article(words)
     return words if vague else f"{COUNTS[count - 1]} {words}"
-
-
-def _plural(noun: str) -> str:
-    return noun + ("es" if noun.endswith("s") else "s")
 
 
 def _with_article(words: str) -> str:
@@ -310,9 +282,8 @@ def _heart(num_corners: int = 40) -> np.ndarray:
     return np.stack([x, -y - 2.5], axis=1) / 16
 
 
-def _cross(arm: float = 1.0, half_width: float = 0.36) -> np.ndarray:
-    a, b = arm, half_width
-    quarter = np.array([(-b, -a), (b, -a), (b, -b)])
+def _cross(half_width: float = 0.36) -> np.ndarray:
+    quarter = np.array([(-half_width, -1), (half_width, -1), (half_width, -half_width)])
     turns = [np.array([(c, s), (-s, c)]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
     return np.concatenate([quarter @ turn for turn in turns])
 
@@ -390,9 +361,7 @@ def _texture(rng: random.Random, background: str, x: np.ndarray, y: np.ndarray) 
     return np.clip(wave * (size / (2 * math.pi * frequency)) + 0.5, 0, 1)
 
 
-def _stamp(
-    rng: random.Random, canvas: np.ndarray, shape: str, center: tuple, radius: float, color: np.ndarray
-) -> None:
+def _stamp(rng: random.Random, canvas: np.ndarray, shape: str, center: tuple, radius: float, color: np.ndarray):
     """Paints one object onto `canvas` (size, size, 3), turned by up to 12 degrees, with antialiased edges."""
     size = len(canvas)
     left, top = (max(int((c - 1.2 * radius) * size), 0) for c in center)
@@ -400,8 +369,7 @@ def _stamp(
     mask = Image.new("L", ((right - left) * _SUPERSAMPLING, (bottom - top) * _SUPERSAMPLING))
     draw = ImageDraw.Draw(mask)
     angle = math.radians(rng.uniform(-12, 12))
-    cos, sin = math.cos(angle) * radius, math.sin(angle) * radius
-    turn = np.array([(cos, sin), (-sin, cos)])
+    turn = radius * np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
     for polygon, fill in zip(_OUTLINES[shape], (255, 0), strict=False):
         corners = ((polygon @ turn + center) * size - (left, top)) * _SUPERSAMPLING
         draw.polygon(corners.ravel().tolist(), fill=fill)
@@ -435,13 +403,7 @@ class RetrievalTask:
     texts: list[str]
 
 
-_PHOTO_TEMPLATES = [
-    "a photo of {}.",
-    "a picture of {}.",
-    "an image of {}.",
-    "a scene with {}.",
-    "this image shows {}.",
-]
+_PHOTO_TEMPLATES = [f"{opening} {{}}." for opening in _OPENINGS]
 
 
 def zero_shot_tasks(size: int = 64, seed: int = 0, num_images: int = 500) -> list[ZeroShotTask]:
@@ -463,7 +425,6 @@ def zero_shot_tasks(size: int = 64, seed: int = 0, num_images: int = 500) -> lis
         return ZeroShotTask(name, list(labels.values()), templates, [images[index] for index in indices], targets)
 
     pairs = {pair: _with_article(" ".join(pair)) for pair in PAIRS}
-    colors = {color: color for color in COLORS}
     shapes = {shape: _with_article(shape) for shape in SHAPES}
     counts = {count: _count_noun(count, [], "shape") for count in range(1, 5)}
     positions = {position: place for position, (_, place) in POSITIONS.items()}
@@ -471,7 +432,7 @@ def zero_shot_tasks(size: int = 64, seed: int = 0, num_images: int = 500) -> lis
     position_templates = ["a shape {}", "an object {}", "a photo of an object {}.", "there is a shape {}."]
     return [
         task("color and shape", pairs, _PHOTO_TEMPLATES, any_count, lambda kind: (kind["color"], kind["shape"])),
-        task("color", colors, color_templates, any_count, lambda kind: kind["color"]),
+        task("color", {color: color for color in COLORS}, color_templates, any_count, lambda kind: kind["color"]),
         task("shape", shapes, _PHOTO_TEMPLATES, any_count, lambda kind: kind["shape"]),
         task("count", counts, _PHOTO_TEMPLATES, any_count, lambda kind: kind["count"]),
         task("position", positions, position_templates, lone, lambda kind: kind["position"]),
