@@ -492,7 +492,6 @@ class TestLoading:
         # bfloat16 keeps 8 bits: each of the 48 squares is within 2^-8, and so is their sum.
         torch.testing.assert_close(embeds.float().norm(dim=-1), torch.ones(5), rtol=0, atol=2**-8)
 
-
     def test_weight_only_quantisation(self, tmp_path):
         quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
         from transformers import TorchAoConfig

@@ -590,3 +590,15 @@ def test_says_that_byte_symbols_are_missing(caplog):
     with caplog.at_level(logging.WARNING):
         HFCLIPTokenizer(vocab={"a": 0, "a</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3})
     assert "510 of the 512 byte symbols" in caplog.text
+
+
+def test_training_gives_the_same_tokenizer_in_every_process():
+    """Ties between equally frequent pairs must not be settled by the order of a hash table."""
+    code = (
+        "from hfclip import HFCLIPTokenizer\n"
+        "words = [a + b for a in 'abcdefgh' for b in 'ijklmnop']\n"
+        "tokenizer = HFCLIPTokenizer.train_new_from_iterator(words, 540, show_progress=False)\n"
+        "print(tokenizer(words)['input_ids'])"
+    )
+    outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout for _ in range(3)}
+    assert len(outputs) == 1

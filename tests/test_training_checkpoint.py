@@ -129,6 +129,8 @@ def test_changed_settings_are_told_or_refused(parts):
     assert checkpoint.check_settings(saved, config) == []
     changed = Config.from_dict({**saved, "optim": {**saved["optim"], "lr": 0.5}})
     assert checkpoint.check_settings(saved, changed) == ["optim.lr is 0.5 and was 0.001"]
+    changed = Config.from_dict({**saved, "data": {**saved["data"], "num_workers": 9}, "eval": {"batch_size": 9}})
+    assert checkpoint.check_settings(saved, changed) == []
     changed = Config.from_dict({**saved, "optim": {**saved["optim"], "batch_size": 99}})
     with pytest.raises(UsageError, match="optim.batch_size: found 99.*with 16"):
         checkpoint.check_settings(saved, changed)

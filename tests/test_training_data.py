@@ -5,6 +5,7 @@ import gzip
 import http.server
 import io
 import json
+import pickle
 import random
 import threading
 from collections import Counter
@@ -28,7 +29,7 @@ def config_of(folder, **sections):
 
 def opened(folder, name=None, **data):
     config = config_of(folder, data=data)
-    return open_source(str(name or folder / "shards"), config.data, split="train", image_size=32)
+    return open_source(str(name or folder / "shards"), config.data, "train", 32)
 
 
 def shards(folder, num_pairs, num_shards=2):
@@ -44,6 +45,24 @@ def tokenizer():
     tokenizer = HFCLIPTokenizer.train_new_from_iterator(map(caption, range(300)), 600, show_progress=False)
     tokenizer.model_max_length = 16
     return tokenizer
+
+
+def table(num_rows):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    rows = [{"image": {"bytes": image_bytes(i), "path": None}, "caption": caption(i)} for i in range(num_rows)]
+    return Dataset.from_list(rows, features=Features({"image": ImageFeature(), "caption": Value("string")}))
+
+
+def parquet_of_twenty(folder):
+    (folder / "parquet").mkdir()
+    table(20).to_parquet(str(folder / "parquet" / "train-0.parquet"))
+    return str(folder / "parquet")
+
+
+def resent(value):
+    return pickle.loads(pickle.dumps(value))
 
 
 def batches(config, source, start=0, stop=4, rank=0, num_ranks=1):
@@ -102,6 +121,15 @@ def test_reading_from_any_step_gives_what_comes_there(tmp_path):
     all_steps, later = batches(config, source, stop=7), batches(config, source, start=4, stop=7)
     for a, b in zip(all_steps[4:], later, strict=True):
         assert torch.equal(a["pixel_values"], b["pixel_values"]) and torch.equal(a["input_ids"], b["input_ids"])
+
+
+@pytest.mark.parametrize("make", [lambda folder: str(shards(folder, 20)), lambda folder: "scenes", parquet_of_twenty])
+def test_everything_workers_need_can_be_sent_to_them(make, tmp_path):
+    """Where worker processes are not forked (macOS, Windows, Python 3.14) data set and collate are pickled."""
+    source, config = opened(tmp_path, make(tmp_path), max_samples=20), config_of(tmp_path)
+    parts = PairDataset(source, config, 32), Collate(tokenizer(), pad_to_max=False, group=True)
+    expected, found = (collate([dataset[0, i] for i in range(16)]) for dataset, collate in (parts, resent(parts)))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_an_epoch_shows_each_pair_once_and_the_next_in_another_order(tmp_path):
@@ -335,17 +363,8 @@ def test_shards_behind_any_fsspec_url_are_read(pattern, tmp_path):
     ]
 
 
-def table(num_rows):
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageFeature
-
-    rows = [{"image": {"bytes": image_bytes(i), "path": None}, "caption": caption(i)} for i in range(num_rows)]
-    return Dataset.from_list(rows, features=Features({"image": ImageFeature(), "caption": Value("string")}))
-
-
 def test_parquet_files_are_read(tmp_path):
-    (tmp_path / "parquet").mkdir()
-    table(20).to_parquet(str(tmp_path / "parquet" / "train-0.parquet"))
+    parquet_of_twenty(tmp_path)
     for name in ("parquet", "parquet/train-0.parquet", "parquet/*.parquet"):
         source = opened(tmp_path, tmp_path / name)
         assert [source[i] for i in (0, 19)] == [(image_bytes(i), [caption(i)]) for i in (0, 19)]

@@ -24,7 +24,7 @@ def recipe(folder, **sections):
 
 def build(config):
     architecture = build_architecture(config)
-    source = open_source("scenes", config.data, split="train", image_size=architecture.image_size)
+    source = open_source("scenes", config.data, "train", architecture.image_size)
     architecture, processor = build_processor(config, architecture, source)
     return build_model(config, architecture), processor
 

@@ -93,9 +93,9 @@ def command(*arguments: str | Path, processes: int | None = None) -> list[str]:
     """The trainer's command line; `processes` through `accelerate launch`."""
     launcher = []
     if processes is not None:
-        launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--main_process_port", "0"]
-        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launcher += ["--multi_gpu"] if processes > 1 else []
+        file = ROOT / "training" / "launch" / ("one_gpu.yaml" if processes == 1 else "cpu_processes.yaml")
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
+        launcher += ["--num_processes", str(processes), "--main_process_port", "0"]
     return [sys.executable, *launcher, str(ROOT / "training" / "pretrain.py"), *map(str, arguments)]
 
 

@@ -33,6 +33,7 @@ FIXED_ON_RESUME = (
     "optim.batch_size",
     "run.seed",
 )
+HARMLESS_ON_RESUME = ("data.num_workers", "data.cache_dir", "data.max_bad_in_a_row")
 STATE_FILE = Path("trainer_state/state.json")
 OPTIMIZER_FILE = Path("trainer_state/optimizer.pt")
 
@@ -154,7 +155,7 @@ def find_resumed(run_folder: Path, resume: str | None) -> tuple[Path, dict] | No
 
 
 def check_settings(saved: dict, config: Config) -> list[str]:
-    """Settings that differ from those of the checkpoint, as lines to show.
+    """Settings that change what the steps compute and differ from the checkpoint's, as lines to show.
 
     Raises:
         UsageError: for one that decides what a step sees or what the weights are.
@@ -170,7 +171,8 @@ def check_settings(saved: dict, config: Config) -> list[str]:
                     f"{name}: found {value!r}, but the checkpoint was trained with {before!r}. Put it back, or start "
                     "a new run from these weights by `--model.checkpoint`."
                 )
-            changes.append(f"{name} is {value!r} and was {before!r}")
+            if name == "run.precision" or section not in ("run", "eval") and name not in HARMLESS_ON_RESUME:
+                changes.append(f"{name} is {value!r} and was {before!r}")
     return changes
 
 

@@ -203,17 +203,22 @@ def _load(path: str, architecture: HFCLIPConfig) -> HFCLIPModel:
     return model
 
 
-def synchronise_batch_norm(model: HFCLIPModel, accelerator: Accelerator) -> None:
-    """Lets BatchNorm see the global batch. torch can on CUDA only: elsewhere each process keeps its own statistics."""
-    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if not has_batch_norm or accelerator.num_processes == 1:
-        return
-    if accelerator.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:
-        accelerator.print(
-            "BatchNorm uses the statistics of each process's own share of the batch: torch has no other way here."
-        )
+def suited_to(accelerator: Accelerator, model: HFCLIPModel, config: Config) -> HFCLIPModel:
+    """The same model, made to compute well on this device and in this number of processes."""
+    device, several = accelerator.device.type, accelerator.num_processes > 1
+    if device == "cpu" and config.run.precision == "bf16":
+        # torch's fused attention has a slow bfloat16 backward on CPUs: written out, a step takes half the time.
+        model.set_attn_implementation("eager")
+    if several and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        if device == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        else:
+            accelerator.print(
+                "BatchNorm uses the statistics of each process's own pairs: torch has nothing else here."
+            )
+    if config.model.compile:
+        model.compile()
+    return model
 
 
 def describe(model: HFCLIPModel) -> str:

@@ -35,14 +35,7 @@ from training import checkpoint, optim
 from training.config import Config, UsageError, parse_arguments
 from training.data import Collate, PairDataset, build_loader
 from training.evaluation import Evaluator
-from training.model import (
-    build_architecture,
-    build_model,
-    build_processor,
-    describe,
-    resumed_from,
-    synchronise_batch_norm,
-)
+from training.model import build_architecture, build_model, build_processor, describe, resumed_from, suited_to
 from training.sources import open_source
 from training.tracking import Tracking, check_trackers
 
@@ -110,9 +103,7 @@ def build(config: Config, resume: str | None) -> Run:
     origin = resumed_from(config, resumed)
     architecture = build_architecture(origin)
     with accelerator.local_main_process_first():  # one process fetches and indexes, the others find it done
-        source = open_source(
-            config.data.train, config.data, split=config.data.split, image_size=architecture.image_size
-        )
+        source = open_source(config.data.train, config.data, config.data.split, architecture.image_size)
     dataset = PairDataset(source, config, architecture.image_size)
     start, stop = state["step"], optim.total_steps(config.optim, dataset.steps_per_epoch)
     if start > stop:
@@ -123,15 +114,8 @@ def build(config: Config, resume: str | None) -> Run:
     with accelerator.local_main_process_first():
         evaluator = Evaluator(config, accelerator, processor, architecture.image_size)
 
-    core = build_model(origin, architecture)
-    if accelerator.device.type == "cpu" and config.run.precision == "bf16":
-        # torch's fused attention has a slow bfloat16 backward on CPUs: written out, a step takes half the time.
-        core.set_attn_implementation("eager")
-    optimizer = optim.build_optimizer(core, config.optim)
-    synchronise_batch_norm(core, accelerator)
-    if config.model.compile:
-        core.compile()
-    model, optimizer = accelerator.prepare(core, optimizer)
+    core = suited_to(accelerator, build_model(origin, architecture), config)
+    model, optimizer = accelerator.prepare(core, optim.build_optimizer(core, config.optim))
     if resumed:
         checkpoint.restore(resumed, optimizer, accelerator.scaler)
 
@@ -164,7 +148,8 @@ def build_accelerator(config: Config) -> Accelerator:
     precision = config.run.precision
     try:
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # without it, Accelerate leaves processes on a machine without GPU each to itself
+            # Not told so, Accelerate leaves each of several processes on a machine without GPU to itself.
+            cpu=not torch.accelerator.is_available(),
             mixed_precision="no" if precision == "fp32" else precision,
             log_with=config.run.trackers or None,
             project_dir=config.run.output_dir,
@@ -181,6 +166,8 @@ def build_accelerator(config: Config) -> Accelerator:
             f"{accelerator.num_processes} processes at least."
         )
     if accelerator.device.type == "cpu":
+        if precision == "fp16":  # Accelerate would say nothing and compute in float32
+            raise UsageError("run.precision: fp16 needs a GPU, found none. Use bf16 or fp32.")
         make_the_most_of_the_cpu()
     return accelerator
 
@@ -241,7 +228,8 @@ def train(run: Run) -> int:
         metrics = train_step(run, batch, step)
 
         done = step + 1
-        run.tracking.step(done, metrics | {"epoch": done / run.steps_per_epoch}, data_time, counts)
+        about = {"epoch": done / run.steps_per_epoch, "logit_scale": run.core.logit_scale.detach().exp()}
+        run.tracking.step(done, metrics | about, data_time, counts)
         bad_in_a_row = bad_in_a_row + 1 if metrics["skipped"] else 0
         if bad_in_a_row >= run.config.run.max_bad_steps:
             save(run, done)
@@ -267,6 +255,7 @@ def train_step(run: Run, batch: dict[str, Tensor], step: int) -> dict[str, float
     torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
 
     batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
+    buffers = [buffer.clone() for buffer in run.core.buffers()]  # of BatchNorm: small
     pixel_values = normalized(batch["pixel_values"], run.processor.image_processor)
     embeds = run.model(
         input_ids=batch["input_ids"],
@@ -278,9 +267,8 @@ def train_step(run: Run, batch: dict[str, Tensor], step: int) -> dict[str, float
     accelerator.backward(loss)
 
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
-    # Reading the numbers makes the host wait for the device, once a step: it has nothing else to do.
+    # The one moment of a step when the host waits for the device. Every process has the same two numbers here.
     loss, grad_norm = loss.item(), float(grad_norm)
-    # Every process has the same two numbers here, so all decide alike.
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
     lr = optim.learning_rate(step, run.stop, config)
     for group in run.optimizer.param_groups:
@@ -290,8 +278,10 @@ def train_step(run: Run, batch: dict[str, Tensor], step: int) -> dict[str, float
     run.optimizer.zero_grad()
     with torch.no_grad():
         run.core.logit_scale.clamp_(max=math.log(config.max_logit_scale))
-    scale = run.core.logit_scale.exp().item()
-    return {"loss": loss, "grad_norm": grad_norm, "lr": lr, "logit_scale": scale, "skipped": skipped}
+        if skipped:
+            for buffer, before in zip(run.core.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+    return {"loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": skipped}
 
 
 def normalized(pixels: Tensor, image_processor) -> Tensor:

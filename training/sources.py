@@ -52,7 +52,7 @@ class Source(Protocol):
     def captions(self, index: int) -> list[str]: ...
 
 
-def open_source(name: str, config: DataConfig, *, split: str, image_size: int) -> Source:
+def open_source(name: str, config: DataConfig, split: str, image_size: int) -> Source:
     """Opens what `data.train` or `eval.retrieval` names.
 
     Args:

@@ -79,7 +79,7 @@ class Tracking:
         line = {
             "loss": self.sums["loss"] / good if good else None,
             "grad_norm": self.sums["grad_norm"] / good if good else None,
-            **{name: metrics[name] for name in ("lr", "logit_scale", "epoch")},
+            **{name: float(metrics[name]) for name in ("lr", "logit_scale", "epoch")},
             "samples_per_second": self.steps * self.batch_size / elapsed,
             "data_time": data_time,
             "step_time": elapsed / self.steps - data_time,

@@ -218,7 +218,9 @@ class HFCLIPResNetModel(PreTrainedModel):
         check_pixel_values(pixel_values, self.config, stride=32, interpolate=interpolate_pos_encoding)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        hidden_states = self.stem(pixel_values.to(self.conv1.weight.dtype))
+        # Convolutions are faster with the channels innermost, on CPUs and on GPUs with tensor cores.
+        pixel_values = pixel_values.to(self.conv1.weight.dtype).contiguous(memory_format=torch.channels_last)
+        hidden_states = self.stem(pixel_values)
         feature_maps = [hidden_states]
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             hidden_states = stage(hidden_states)

@@ -495,7 +495,13 @@ class HFCLIPTokenizer(TokenizersBackend):
         if self.clean == "openai":
             backend.normalizer = None
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=list(BYTE_SYMBOLS.values()), end_of_word_suffix=WORD_END, **kwargs
+            vocab_size=vocab_size,
+            initial_alphabet=list(BYTE_SYMBOLS.values()),
+            # Pairs that are equally frequent are merged in the order of their ids, and final symbols would get theirs
+            # in the order of a hash table, another one in every process.
+            special_tokens=[symbol + WORD_END for symbol in BYTE_SYMBOLS.values()],
+            end_of_word_suffix=WORD_END,
+            **kwargs,
         )
         backend.train_from_iterator(self._training_texts(text_iterator), trainer=trainer, length=length)
         return [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]

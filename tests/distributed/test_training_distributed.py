@@ -1,6 +1,7 @@
 """Any number of processes is one process: losses, the gradient of every parameter, weights, evaluation."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -87,3 +88,14 @@ def test_evaluation_is_that_of_one_process(processes, runs):
     assert "zero_shot/top1" in expected and "retrieval/text_retrieval_recall@5" in expected
     # Weights differ by rounding: at most one of ten pictures, or of 48 pairs, may change sides.
     assert all(abs(found[name] - value) <= 0.1 for name, value in expected.items())
+
+
+def test_run_goes_on_with_another_number_of_processes(runs, tmp_path):
+    shutil.copytree(runs[1] / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
+    process = pretrain(
+        "--config", runs[1] / "config.yaml", "--run.output_dir", tmp_path / "run", "--resume", "auto", processes=2
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "step 1" in process.stdout and "2 x cpu" in process.stdout and "WARNING" not in process.stdout
+    expected = [line["loss"] for line in metrics(runs[1]) if "loss" in line][1:]
+    assert [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line] == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,77 @@
+"""The trainer's evaluations: held-out pairs with damage, scenes, and a model left as it was."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from training_utils import caption, image_bytes, pairs, tiny_recipe, write_tar
+
+from hfclip.evaluation.retrieval import retrieval_recall
+from training.config import Config, UsageError
+from training.evaluation import Evaluator
+from training.model import build_architecture, build_model, build_processor
+from training.sources import open_source
+
+
+def built(folder, **evaluation):
+    """A random model and the evaluator of a recipe."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    data = {"train": "scenes", "max_samples": 300}
+    config = Config.from_dict(tiny_recipe(folder, data=data, eval={"batch_size": 4, **evaluation}))
+    architecture = build_architecture(config)
+    source = open_source("scenes", config.data, "train", 32)
+    architecture, processor = build_processor(config, architecture, source)
+    model = build_model(config, architecture)
+    return model, processor, Evaluator(config, Accelerator(cpu=True), processor, 32)
+
+
+def test_retrieval_leaves_damaged_pairs_out_and_equals_the_definition(tmp_path):
+    several = [("m.jpg", image_bytes(50)), ("m.json", b'{"captions": ["a red cat", "a blue dog"]}')]
+    damaged = [("x.jpg", b"no picture"), ("x.txt", b"a cat"), ("y.jpg", image_bytes(1)), ("y.txt", b"  ")]
+    write_tar(tmp_path / "test.tar", [*pairs(range(3)), *damaged, *several, *pairs(range(3, 9))])
+    model, processor, evaluator = built(tmp_path, retrieval=str(tmp_path / "test.tar"))
+    found = evaluator(model)
+
+    seeds = [0, 1, 2, 50, *range(3, 9)]
+    texts = [[caption(seed)] if seed != 50 else ["a red cat", "a blue dog"] for seed in seeds]
+    inputs = processor(
+        images=[image_bytes(seed) for seed in seeds], text=sum(texts, []), return_tensors="pt", padding=True
+    )
+    model.eval()
+    with torch.no_grad():
+        images = model.encode_image(inputs["pixel_values"])
+        embeds = model.encode_text(inputs["input_ids"], inputs["attention_mask"])
+    owner = [i for i, captions in enumerate(texts) for _ in captions]
+    expected = {f"retrieval/{name}": value for name, value in retrieval_recall(images, embeds, owner).items()}
+    assert found == {**expected, "retrieval/unreadable_images": 1}
+
+
+def test_no_more_held_out_pairs_than_asked_for(tmp_path):
+    write_tar(tmp_path / "test.tar", pairs(range(20)))
+    _, _, evaluator = built(tmp_path, retrieval=str(tmp_path / "test.tar"), max_samples=7)
+    assert evaluator.pairs.captions == [[caption(seed)] for seed in range(7)]
+
+
+def test_scenes_are_measured_and_drawn_and_the_model_goes_on_training(tmp_path):
+    model, _, evaluator = built(tmp_path, zero_shot="scenes", retrieval="scenes", batch_size=100)
+    evaluator.labelled = evaluator.labelled[:2]  # enough, and quicker
+    results = evaluator(model)
+    assert {"zero_shot/color and shape/top1", "zero_shot/color/top1", "retrieval/text_retrieval_recall@1"} <= set(
+        results
+    )
+    assert all(0 <= value <= 1 for value in results.values())
+    assert model.training and model.vision_model.training
+    assert (
+        evaluator.draw(model, tmp_path / "x.png") == tmp_path / "x.png" and (tmp_path / "x.png").stat().st_size > 1000
+    )
+
+
+def test_nothing_asked_for_is_nothing_measured(tmp_path):
+    model, _, evaluator = built(tmp_path)
+    assert evaluator(model) == {} and evaluator.draw(model, tmp_path / "x.png") is None
+
+
+def test_rejects_held_out_data_without_pairs(tmp_path):
+    write_tar(tmp_path / "test.tar", [("a.jpg", image_bytes(0)), ("a.txt", b" ")])
+    with pytest.raises(UsageError, match="eval.retrieval.*no usable pair"):
+        built(tmp_path, retrieval=str(tmp_path / "test.tar"))
