@@ -83,7 +83,7 @@ def test_attributes_and_captions_are_those_of_every_release():
     ]
     assert (
         hashlib.sha256(json.dumps(said).encode()).hexdigest()
-        == "9b5322ec1373dd7d41b6670a99bd2c460379215585e43c29e8bcdbbffffb7e9d"
+        == "80867954d33732a35ff44c0c2ba113d3bd500eb12b47463778829a9ee73d7442"
     )
 
 

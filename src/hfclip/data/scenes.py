@@ -137,7 +137,7 @@ class Scenes(Sequence):
 
 def _plan(rng: random.Random, split: str) -> dict:
     background = rng.choice(BACKGROUNDS)
-    relation, objects = _plan_two_kinds(rng, split) if rng.random() < 0.4 else (None, [_plan_one_kind(rng, split)])
+    relation, objects = _plan_two_kinds(rng, split) if rng.random() < 0.5 else (None, [_plan_one_kind(rng, split)])
     return {"background": background, "relation": relation, "objects": objects}
 
 
@@ -223,7 +223,7 @@ def _caption(rng: random.Random, attributes: dict) -> str:
             text, other, relation = other, text, RELATIONS[relation]
         joint = rng.choice(_RELATION_WORDS[relation]) if rng.random() < 0.75 else "and"
         text = f"{text} {joint} {other}"
-    elif first["position"] and rng.random() < 0.3:
+    elif first["position"] and rng.random() < 0.5:
         text += " " + POSITIONS[first["position"]][1]
     if rng.random() < 0.06:
         text += f" on a {attributes['background']} background"
