@@ -71,7 +71,7 @@ def counted_by_hand(model, processor, dataset, labels):
     for label in set(targets):
         found = [answer[0] == label for target, answer in zip(targets, answers, strict=True) if target == label]
         recalls.append(sum(found) / len(found))
-    return {**top, "mean_per_class_recall": sum(recalls) / len(recalls), "num_samples": len(targets)}
+    return {**top, "mean_per_class_recall": sum(recalls) / len(recalls), "num_samples": len(targets), "num_skipped": 0}
 
 
 def test_accuracy_equals_counting_the_classifiers_answers(model_folder):
@@ -183,8 +183,8 @@ def write_shards(folder, num_shards=11, **files_of_last):
 
 def test_reads_shards_in_numerical_order_with_names_from_the_folder_above(tmp_path):
     write_shards(tmp_path / "test")
-    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
-    (tmp_path / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\nthe {c}\n")
+    (tmp_path / "classnames.txt").write_text("cat \ndog\r\n \n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("\n a photo of a {c}.\n\nthe {c}\n")
     labels, templates, samples = load_labelled_folder(tmp_path / "test")
     assert labels == ["cat", "dog"] and templates == ["a photo of a {c}.", "the {c}"]
     assert [(image.getpixel((0, 0))[0], target) for image, target in samples] == [(i, i % 2) for i in range(22)]
@@ -216,6 +216,32 @@ def test_reads_cifar10_as_published():
             assert np.array_equal(np.asarray(image), np.asarray(expected)) and image.size == (32, 32)
             assert target == int(tar.extractfile(f"{keys[place]}.cls").read())
             assert labels[target] in tar.extractfile(f"{keys[place]}.txt").read().decode()
+
+
+def test_accuracy_leaves_undecodable_images_out_and_counts_them(model_folder, tmp_path):
+    model, processor = load(model_folder)
+    files = {"a.png": png(0)[:40], "a.cls": b"0", "b.png": png(9), "b.cls": b"1", "c.png": b"", "c.cls": b"1"}
+    write_tar(tmp_path / "0.tar", files)
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    labels, templates, samples = load_labelled_folder(tmp_path)
+    expected = zero_shot_accuracy(model, processor, [samples[1]], labels, templates)
+    for batch_size in (1, 3):
+        found = zero_shot_accuracy(model, processor, samples, labels, templates, batch_size=batch_size)
+        assert found == {**expected, "num_skipped": 2}
+    write_tar(tmp_path / "0.tar", {"a.png": b"", "a.cls": b"0"})
+    with pytest.raises(ValueError, match="none of the 1 images can be decoded"):
+        zero_shot_accuracy(model, processor, load_labelled_folder(tmp_path).samples, labels, templates)
+
+
+def test_rejects_names_that_cannot_be_used(tmp_path):
+    write_shards(tmp_path, num_shards=1)
+    (tmp_path / "classnames.txt").write_text("cat\n\ndog\n")  # without the empty line, dogs were cats
+    with pytest.raises(ValueError, match=r"labels at \[1\] are empty"):
+        load_labelled_folder(tmp_path)
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a photo\n")
+    with pytest.raises(ValueError, match="'a photo' has no place for the label"):
+        load_labelled_folder(tmp_path)
 
 
 def test_rejects_folders_of_neither_layout(tmp_path):

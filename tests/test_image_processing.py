@@ -243,6 +243,12 @@ def test_missing_file_and_unreachable_url_are_named(processor):
         processor("http://127.0.0.1:9/a.jpg")  # port 9 is closed
 
 
+def test_directory_is_named(tmp_path, processor):
+    for source in (tmp_path, str(tmp_path)):
+        with pytest.raises(ValueError, match="image 0.* is a directory"):
+            processor(source)
+
+
 def test_url_is_fetched(tmp_path, processor):
     Image.fromarray(noise(20, 30)).save(tmp_path / "a.png")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
@@ -418,6 +424,21 @@ def test_crop_size_follows_size_at_construction():
     assert HFCLIPImageProcessor(size=336).crop_size == {"height": 336, "width": 336}
     assert HFCLIPImageProcessor(size=(20, 30)).crop_size == {"height": 20, "width": 30}
     assert HFCLIPImageProcessor(size=256, crop_size=224).crop_size == {"height": 224, "width": 224}
+
+
+def test_crop_size_follows_a_later_size_unless_it_was_another(tmp_path):
+    image = Image.fromarray(noise(60, 80))
+    plain, cropping = HFCLIPImageProcessor(size=32), HFCLIPImageProcessor(size=32, crop_size=24)
+    for size in (20, 48):
+        found = plain(image, size=size, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(found, openai_transform(image, size))
+    assert plain(image, size=(20, 30), return_tensors="np")["pixel_values"].shape == (1, 3, 20, 30)
+    assert plain(image, size=48, crop_size=32, return_tensors="np")["pixel_values"].shape == (1, 3, 32, 32)
+    assert cropping(image, size=48, return_tensors="np")["pixel_values"].shape == (1, 3, 24, 24)
+    for saved, options, edge in [(plain, {}, 48), (plain, {"crop_size": 32}, 32), (cropping, {}, 24)]:
+        saved.save_pretrained(tmp_path)
+        loaded = HFCLIPImageProcessor.from_pretrained(tmp_path, size=48, **options)
+        assert loaded.size["shortest_edge"] == 48 and loaded.crop_size == {"height": edge, "width": edge}
 
 
 @pytest.mark.parametrize("height, width", [(5, 5), (5, 40), (4, 41)])

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,8 +165,31 @@ def test_scale_may_be_a_parameter_of_shape_one():
         (torch.zeros(4, 8), torch.zeros(4, 8), torch.zeros(4, 1, dtype=torch.int64), r"group_id is \(4, 1\)"),
         (torch.zeros(4, 8), torch.zeros(4, 8), torch.zeros(4), r"float32: expected \(4,\) of torch.int64"),
         (torch.zeros(0, 8), torch.zeros(0, 8), None, "global batch is empty"),
+        (torch.zeros(4, 8).long(), torch.zeros(4, 8).long(), None, "int64.*expected floating point"),
+        (torch.zeros(4, 8), torch.zeros(4, 8).bool(), None, "bool.*expected floating point"),
     ],
 )
 def test_rejects_inputs_that_do_not_fit(loss, images, texts, group_id, message):
     with pytest.raises(ValueError, match=message):
         loss(images, texts, 1.0, group_id=group_id)
+
+
+@pytest.mark.parametrize("loss", [contrastive_loss, lambda *args, **kwargs: sigmoid_loss(*args, -10.0, **kwargs)])
+def test_rejects_what_is_no_tensor(loss):
+    embeds = torch.zeros(4, 8)
+    with pytest.raises(TypeError, match="image_embeds must be a torch.Tensor, found ndarray"):
+        loss(np.zeros((4, 8)), embeds, 1.0)
+    with pytest.raises(TypeError, match="text_embeds must be a torch.Tensor, found ndarray"):
+        loss(embeds, np.zeros((4, 8)), 1.0)
+    with pytest.raises(TypeError, match="group_id must be a torch.Tensor, found list"):
+        loss(embeds, embeds, 1.0, group_id=[0, 1, 2, 3])
+    with pytest.raises(TypeError, match="scale must be a number or a tensor of one element, found NoneType"):
+        loss(embeds, embeds, None)
+
+
+def test_rejects_scale_and_bias_of_several_elements():
+    embeds = torch.zeros(4, 8)
+    with pytest.raises(ValueError, match=r"scale must have one element, found shape \(4, 1\)"):
+        contrastive_loss(embeds, embeds, torch.ones(4, 1))
+    with pytest.raises(ValueError, match=r"bias must have one element, found shape \(4,\)"):
+        sigmoid_loss(embeds, embeds, 1.0, torch.zeros(4))

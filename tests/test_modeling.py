@@ -544,7 +544,7 @@ class TestRepeatedLabels:
         assert len(calls) == 0
 
     @torch.no_grad()
-    @pytest.mark.parametrize("change", ["ids", "mask", "optimizer", "data", "swap", "dtype"])
+    @pytest.mark.parametrize("change", ["ids", "mask", "optimizer", "data", "row", "swap", "layer", "dtype"])
     def test_a_change_is_seen(self, change):
         model = tiny()
         ids, mask, weight = texts(), (texts() != 0).long(), model.text_projection.weight
@@ -557,6 +557,10 @@ class TestRepeatedLabels:
             weight.add_(1.0)
         elif change == "data":
             weight.data.add_(1.0)
+        elif change == "row":
+            model.text_model.embeddings.token_embedding.weight.data[ids[0, 1]] += 1.0
+        elif change == "layer":
+            model.text_model.encoder.layers[0].mlp.activation_fn = torch.nn.GELU()
         elif change == "swap":
             model.text_projection.weight = torch.nn.Parameter(weight + 1.0)
         else:
@@ -564,6 +568,16 @@ class TestRepeatedLabels:
         pixel_values = images(1).to(model.dtype)
         found = model(input_ids=ids, attention_mask=mask, pixel_values=pixel_values).text_embeds
         torch.testing.assert_close(found, model.encode_text(ids, mask))
+
+    @torch.no_grad()
+    def test_autocast_is_part_of_the_question(self):
+        model = tiny()
+        inputs = dict(input_ids=texts(), pixel_values=images())
+        plain = model(**inputs).text_embeds
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            lower = model(**inputs).text_embeds
+        assert not torch.equal(plain, lower)
+        assert torch.equal(model(**inputs).text_embeds, plain)
 
     def test_training_never_uses_it(self):
         model = tiny()
@@ -607,3 +621,27 @@ def test_rejects_impossible_configs(fields, message):
 def test_rejects_an_unknown_preset():
     with pytest.raises(ValueError, match="Did you mean 'ViT-B/32'"):
         HFCLIPConfig.from_preset("vit-b/32")
+    with pytest.raises(ValueError, match="Unknown preset None"):
+        HFCLIPConfig.from_preset(None)
+
+
+def test_presets_take_changes_of_single_fields():
+    config = HFCLIPConfig.from_preset(
+        "ViT-L/14", vision_config={"patch_dropout": 0.5}, text_config={"vocab_size": 60000}
+    )
+    assert (config.vision_config.hidden_size, config.vision_config.patch_dropout) == (1024, 0.5)
+    assert (config.text_config.hidden_size, config.text_config.vocab_size) == (768, 60000)
+    with pytest.raises(ValueError, match="no field `patch_dropout`.*vision_config"):
+        HFCLIPConfig.from_preset("ViT-B/32", patch_dropout=0.5)
+
+
+def test_a_shared_tower_config_is_left_as_it_was():
+    text = HFCLIPConfig.from_preset("ViT-B/32").text_config
+    HFCLIPConfig(text_config=text, projection_dim=64)
+    assert text.projection_dim == 512
+
+
+def test_a_tower_of_another_kind_is_refused(tmp_path):
+    tiny(vision_config=dict(RESNET)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="hfclip_resnet"):
+        HFCLIPVisionModelWithProjection.from_pretrained(tmp_path)

@@ -94,6 +94,16 @@ def test_rejects_swapped_and_wrong_inputs(processor):
         processor(images=["a cat"])
 
 
+def test_text_in_the_place_of_images_is_told_where_to_go(processor, tmp_path):
+    for text in (["a cat"], "a cat", "cats"):  # the last is base64, too
+        with pytest.raises(ValueError, match="Texts go to `text=`"):
+            processor(text)
+    (tmp_path / "damaged.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="cannot be decoded") as caught:
+        processor(str(tmp_path / "damaged.png"))
+    assert "text=" not in str(caught.value)
+
+
 def test_takes_other_tokenizers_and_image_processors(tokenizer):
     processor = HFCLIPProcessor(CLIPImageProcessorPil(size=32, crop_size=32), tokenizer)
     assert processor(IMAGE, CAPTIONS, return_tensors="pt", crop_size=16)["pixel_values"].shape == (1, 3, 16, 16)

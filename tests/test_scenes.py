@@ -83,7 +83,7 @@ def test_attributes_and_captions_are_those_of_every_release():
     ]
     assert (
         hashlib.sha256(json.dumps(said).encode()).hexdigest()
-        == "80867954d33732a35ff44c0c2ba113d3bd500eb12b47463778829a9ee73d7442"
+        == "e91bb470bb4765c9efdf0561290e6c0da2534c6bc19c21287afcf774ad2187f6"
     )
 
 

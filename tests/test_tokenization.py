@@ -20,6 +20,7 @@ import torch
 from datasets.fingerprint import Hasher
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, BatchEncoding, CLIPTokenizer, DataCollatorWithPadding, TokenizersBackend
+from transformers.processing_utils import TextKwargs
 
 from hfclip.tokenization_hfclip import BASE_VOCAB, BYTE_SYMBOLS, HFCLIPTokenizer
 
@@ -500,8 +501,6 @@ def test_training_cleans_and_takes_batches_of_texts():
     texts = ["caf&eacute; “x”", "CAFÉ"] * 5
     trained = HFCLIPTokenizer.train_new_from_iterator([texts, texts], vocab_size=517, show_progress=False)
     assert len(trained) == 517 and len(ids_of(trained, "café")) == 2  # of five bytes, after three merges
-    with pytest.raises(TypeError, match="int"):
-        HFCLIPTokenizer.train_new_from_iterator([1], vocab_size=600, show_progress=False)
 
 
 def test_training_on_a_tokenizer_keeps_its_settings():
@@ -548,6 +547,32 @@ def test_rejects_what_is_no_text(tokenizer, text):
 def test_rejects_what_clip_cannot_do(tokenizer, kwargs, message):
     with pytest.raises(ValueError, match=message):
         tokenizer("a", **kwargs)
+
+
+def test_rejects_unknown_call_options(tokenizer):
+    with pytest.raises(TypeError, match="no option 'paddin'. The nearest is 'padding'"):
+        tokenizer("a", paddin=True)
+
+
+def test_takes_every_option_that_processors_of_transformers_pass(tokenizer):
+    options = dict.fromkeys(TextKwargs.__annotations__)
+    options |= {"add_special_tokens": True, "padding": False, "stride": 0, "is_split_into_words": False}
+    assert tokenizer("a cat", **options)["input_ids"] == tokenizer("a cat")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        ("a cat", TypeError, "found one str"),
+        ([1], TypeError, "str or lists of str, found int"),
+        ([{"text": "a cat"}], TypeError, "found dict"),
+        ([], ValueError, "at least one text"),
+        (iter([]), ValueError, "at least one text"),
+    ],
+)
+def test_training_rejects_what_is_no_text(texts, error, message):
+    with pytest.raises(error, match=message):
+        HFCLIPTokenizer.train_new_from_iterator(texts, vocab_size=600, show_progress=False)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,20 @@ def test_no_arguments_mean_the_quickstart():
     assert resume is None
 
 
+def test_flags_that_name_data_or_a_model_need_no_recipe():
+    flags = ["--data.train", "shards/{000..099}.tar", "--model.preset", "ViT-B/32", "--model.tokenizer", "bpe.gz"]
+    model = {"preset": "ViT-B/32", "tokenizer": "bpe.gz"}
+    expected = Config.from_dict({"model": model, "data": {"train": "shards/{000..099}.tar"}})
+    assert parse_arguments(flags)[0] == expected
+
+    name = "openai/clip-vit-base-patch32"
+    config, _ = parse_arguments(["--model.checkpoint", name, "--data.train", "my/folder", "--optim.lr", "1e-5"])
+    data = {"train": "my/folder"}
+    assert config == Config.from_dict({"model": {"checkpoint": name}, "data": data, "optim": {"lr": 1e-5}})
+    assert config.data.max_samples is None and config.eval.zero_shot is None and config.eval.retrieval is None
+    assert config.run.output_dir == "runs/clip"
+
+
 def test_command_line_overrides_the_file(tmp_path):
     path = write(tmp_path, tiny_recipe(tmp_path))
     arguments = ["--optim.lr", "1e-2", "--data.train=x.tar", "--run.trackers", "tensorboard,wandb", "--model.compile"]
@@ -40,7 +54,7 @@ def test_command_line_overrides_the_file(tmp_path):
 
 
 def test_inline_model_may_be_given_on_the_command_line():
-    config, _ = parse_arguments(["--model.config", "{projection_dim: 8}"])
+    config, _ = parse_arguments(["--model.config", "{projection_dim: 8}", "--model.tokenizer", "train"])
     assert config.model.config == {"projection_dim": 8}
 
 
@@ -65,9 +79,10 @@ def test_saved_config_names_the_same_run(tmp_path):
         (["--optim.batch_size", "[1"], ["optim.batch_size", "not a YAML value"]),
         (["--run.precision", "fp8"], ["run.precision", "'fp8'", "'bf16', 'fp16', 'fp32'"]),
         (["--data.num_workers", "null"], ["data.num_workers", "None", "int"]),
-        (["--model.preset", "ViT-B/32"], ["preset and config", "exactly one", "null"]),
-        (["--model.config", "null"], ["nothing names the model"]),
-        (["--model.config", "null", "--model.vision_checkpoint", "x"], ["set alone", "text_checkpoint"]),
+        (["--config", "quickstart", "--model.preset", "ViT-B/32"], ["preset and config", "exactly one", "null"]),
+        (["--model.preset", "ViT-B/32"], ["model.tokenizer", "null", '"train"', "merges file"]),
+        (["--data.train", "x.tar"], ["nothing names the model"]),
+        (["--model.vision_checkpoint", "x"], ["set alone", "text_checkpoint"]),
         (["--model.patch_dropout", "1"], ["patch_dropout", "0 <= value < 1"]),
         (["--config", "quickstrat"], ["quickstrat", "recipes", "quickstart"]),
     ],
@@ -106,6 +121,7 @@ def test_help_explains_every_setting(capsys):
             flag = f"--{name}.{field.name} "
             assert flag in text
             assert "(default:" in text[text.index(flag) :][:800]
+    assert "quickstart, if none of them names data or a model (--data.train," in " ".join(text.split())
     assert "Weights and optimizer state are float32" in " ".join(text.split())  # a field's docstring
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import random
+import shutil
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -279,9 +280,9 @@ def test_tar_members_of_other_kinds_are_ignored_and_names_follow_webdataset(tmp_
     members = [
         ("a/1.JPG", image_bytes(1)),
         ("a/1.cls", b"3"),
-        ("a/1.txt", b"one"),
+        ("a/1.TXT", b"one"),
         ("b/1.webp", image_bytes(2, kind="WEBP")),
-        ("b/1.json", b'{"caption": "two", "text": ""}'),
+        ("b/1.JSON", b'{"caption": "two", "text": ""}'),
         ("b/2.seg.png", image_bytes(3)),
         ("b/2.txt", b"no picture"),
     ]
@@ -395,6 +396,30 @@ def test_image_folder_with_metadata_is_read(tmp_path):
         (folder / f"{i}.jpg").write_bytes(image_bytes(i))
     source = opened(tmp_path, folder)
     assert sorted(source[i] for i in range(5)) == sorted((image_bytes(i), [caption(i)]) for i in range(5))
+
+
+def test_local_folder_with_one_split_is_read_whatever_the_split_is_called(tmp_path):
+    for name, count in {"photos": 3, "photos/test": 2}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [json.dumps({"file_name": f"{i}.jpg", "text": caption(i)}) for i in range(count)]
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        for i in range(count):
+            (folder / f"{i}.jpg").write_bytes(image_bytes(i))
+    config = config_of(tmp_path).data
+    assert len(open_source(str(tmp_path / "photos" / "test"), config, "train", 32)) == 2
+    shutil.rmtree(tmp_path / "photos" / "test")
+    assert len(open_source(str(tmp_path / "photos"), config, "test", 32)) == 3
+    assert len(open_source(str(tmp_path / "photos"), config, "train[:1]", 32)) == 1
+    with pytest.raises(UsageError, match=r"test\[:1\]"):
+        open_source(str(tmp_path / "photos"), config, "test[:1]", 32)
+
+
+def test_rejects_a_data_set_that_is_a_script(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "photos.py").write_text("import datasets")
+    with pytest.raises(UsageError, match="(?s)photos.*cannot load it.*scripts are no longer supported"):
+        opened(tmp_path, tmp_path / "photos")
 
 
 def test_scenes_need_no_files(tmp_path):

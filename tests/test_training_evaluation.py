@@ -66,6 +66,23 @@ def test_scenes_are_measured_and_drawn_and_the_model_goes_on_training(tmp_path):
     )
 
 
+def test_undecodable_labelled_images_are_left_out_and_counted(tmp_path):
+    for label, data in {"cat": image_bytes(0), "dog": image_bytes(1)[:100]}.items():
+        (tmp_path / "classes" / label).mkdir(parents=True)
+        (tmp_path / "classes" / label / "0.jpg").write_bytes(data)
+    model, _, evaluator = built(tmp_path, zero_shot=str(tmp_path / "classes"))
+    assert evaluator(model)["zero_shot/unreadable_images"] == 1
+    assert evaluator.draw(model, tmp_path / "x.png").is_file()
+
+
+def test_rejects_templates_without_place_for_the_label(tmp_path):
+    (tmp_path / "classes" / "cat").mkdir(parents=True)
+    (tmp_path / "classes" / "cat" / "0.jpg").write_bytes(image_bytes(0))
+    (tmp_path / "classes" / "zeroshot_classification_templates.txt").write_text("a photo")
+    with pytest.raises(UsageError, match="eval.zero_shot: template 'a photo' has no place"):
+        built(tmp_path, zero_shot=str(tmp_path / "classes"))
+
+
 def test_nothing_asked_for_is_nothing_measured(tmp_path):
     model, _, evaluator = built(tmp_path)
     assert evaluator(model) == {} and evaluator.draw(model, tmp_path / "x.png") is None

@@ -115,6 +115,7 @@ def test_sigmoid_loss_gets_siglips_initial_logits(tmp_path):
         ({"config": {"projection_dimm": 8}}, {}, ["projection_dim"]),
         ({"config": {"vision_config": {"patch_size": 7, "image_size": 32}}}, {}, ["patch_size=7"]),
         ({"config": {"vision_config": {"model_type": "vitt"}}}, {}, ["vitt", "vit"]),
+        ({"config": "quickstart"}, {}, ["model, data, optim, run, eval", "sections of a run", "--config"]),
         ({"config": "no_such_file.yaml"}, {}, ["no_such_file.yaml"]),
         ({"config": None, "checkpoint": "/no/such/folder"}, {}, ["/no/such/folder"]),
         ({"tokenizer": None}, {}, ["model.tokenizer", "merges file"]),

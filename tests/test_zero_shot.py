@@ -206,6 +206,8 @@ def test_rejects_folder_without_classifier_and_unfinished_one(model, classifier,
     ("labels", "templates", "error", "message"),
     [
         ([], ["{}"], ValueError, "0 labels"),
+        (None, ["{}"], TypeError, "labels is None: expected a list of strings"),
+        (["cat"], None, TypeError, "templates is None: expected a list"),
         ("cat", ["{}"], TypeError, "expected a list of strings"),
         (["cat", 3], ["{}"], TypeError, "expected a list of strings"),
         (["cat", "", "dog", "  "], ["{}"], ValueError, r"labels at \[1, 3\] are empty"),
@@ -229,8 +231,44 @@ def test_rejects_calls_that_ask_for_nothing(classifier):
         classifier(photos(1), top_k=0)
     with pytest.raises(ValueError, match="batch_size is 0"):
         classifier(photos(1), batch_size=0)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        classifier.logits(pixel_values=torch.zeros(1, 3, 32, 32), batch_size=0)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        ZeroShotClassifier(classifier.model, classifier.processor, LABELS, batch_size=0)
+    with pytest.raises(TypeError, match="top_k is '1'"):
+        classifier(photos(1), top_k="1")
     with pytest.raises(ValueError, match="found both or neither"):
         classifier.logits()
+
+
+def test_errors_count_images_over_the_whole_list(classifier):
+    with pytest.raises(ValueError, match="^image 4"):
+        classifier([*photos(4), b"no picture"], batch_size=3)
+    with pytest.raises(TypeError, match="image 1 is a list"):
+        classifier([photos(1)[0], photos(2)])
+
+
+def test_takes_labels_and_templates_from_generators(model, processor, classifier):
+    made = ZeroShotClassifier(model, processor, (label for label in LABELS), (template for template in TEMPLATES))
+    assert made.labels == LABELS and made.templates == TEMPLATES
+    assert torch.equal(made.label_embeds, classifier.label_embeds)
+
+
+@pytest.mark.parametrize("name", ["zero_shot_classifier.json", "zero_shot_classifier.safetensors"])
+def test_rejects_damaged_files(model, classifier, tmp_path, name):
+    classifier.save(tmp_path)
+    for damaged in ((tmp_path / name).read_bytes()[:50], b"[]"):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            ZeroShotClassifier.load(tmp_path, model, classifier.processor)
+
+
+def test_rejects_the_processor_of_another_model(model, processor):
+    tokenizer = HFCLIPTokenizer.train_new_from_iterator(["a photo of a cat"], 514 + 2)
+    other = HFCLIPProcessor(image_processor=processor.image_processor, tokenizer=tokenizer)
+    assert tokenizer.eos_token_id != processor.tokenizer.eos_token_id
+    with pytest.raises(ValueError, match=f"id {tokenizer.eos_token_id}, .* expects 533: .* another model"):
+        ZeroShotClassifier(model, other, LABELS)
 
 
 def test_rejects_damaged_weights(processor):

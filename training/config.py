@@ -20,7 +20,11 @@ import yaml
 
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
-DEFAULT_CONFIG = "quickstart"
+QUICKSTART = "quickstart"
+# Flags that say what is trained, or on what: a run that is not the quickstart any more.
+NAMES_A_RUN = ("data.train",) + tuple(
+    f"model.{origin}" for origin in ("preset", "config", "checkpoint", "vision_checkpoint", "text_checkpoint")
+)
 
 
 class UsageError(ValueError):
@@ -75,6 +79,11 @@ class ModelConfig:
             raise UsageError(
                 f"model: {' and '.join(origins) or 'nothing'} names the model, expected exactly one of preset, "
                 "config, checkpoint or the two tower checkpoints. `--model.config null` unsets one."
+            )
+        if self.tokenizer is None and (self.preset is not None or self.config is not None):
+            raise UsageError(
+                'model.tokenizer: found null, but a model from scratch has none. Set it to "train", to OpenAI\'s '
+                "merges file (bpe_simple_vocab_16e6.txt.gz) or to a folder or Hub name with a tokenizer."
             )
         _require(self.projection_dim >= 1, "model.projection_dim", self.projection_dim, "at least 1")
         _require(self.vocab_size >= 514, "model.vocab_size", self.vocab_size, "at least 514 (512 bytes, start, end)")
@@ -268,7 +277,9 @@ def parse_arguments(argv: list[str]) -> tuple[Config, str | None]:
     if unknown:
         flag = unknown[0].split("=")[0]
         raise UsageError(f"Unknown argument {flag!r}.{_nearest(flag, [f'--{name}' for name in _settings()])}")
-    values = load_yaml(arguments.config)
+    named = any(getattr(arguments, name) is not None for name in NAMES_A_RUN)
+    recipe = arguments.config or (None if named else QUICKSTART)
+    values = load_yaml(recipe) if recipe else {}
     for name, (hint, _) in _settings().items():
         text = getattr(arguments, name)
         if text is not None:
@@ -293,8 +304,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Several processes: accelerate launch training/pretrain.py ... (see training/launch).",
         allow_abbrev=False,
     )
-    recipe = "a YAML file, or a recipe in training/configs (default: quickstart). The arguments below override it"
-    parser.add_argument("--config", metavar="FILE", default=DEFAULT_CONFIG, help=recipe)
+    recipe = (
+        "a YAML file, or a recipe in training/configs; the arguments below override it. Default: quickstart, if none "
+        f"of them names data or a model ({', '.join('--' + name for name in NAMES_A_RUN)}); else no recipe, and what "
+        "is not given has the default that is shown below"
+    )
+    parser.add_argument("--config", metavar="FILE", help=recipe)
     resume = '"auto" (the newest complete checkpoint of the run folder, if any) or a checkpoint folder'
     parser.add_argument("--resume", metavar="WHERE", help=resume)
     groups = {name: parser.add_argument_group(name, section.__doc__) for name, section in SECTIONS.items()}

@@ -6,6 +6,7 @@ model itself, never through a distributed wrapper, whose forward would wait for 
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from hfclip import HFCLIPModel, HFCLIPProcessor, ZeroShotClassifier
 from hfclip.data.scenes import draw_predictions, retrieval_task, zero_shot_tasks
 from hfclip.evaluation.retrieval import retrieval_recall
-from hfclip.evaluation.zero_shot import load_labelled_folder, zero_shot_accuracy
+from hfclip.evaluation.zero_shot import UndecodableImage, load_labelled_folder, zero_shot_accuracy
 from hfclip.zero_shot import evaluating
 
 from .config import Config, UsageError
@@ -66,7 +67,10 @@ class Evaluator:
                     batch_size=self.config.eval.batch_size,
                     num_workers=self.config.data.num_workers,
                 )
-                results |= {f"{task.name}/{name}": value for name, value in measured.items() if name != "num_samples"}
+                del measured["num_samples"]
+                unreadable = measured.pop("num_skipped")
+                measured |= {"unreadable_images": unreadable} if unreadable else {}
+                results |= {f"{task.name}/{name}": value for name, value in measured.items()}
             if self.pairs:
                 results |= {f"retrieval/{name}": value for name, value in self._retrieval(model).items()}
         return results
@@ -120,14 +124,18 @@ class Evaluator:
         return model.encode_text(tokens["input_ids"], tokens["attention_mask"])
 
     def draw(self, model: HFCLIPModel, path: Path) -> Path | None:
-        """A picture of predictions for images spread over the first labelled set; None without one. Not collective."""
+        """A picture of predictions for images spread over the first labelled set; None without any. Not collective."""
         if not self.labelled:
             return None
         task = self.labelled[0]
         step = max(len(task.samples) // NUM_PICTURES, 1)
-        images, targets = zip(
-            *(task.samples[i] for i in range(0, len(task.samples), step)[:NUM_PICTURES]), strict=True
-        )
+        drawn = []
+        for i in range(0, len(task.samples), step)[:NUM_PICTURES]:
+            with suppress(UndecodableImage):
+                drawn.append(task.samples[i])
+        if not drawn:
+            return None
+        images, targets = zip(*drawn, strict=True)
         labels = list(dict.fromkeys(task.labels))
         predictions = ZeroShotClassifier(model, self.processor, labels, task.templates)(list(images), top_k=3)
         draw_predictions(path, images, [task.labels[t] for t in targets], predictions, title=task.name)

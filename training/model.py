@@ -26,7 +26,7 @@ from hfclip import (
     HFCLIPTokenizer,
 )
 
-from .config import Config, ModelConfig, UsageError, load_yaml
+from .config import SECTIONS, Config, ModelConfig, UsageError, load_yaml
 from .sources import BadSample, Source
 
 
@@ -83,6 +83,12 @@ def _architecture(model: ModelConfig) -> HFCLIPConfig:
         configs = {f"{tower}_config": AutoConfig.from_pretrained(path) for tower, path in towers.items()}
         return HFCLIPConfig(**configs, projection_dim=model.projection_dim)
     fields = model.config if isinstance(model.config, dict) else load_yaml(model.config)
+    sections = [name for name in fields if name in SECTIONS]
+    if sections:
+        raise UsageError(
+            f"config holds {', '.join(sections)}, the sections of a run; expected fields of HFCLIPConfig such as "
+            "vision_config. Give the file to `--config`, or take what stands below model.config in it."
+        )
     return HFCLIPConfig(**fields)
 
 
@@ -142,11 +148,6 @@ def _tokenizer(config: Config, source: Source) -> PreTrainedTokenizerBase:
     if model.tokenizer is None and model.checkpoint is not None:
         return HFCLIPProcessor.from_pretrained(model.checkpoint).tokenizer
     name = model.tokenizer or model.text_checkpoint
-    if name is None:
-        raise UsageError(
-            'model.tokenizer: found null, but a model from scratch has none. Set it to "train", to OpenAI\'s merges '
-            "file (bpe_simple_vocab_16e6.txt.gz) or to a folder or Hub name with a tokenizer."
-        )
     if name.endswith((".gz", ".txt")):
         return HFCLIPTokenizer.from_openai_bpe(name)
     return AutoTokenizer.from_pretrained(name)

@@ -188,7 +188,8 @@ def _index_tar(shard: Path) -> tuple[np.ndarray, bool]:
                 tar.members.clear()  # else tarfile keeps every header in memory
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
-                kind = "image" if extension.lower() in IMAGE_EXTENSIONS else {"txt": "text"}.get(extension, extension)
+                extension = extension.lower()
+                kind = "image" if extension in IMAGE_EXTENSIONS else {"txt": "text"}.get(extension, extension)
                 if not member.isfile() or kind not in ("image", "text", "json"):
                     continue
                 if (folder, stem) != last_name:
@@ -328,7 +329,7 @@ def _caption_list(value: str | list[str]) -> list[str]:
 
 
 def _load_table(name: str, split: str):
-    from datasets import load_dataset
+    from datasets import get_dataset_split_names, load_dataset
 
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -339,8 +340,14 @@ def _load_table(name: str, split: str):
     try:
         if name.endswith(".parquet"):
             return load_dataset("parquet", data_files=str(path) if "://" not in name else name, split="train")
-        return load_dataset(str(path) if path.exists() else name, split=split)
-    except (OSError, ValueError, ConnectionError) as error:
+        if path.exists():
+            splits = get_dataset_split_names(str(path))
+            # A folder without splits has but one, whatever it is called. "test[:100]" is an expression, not a name.
+            if split.isidentifier() and split not in splits and len(splits) == 1:
+                split = splits[0]
+            return load_dataset(str(path), split=split)
+        return load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set that is a script
         raise UsageError(
             f"{name!r} is neither tars, parquet files nor an image folder here, and `datasets` cannot load it with "
             f"data.split {split!r}: {error}"

@@ -7,6 +7,7 @@ A tower is chosen by the `model_type` of its config: `hfclip_vit`, `hfclip_resne
     dict / config object / folder -> translate (transformers' CLIP -> ours) -> typed fields -> validate_*
 """
 
+import copy
 import difflib
 from typing import Any, Literal
 
@@ -38,11 +39,20 @@ class HFCLIPBaseConfig(PreTrainedConfig):
     def _refuse_misspelt(self, unknown: dict[str, Any]) -> None:
         """An unknown key is kept, as in every transformers config, unless it is nearly the name of a field."""
         fields = [name for name in self.__dataclass_fields__ if not name.startswith("_")]
+        misplaced = self._fields_of_parts() & unknown.keys()
+        if misplaced:
+            raise ValueError(
+                f"{type(self).__name__} has no field `{sorted(misplaced)[0]}`: it belongs into text_config or vision_config."
+            )
         accepted = {*fields, "num_labels", "attn_implementation", "output_attentions", "torch_dtype", "model_type"}
         for key in unknown.keys() - accepted:
             nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.87)
             if nearest:
                 raise ValueError(f"{type(self).__name__} has no field `{key}`. Did you mean `{nearest[0]}`?")
+
+    def _fields_of_parts(self) -> set[str]:
+        """Names of fields that only sub-configs have."""
+        return set()
 
     def _require(self, holds: bool, found: str, expected: str, remedy: str) -> None:
         if not holds:
@@ -86,7 +96,14 @@ class HFCLIPBaseConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return translate_transformers_config(config_dict), kwargs
+        config_dict = translate_transformers_config(config_dict)
+        found = (config_dict.get(cls.base_config_key) or config_dict).get("model_type", cls.model_type)
+        if cls.model_type in TOWER_CONFIGS and found != cls.model_type and found in TOWER_CONFIGS:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: found a tower of type `{found}`, expected `{cls.model_type}`. Open "
+                "it with AutoModel, or with the class of its own type."
+            )
+        return config_dict, kwargs
 
 
 @strict
@@ -290,11 +307,15 @@ class HFCLIPConfig(HFCLIPBaseConfig):
         self.vision_pooling = self.vision_pooling or "pooler"
         super().__post_init__(**kwargs)
 
+    def _fields_of_parts(self) -> set[str]:
+        parts = {name for tower in TOWER_CONFIGS.values() for name in tower.__dataclass_fields__}
+        return parts - self.__dataclass_fields__.keys()
+
     def _tower_config(self, config: dict | PreTrainedConfig | None, default: type) -> PreTrainedConfig:
         if isinstance(config, PreTrainedConfig) and config.model_type in TRANSFORMERS_MODEL_TYPES:
             config = config.to_dict()
         if isinstance(config, PreTrainedConfig):
-            tower = config
+            tower = copy.deepcopy(config)  # the joint space's size is written into it
         else:
             fields = translate_transformers_config(dict(config or {}))
             model_type = fields.pop("model_type", default.model_type)
@@ -346,23 +367,34 @@ class HFCLIPConfig(HFCLIPBaseConfig):
     def from_preset(cls, name: str, **overrides) -> "HFCLIPConfig":
         """One of the nine published architectures (paper tables 19 and 20), e.g. `"ViT-B/32"` or `"RN50x16"`.
 
-        `overrides` replace top-level fields. Raises ValueError with the nearest name for an unknown preset.
+        `overrides` replace fields; dicts for `text_config` and `vision_config` replace single fields of those.
+        Raises ValueError with the nearest name for an unknown preset.
         """
+        by_lower = {preset.lower(): preset for preset in PRESETS}
         if name not in PRESETS:
-            near = difflib.get_close_matches(name.lower(), {n.lower(): n for n in PRESETS}, n=1, cutoff=0.4)
-            by_lower = {n.lower(): n for n in PRESETS}
+            near = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.4)
             hint = f" Did you mean {by_lower[near[0]]!r}?" if near else ""
             raise ValueError(f"Unknown preset {name!r}: expected one of {', '.join(PRESETS)}.{hint}")
         projection_dim, vision, text_width = PRESETS[name]
         text = {
+            "model_type": "hfclip_text",
             "hidden_size": text_width,
             "intermediate_size": 4 * text_width,
             "num_attention_heads": text_width // 64,
             "num_hidden_layers": 12,
         }
-        return cls(
-            **{"text_config": text, "vision_config": dict(vision), "projection_dim": projection_dim, **overrides}
-        )
+        fields = {"text_config": text, "vision_config": vision, "projection_dim": projection_dim}
+        for key, value in overrides.items():
+            part = fields.get(key)
+            # A dict without a type, or with the same, changes fields of the preset's tower; another type replaces it.
+            if (
+                isinstance(part, dict)
+                and isinstance(value, dict)
+                and value.get("model_type", part["model_type"]) == part["model_type"]
+            ):
+                value = {**part, **value}
+            fields[key] = value
+        return cls(**fields)
 
 
 def _vit(width: int, layers: int, patch: int, image_size: int = 224) -> dict[str, Any]:

@@ -91,6 +91,8 @@ def _as_file(source: bytes | str | os.PathLike) -> io.BytesIO | str | os.PathLik
         )
     if os.path.isfile(source):
         return source
+    if os.path.isdir(source):
+        raise ValueError(f"{_short(source)} is a directory. Expected an image: pass the files in it.")
     text = os.fspath(source)
     if isinstance(text, str) and text.startswith(("http://", "https://")):
         try:
@@ -338,7 +340,8 @@ class HFCLIPImageProcessor(BaseImageProcessor):
         size: Pixels: an integer or {"shortest_edge"} keeps the aspect ratio; {"height", "width"} does not.
         resample: PIL's filter. PIL resizes palette and 1-bit images with the nearest pixel whatever the filter.
         do_center_crop: Cut the middle; where the image is smaller, the rest is black.
-        crop_size: Pixels: an integer or {"height", "width"}. Default: the square or rectangle of `size`.
+        crop_size: Pixels: an integer or {"height", "width"}. Default: the square or rectangle of `size`. A crop that is
+            that of `size` follows a `size` given in a call or to `from_pretrained`; any other stays as it is.
         do_rescale: Multiply 8-bit values by `rescale_factor`. If false they stay in 0..255, except those of floating
             point arrays, which stay in 0..1.
         rescale_factor: 1/255 by default.
@@ -429,7 +432,16 @@ class HFCLIPImageProcessor(BaseImageProcessor):
                 near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.0)[0]
                 raise TypeError(f"{type(self).__name__} has no option {name!r}. The nearest is {near!r}.")
         options = {name: getattr(self, name) if given.get(name) is None else given[name] for name in _OPTIONS}
+        if given.get("crop_size") is None and self.crop_size == _crop_of(_size("size", self.size)):
+            options["crop_size"] = _crop_of(_size("size", options["size"]))
         return _checked(options)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
+        if kwargs.get("size") is not None and kwargs.get("crop_size") is None:
+            options = cls(**image_processor_dict)._options({"size": kwargs["size"]})
+            kwargs["crop_size"] = options["crop_size"]  # or the saved one, made for another size, would stay
+        return super().from_dict(image_processor_dict, **kwargs)
 
 
 def _flat(images: Any) -> Iterator[ImageSource]:
@@ -479,8 +491,8 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(options[name], bool):
             raise TypeError(f"{name} must be True or False, found {options[name]!r}.")
     options["size"] = size = _size("size", options["size"])
-    square_of_size = size.get("shortest_edge") or size
-    options["crop_size"] = _size("crop_size", square_of_size if options["crop_size"] is None else options["crop_size"])
+    crop_size = options["crop_size"]
+    options["crop_size"] = _crop_of(size) if crop_size is None else _size("crop_size", crop_size)
     try:
         options["resample"] = PILImageResampling(options["resample"])
     except ValueError:
@@ -507,6 +519,11 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _crop_of(size: SizeDict) -> SizeDict:
+    """The crop that takes all of `size`: the square of its shortest edge, or its rectangle."""
+    return _size("crop_size", size.get("shortest_edge") or size)
 
 
 def _size(name: str, value: Any) -> SizeDict:

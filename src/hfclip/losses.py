@@ -54,12 +54,13 @@ def contrastive_loss(
         Scalar loss.
 
     Raises:
-        ValueError: embeddings of different shape or not 2-D, `group_id` of the wrong shape or dtype, ranks that
-            disagree on dim, precision or use of `group_id` (on every rank), an empty global batch, or a rank outside
-            `group`.
+        TypeError: embeddings or `group_id` that are no tensors, a `scale` that is neither tensor nor number.
+        ValueError: embeddings of different shape, not 2-D or not floating point, a `scale` of several elements,
+            `group_id` of the wrong shape or dtype, ranks that disagree on dim, precision or use of `group_id` (on
+            every rank), an empty global batch, or a rank outside `group`.
     """
     images, texts = _check_inputs(image_embeds, text_embeds, group_id)
-    scale = _as_factor(scale, images)
+    scale = _as_factor("scale", scale, images)
     batch = _GlobalBatch.agree(images, group_id is not None, group)
     # (local_batch, 2 * dim) -> (global_batch, 2 * dim): both towers in one collective
     columns = batch.gather(torch.cat([images, texts], dim=1))
@@ -102,7 +103,7 @@ def sigmoid_loss(
         Scalar loss.
     """
     images, texts = _check_inputs(image_embeds, text_embeds, group_id)
-    scale, bias = _as_factor(scale, images), _as_factor(bias, images)
+    scale, bias = _as_factor("scale", scale, images), _as_factor("bias", bias, images)
     batch = _GlobalBatch.agree(images, group_id is not None, group)
     all_texts = batch.gather(texts)
     positives = batch.positives(group_id, images.device)
@@ -247,10 +248,18 @@ def _exchange(record: tuple[int, ...], device: torch.device, group: dist.Process
 
 def _check_inputs(image_embeds: Tensor, text_embeds: Tensor, group_id: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both embeddings in float32, or in float64 if one of them is."""
+    for name, value in (("image_embeds", image_embeds), ("text_embeds", text_embeds), ("group_id", group_id)):
+        if not isinstance(value, Tensor) and not (name == "group_id" and value is None):
+            raise TypeError(f"{name} must be a torch.Tensor, found {type(value).__name__}.")
     if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape:
         raise ValueError(
             f"image_embeds is {tuple(image_embeds.shape)} and text_embeds {tuple(text_embeds.shape)}: expected the "
             "same (local_batch, dim) twice, row i of one belonging to row i of the other."
+        )
+    if not (image_embeds.is_floating_point() and text_embeds.is_floating_point()):
+        raise ValueError(
+            f"image_embeds is of {image_embeds.dtype} and text_embeds of {text_embeds.dtype}: expected floating point "
+            "vectors of unit norm."
         )
     if group_id is not None and (group_id.shape != image_embeds.shape[:1] or group_id.dtype != torch.int64):
         raise ValueError(
@@ -261,6 +270,12 @@ def _check_inputs(image_embeds: Tensor, text_embeds: Tensor, group_id: Tensor | 
     return image_embeds.to(dtype), text_embeds.to(dtype)
 
 
-def _as_factor(value: Tensor | float, like: Tensor) -> Tensor | float:
+def _as_factor(name: str, value: Tensor | float, like: Tensor) -> Tensor | float:
     """A float stays a float: turning it into a tensor would copy from host to device on every step."""
-    return value.to(like.dtype) if isinstance(value, Tensor) else value
+    if isinstance(value, (int, float)):
+        return value
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number or a tensor of one element, found {type(value).__name__}.")
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one element, found shape {tuple(value.shape)}.")
+    return value.to(like.dtype).reshape(())

@@ -365,9 +365,10 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
 class TextCache:
     """The texts of the last call in inference, with their outputs.
 
-    The zero-shot pipeline passes the same labels with every image. They count as the same while the ids, the mask and
-    the tower are: the weights (their identity, version counter and one value of each, since `.data` writes escape the
-    counter), and no layers or hooks in it that come from outside (adapters can be switched without a trace).
+    The zero-shot pipeline passes the same labels with every image. They count as the same while the ids, the mask, the
+    layers, autocast and all weights that take part are: each weight's identity and version counter, and its norm, since
+    writes through `.data` escape the counter. Layers and hooks from outside switch the cache off: adapters, for
+    instance, can be enabled and disabled without a trace.
     """
 
     PLAIN = {"torch", "transformers", __name__.partition(".")[0]}
@@ -387,14 +388,19 @@ class TextCache:
                 return None
             if module._forward_hooks or module._forward_pre_hooks:
                 return None
-        weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
-        if any(type(weight.data) is not torch.Tensor or weight.is_inference() or weight.is_meta for weight in weights):
+        weights = {id(w): w for module in modules for w in module._parameters.values() if w is not None}
+        if any(type(w.data) is not torch.Tensor or w.is_inference() or w.is_meta for w in weights.values()):
             return None
-        identity = [(weight.data_ptr(), weight.dtype, weight._version) for weight in weights]
-        values = [
-            weight.detach().view(-1)[weight.numel() // 2].float() for weight in weights if weight.is_contiguous()
-        ]
-        return identity, input_ids, attention_mask, torch.stack(values)
+        device = input_ids.device.type
+        autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        attention = towers[0].config._attn_implementation
+        identity = [(w.data_ptr(), w.dtype, w._version) for w in weights.values()]
+        identity += [autocast, attention, [id(module) for module in modules]]
+        # Most of a text tower's weights are rows of the token embedding that these texts do not touch.
+        embedding = towers[0].get_input_embeddings().weight
+        read = [w.detach() for key, w in weights.items() if key != id(embedding)]
+        norms = torch._foreach_norm([*read, embedding.detach()[input_ids]])
+        return identity, input_ids, attention_mask, torch.stack([norm.double() for norm in norms])
 
     def holds(self, state: tuple) -> bool:
         weights, *texts, values = state

@@ -303,6 +303,7 @@ class HFCLIPVisionModel(HFCLIPPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _input_embed_layer = "patch_embedding"
+    _keys_to_ignore_on_load_unexpected = [r"position_ids", r"^text_model\.", r"_projection\.", r"^logit_"]
 
     def __init__(self, config: HFCLIPVisionConfig):
         super().__init__(config)
@@ -389,6 +390,7 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
     base_model_prefix = "text_model"
     input_modalities = ("text",)
     _input_embed_layer = "token_embedding"
+    _keys_to_ignore_on_load_unexpected = [r"position_ids", r"^vision_model\.", r"_projection\.", r"^logit_"]
 
     def __init__(self, config: HFCLIPTextConfig):
         super().__init__(config)
@@ -463,6 +465,7 @@ class HFCLIPBagOfWordsModel(HFCLIPPreTrainedModel):
     base_model_prefix = "text_model"
     input_modalities = ("text",)
     _input_embed_layer = "token_embedding"
+    _keys_to_ignore_on_load_unexpected = [r"position_ids", r"^vision_model\.", r"_projection\.", r"^logit_"]
     _can_record_outputs = {}
 
     def __init__(self, config: HFCLIPBagOfWordsConfig):

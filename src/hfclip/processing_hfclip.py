@@ -5,6 +5,7 @@ images -> `image_processor` -> `pixel_values`; text -> `tokenizer` -> `input_ids
 """
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,12 @@ class HFCLIPProcessor(ProcessorMixin):
             features |= self.tokenizer(text, **{"padding": True, **options, **(text_kwargs or {})})
         if images is not None:
             options = {name: value for name, value in kwargs.items() if name in image_names}
-            features |= self.image_processor(images, **{**options, **(images_kwargs or {})})
+            try:
+                features |= self.image_processor(images, **{**options, **(images_kwargs or {})})
+            except ValueError as error:
+                if text is None and _may_be_text(images):
+                    raise ValueError(f"{error} Texts go to `text=`: the order is processor(images, text).") from error
+                raise
         return BatchFeature(features)
 
     @classmethod
@@ -84,6 +90,11 @@ class HFCLIPProcessor(ProcessorMixin):
 
 def _is_transformers_clip(part: Any) -> bool:
     return type(part).__module__.startswith("transformers.models.clip.")
+
+
+def _may_be_text(images: Any) -> bool:
+    first = images[0] if isinstance(images, (list, tuple)) and images else images
+    return isinstance(first, str) and "://" not in first and not os.path.exists(first)
 
 
 def _check_text(text: Any) -> None:

@@ -12,13 +12,14 @@ ftfy, the full list of HTML entities, Python's lower case (final sigma) and the 
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import html
 import json
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -41,6 +42,7 @@ from tokenizers import (
 )
 from tokenizers.models import BPE
 from transformers import BatchEncoding, TokenizersBackend
+from transformers.processing_utils import TextKwargs
 from transformers.tokenization_utils_base import LARGE_INTEGER, TruncationStrategy
 from transformers.utils import PaddingStrategy, TensorType, logging
 
@@ -63,6 +65,9 @@ WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 BYTE_SYMBOLS = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
 BYTE_SYMBOLS |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in BYTE_SYMBOLS)}
 BASE_VOCAB = [symbol + end for end in ("", WORD_END) for symbol in BYTE_SYMBOLS.values()]
+
+# What a call may name, in the order of their declaration; the base class passes on whatever else it is given.
+_CALL_OPTIONS = tuple(TextKwargs.__annotations__)
 
 _WHITE_SPACE = regex.compile(r"\s+")
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -461,7 +466,8 @@ class HFCLIPTokenizer(TokenizersBackend):
             kwargs: For `tokenizers.trainers.BpeTrainer`, e.g. `min_frequency` (0), `show_progress` (True).
 
         Raises:
-            ValueError: `vocab_size` has no room for the byte symbols and the special tokens.
+            ValueError: `vocab_size` has no room for the byte symbols and the special tokens, or there is no text.
+            TypeError: `text_iterator` is a single text, or holds something else than texts and batches of texts.
         """
         names = special_tokens_map or {}
         named = {use: names.get(token, token) for use, token in self.special_tokens_map.items()}
@@ -507,11 +513,17 @@ class HFCLIPTokenizer(TokenizersBackend):
         return [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
 
     def _training_texts(self, text_iterator: Iterable[str | Sequence[str]]) -> Iterator[str]:
+        if isinstance(text_iterator, str):
+            raise TypeError("Training needs an iterable of texts, found one str: pass [text].")
+        text = None
         for item in text_iterator:
-            for text in [item] if isinstance(item, str) else item:
+            is_batch = isinstance(item, Iterable) and not isinstance(item, (str, bytes, Mapping))
+            for text in item if is_batch else [item]:
                 if not isinstance(text, str):
                     raise TypeError(f"Training texts must be str or lists of str, found {type(text).__name__}")
                 yield self.clean_text(text)
+        if text is None:
+            raise ValueError("Training needs at least one text, found none: is `text_iterator` empty or used up?")
 
     # ------------------------------------------------------------------------------------------------------- encoding
 
@@ -553,6 +565,10 @@ class HFCLIPTokenizer(TokenizersBackend):
     ) -> BatchEncoding:
         # Takes the place of the base class's way through Rust: same arguments, same results
         texts = _check_texts(text, text_pair, is_split_into_words)
+        for name in kwargs:
+            if name not in _CALL_OPTIONS:
+                near = difflib.get_close_matches(name, _CALL_OPTIONS, n=1, cutoff=0.0)[0]
+                raise TypeError(f"{type(self).__name__} has no option {name!r}. The nearest is {near!r}.")
         layout = _Layout(
             num_special_tokens=self.num_special_tokens_to_add() if add_special_tokens else 0,
             limit=None if truncation_strategy == TruncationStrategy.DO_NOT_TRUNCATE else max_length,

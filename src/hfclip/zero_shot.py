@@ -8,13 +8,15 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
@@ -50,8 +52,8 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 def embed_labels(
     model: nn.Module,
     processor: Any,
-    labels: Sequence[str],
-    templates: Sequence[Template] = DEFAULT_TEMPLATES,
+    labels: Iterable[str],
+    templates: Iterable[Template] = DEFAULT_TEMPLATES,
     batch_size: int = 256,
 ) -> Tensor:
     """One embedding a label: the mean over templates of unit text embeddings, again of unit norm (paper 3.1.4).
@@ -62,11 +64,12 @@ def embed_labels(
         `(num_labels, dim)` float32 on the model's device.
 
     Raises:
-        ValueError: no or empty labels, no templates, a template without placeholder, embeddings that are not finite.
+        ValueError: no or empty labels, no templates, a template without placeholder, `batch_size` below 1, embeddings
+            that are not finite.
         TypeError: labels or templates that are one string instead of a list, or hold something else.
     """
-    _check_labels(labels)
-    _check_templates(templates)
+    labels, templates = check_labels(labels), check_templates(templates)
+    _check_count("batch_size", batch_size)
     prompts = [_fill(template, label) for label in labels for template in templates]
     # Summed on the CPU in float64: the same bits whatever the device's order of additions.
     sums: Tensor | None = None
@@ -108,7 +111,7 @@ class ZeroShotClassifier:
 
     Raises:
         ValueError: no, empty or repeated labels, no templates, a template without placeholder, `label_embeds` of
-            another number of labels.
+            another number of labels, a processor whose tokenizer ends texts where the model does not pool them.
         TypeError: labels or templates that are one string instead of a list, or hold something else.
     """
 
@@ -116,13 +119,17 @@ class ZeroShotClassifier:
         self,
         model: nn.Module,
         processor: Any,
-        labels: Sequence[str],
-        templates: Sequence[Template] = DEFAULT_TEMPLATES,
+        labels: Iterable[str],
+        templates: Iterable[Template] = DEFAULT_TEMPLATES,
         *,
         batch_size: int = 256,
         label_embeds: Tensor | None = None,
     ):
-        _check_labels(labels)
+        self.model = unwrap_model(model)
+        self.processor = processor
+        self.labels = labels = check_labels(labels)
+        self.templates = check_templates(templates) if label_embeds is None else list(templates)
+        _check_tokenizer(self.model, processor)
         repeated = [label for label, times in Counter(labels).items() if times > 1]
         if repeated:
             raise ValueError(
@@ -130,13 +137,9 @@ class ZeroShotClassifier:
                 "pass list(dict.fromkeys(labels)), or tell them apart in words."
             )
         if label_embeds is None:
-            label_embeds = embed_labels(model, processor, labels, templates, batch_size)
+            label_embeds = embed_labels(model, processor, labels, self.templates, batch_size)
         elif label_embeds.ndim != 2 or len(label_embeds) != len(labels):
             raise ValueError(f"label_embeds is {tuple(label_embeds.shape)}: expected ({len(labels)}, dim).")
-        self.model = unwrap_model(model)
-        self.processor = processor
-        self.labels = list(labels)
-        self.templates = list(templates)
         self.label_embeds = label_embeds
 
     def __call__(self, images: Any, top_k: int = 5, batch_size: int = 32) -> list[dict] | list[list[dict]]:
@@ -154,10 +157,11 @@ class ZeroShotClassifier:
             independent probability for each label.
 
         Raises:
-            ValueError: no image, or `top_k` or `batch_size` below 1.
+            ValueError: no image, one that cannot be read (images count from 0 over the whole list), or `top_k` or
+                `batch_size` below 1.
+            TypeError: something that is no image, a list of lists, or `top_k` or `batch_size` that is no integer.
         """
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}: expected at least 1 label an image.")
+        _check_count("top_k", top_k)
         images, several = _as_list(images)
         results = []
         with evaluating(self.model) as model:
@@ -178,6 +182,7 @@ class ZeroShotClassifier:
         """
         if (images is None) == (pixel_values is None):
             raise ValueError("expected either images or pixel_values, found both or neither.")
+        _check_count("batch_size", batch_size)
         if pixel_values is None:
             batches = self._preprocessed(_as_list(images)[0], batch_size)
         else:
@@ -189,10 +194,15 @@ class ZeroShotClassifier:
         """`(batch, channels, height, width)` pixel values, one batch of images opened at a time."""
         if not images:
             raise ValueError("found 0 images: expected at least one.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: expected at least 1.")
+        _check_count("batch_size", batch_size)
         for start in _progress(len(images), batch_size, "Classifying"):
-            yield self.processor(images=images[start : start + batch_size], return_tensors="pt")["pixel_values"]
+            try:
+                inputs = self.processor(images=images[start : start + batch_size], return_tensors="pt")
+            except (TypeError, ValueError) as error:
+                # The processor counts within the batch, the caller over all images.
+                message = re.sub(r"^image (\d+)", lambda match: f"image {start + int(match[1])}", str(error))
+                raise type(error)(message) from error
+            yield inputs["pixel_values"]
 
     def _logits(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
         """`(batch, channels, height, width)` -> `(batch, num_labels)`, in float32 whatever the model's dtype."""
@@ -231,8 +241,8 @@ class ZeroShotClassifier:
 
         Raises:
             FileNotFoundError: no classifier in `folder`.
-            ValueError: the classifier belongs to another model: other weights, other architecture, or a dtype that
-                has rounded the weights.
+            ValueError: files that are damaged; or the classifier belongs to another model: other weights, other
+                architecture, or a dtype that has rounded the weights.
         """
         folder = Path(folder)
         missing = [name for name in (_INFO_FILE, _EMBEDS_FILE) if not (folder / name).is_file()]
@@ -240,16 +250,23 @@ class ZeroShotClassifier:
             raise FileNotFoundError(
                 f"{folder} lacks {' and '.join(missing)}: expected a folder written by ZeroShotClassifier.save."
             )
-        info = json.loads((folder / _INFO_FILE).read_text(encoding="utf-8"))
-        found, expected = model_fingerprint(model), info["model_fingerprint"]
+        try:
+            info = json.loads((folder / _INFO_FILE).read_text(encoding="utf-8"))
+            expected, labels, templates = (info[key] for key in ("model_fingerprint", "labels", "templates"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / _INFO_FILE} is damaged ({error!r}): save the classifier anew.") from error
+        found = model_fingerprint(model)
         if found != expected:
             raise ValueError(
                 f"the classifier in {folder} was built with the model of fingerprint {expected[:12]}, found "
                 f"{found[:12]}: its label embeddings do not fit this model. Load the model it was built with, in the "
                 "same dtype, or build it anew: ZeroShotClassifier(model, processor, labels, templates)."
             )
-        label_embeds = load_file(folder / _EMBEDS_FILE)["label_embeds"].to(unwrap_model(model).device)
-        return cls(model, processor, info["labels"], info["templates"], label_embeds=label_embeds)
+        try:
+            label_embeds = load_file(folder / _EMBEDS_FILE)["label_embeds"].to(unwrap_model(model).device)
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{folder / _EMBEDS_FILE} is damaged ({error!r}): save the classifier anew.") from error
+        return cls(model, processor, labels, templates, label_embeds=label_embeds)
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -285,6 +302,9 @@ def _progress(total: int, batch_size: int, desc: str) -> Iterable[int]:
 def _as_list(images: Any) -> tuple[list, bool]:
     """Images as a list, and whether several were given."""
     several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+    nested = [index for index, image in enumerate(images) if isinstance(image, (list, tuple))] if several else []
+    if nested:
+        raise TypeError(f"image {nested[0]} is a list: expected one list of images, without lists in it.")
     return (list(images), True) if several else ([images], False)
 
 
@@ -298,19 +318,25 @@ def _fill(template: Template, label: str) -> str:
     return prompt
 
 
-def _check_labels(labels: Sequence[str]) -> None:
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+def check_labels(labels: Iterable[str]) -> list[str]:
+    """Labels as a list. Raises TypeError for what is no list of strings, ValueError for none or empty ones."""
+    if isinstance(labels, Iterable) and not isinstance(labels, str):
+        labels = list(labels)
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise TypeError(f"labels is {labels!r}: expected a list of strings.")
     if not labels:
         raise ValueError("found 0 labels: expected at least one.")
     empty = [index for index, label in enumerate(labels) if not label.strip()]
     if empty:
         raise ValueError(f"the labels at {empty} are empty: expected words to put into the templates.")
+    return labels
 
 
-def _check_templates(templates: Sequence[Template]) -> None:
-    if isinstance(templates, str) or callable(templates):
+def check_templates(templates: Iterable[Template]) -> list[Template]:
+    """Templates as a list. Raises TypeError for what is none, ValueError for none or one without placeholder."""
+    if isinstance(templates, str) or callable(templates) or not isinstance(templates, Iterable):
         raise TypeError(f"templates is {templates!r}: expected a list, [{templates!r}].")
+    templates = list(templates)
     if not templates:
         raise ValueError('found 0 templates: expected at least one, e.g. "a photo of a {}.".')
     for template in templates:
@@ -319,3 +345,25 @@ def _check_templates(templates: Sequence[Template]) -> None:
                 raise ValueError(f"template {template!r} has no place for the label: expected {{}} or {{c}} in it.")
         elif not callable(template):
             raise TypeError(f"template {template!r}: expected a string or a function from label to string.")
+    return templates
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} is {value!r}: expected an integer of at least 1.")
+    if value < 1:
+        raise ValueError(f"{name} is {value}: expected at least 1.")
+
+
+def _check_tokenizer(model: nn.Module, processor: Any) -> None:
+    """Our text towers pool where a text ends: with another end token they would pool anywhere, and say nothing."""
+    config = model.config.text_config
+    if config.model_type not in ("hfclip_text", "hfclip_bag_of_words"):
+        return
+    found = processor.tokenizer.eos_token_id
+    if found != config.eos_token_id:
+        raise ValueError(
+            f"the processor's tokenizer ends texts with id {found}, the model's text tower expects "
+            f"{config.eos_token_id}: the processor belongs to another model. Load it from where the model is from: "
+            "HFCLIPProcessor.from_pretrained."
+        )

@@ -223,7 +223,7 @@ def _caption(rng: random.Random, attributes: dict) -> str:
             text, other, relation = other, text, RELATIONS[relation]
         joint = rng.choice(_RELATION_WORDS[relation]) if rng.random() < 0.75 else "and"
         text = f"{text} {joint} {other}"
-    elif first["position"] and rng.random() < 0.5:
+    elif first["position"] and rng.random() < 0.3:
         text += " " + POSITIONS[first["position"]][1]
     if rng.random() < 0.06:
         text += f" on a {attributes['background']} background"

@@ -5,7 +5,7 @@ folder -> labels, templates, samples -> classifier -> hits of this rank's share 
 
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,10 +13,10 @@ import PIL.Image
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset
 from transformers.utils.logging import tqdm
 
-from ..zero_shot import DEFAULT_TEMPLATES, Template, ZeroShotClassifier
+from ..zero_shot import DEFAULT_TEMPLATES, Template, ZeroShotClassifier, check_labels, check_templates
 
 
 class LabelledImages(Protocol):
@@ -31,8 +31,8 @@ def zero_shot_accuracy(
     model: nn.Module,
     processor: Any,
     dataset: LabelledImages,
-    labels: Sequence[str],
-    templates: Sequence[Template] = DEFAULT_TEMPLATES,
+    labels: Iterable[str],
+    templates: Iterable[Template] = DEFAULT_TEMPLATES,
     *,
     batch_size: int = 64,
     top_k: Sequence[int] = (1, 5),
@@ -59,20 +59,21 @@ def zero_shot_accuracy(
 
     Returns:
         `top<k>` for each k and `mean_per_class_recall` (mean over the classes that occur of their top-1 accuracy),
-        fractions in 0..1, and `num_samples`.
+        fractions in 0..1, over `num_samples` images; `num_skipped` more raised [`UndecodableImage`].
 
     Raises:
-        ValueError: an empty data set, a target that is no index of `labels`, k below 1, logits that are not finite,
+        ValueError: an empty data set or none of its images decodable, a target that is no index of `labels`, k below 1, logits that are not finite,
             and what [`ZeroShotClassifier`] raises.
     """
     if len(dataset) == 0:
         raise ValueError("the data set is empty: expected at least one (image, target).")
     if not top_k or min(top_k) < 1:
         raise ValueError(f"top_k is {tuple(top_k)}: expected values of k of at least 1.")
+    labels = check_labels(labels)
     rank, world_size = 0, 1
     if dist.is_available() and dist.is_initialized():
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    share = Subset(dataset, range(rank, len(dataset), world_size))
+    share = _Share(dataset, range(rank, len(dataset), world_size))
     loader = DataLoader(share, batch_size, num_workers=num_workers, collate_fn=_Collate(processor, len(labels)))
 
     distinct = list(dict.fromkeys(labels))
@@ -80,7 +81,10 @@ def zero_shot_accuracy(
     columns = torch.tensor([distinct.index(label) for label in labels], device=classifier.model.device)
     # One row a class: its images, and of those the hits at 1 and at each k. Integers, so sums have no order.
     counts = torch.zeros(len(labels), 2 + len(top_k), dtype=torch.int64, device=columns.device)
-    for pixel_values, targets in tqdm(loader, desc="Zero-shot accuracy", disable=None if rank == 0 else True):
+    for batch in tqdm(loader, desc="Zero-shot accuracy", disable=None if rank == 0 else True):
+        if batch is None:
+            continue
+        pixel_values, targets = batch
         targets = targets.to(columns.device)
         ranks = _rank_of_target(classifier.logits(pixel_values=pixel_values)[:, columns], targets)
         hits = [torch.ones_like(ranks), ranks < 1, *(ranks < k for k in top_k)]
@@ -89,12 +93,15 @@ def zero_shot_accuracy(
         dist.all_reduce(counts, group=group)
 
     counts = counts.cpu()
+    if not counts.any():
+        raise ValueError(f"none of the {len(dataset)} images can be decoded: expected at least one.")
     occurring = counts[counts[:, 0] > 0].double()
     num_samples, _, *hits = counts.sum(dim=0).tolist()
     return {
         **{f"top{k}": hit / num_samples for k, hit in zip(top_k, hits, strict=True)},
         "mean_per_class_recall": (occurring[:, 1] / occurring[:, 0]).mean().item(),
         "num_samples": num_samples,
+        "num_skipped": len(dataset) - num_samples,
     }
 
 
@@ -107,15 +114,41 @@ def _rank_of_target(logits: Tensor, targets: Tensor) -> Tensor:
     return ((logits > of_target) | ((logits == of_target) & earlier)).sum(dim=1)
 
 
+class UndecodableImage(ValueError):
+    """An image that an evaluation leaves out and counts."""
+
+
+class _Share(Dataset):
+    """The samples at `indices`; None in the place of one that cannot be decoded."""
+
+    def __init__(self, dataset: LabelledImages, indices: range):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int] | None:
+        try:
+            return self.dataset[self.indices[index]]
+        except UndecodableImage:
+            return None
+
+
 class _Collate:
-    """`(image, target)` pairs -> `(batch, channels, height, width)` pixel values and `(batch,)` targets."""
+    """`(image, target)` pairs -> `(batch, channels, height, width)` pixel values and `(batch,)` targets.
+
+    Samples that are None are left out; a batch of nothing else is None.
+    """
 
     def __init__(self, processor: Any, num_labels: int):
         self.processor = processor
         self.num_labels = num_labels
 
-    def __call__(self, samples: list[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
-        images, targets = zip(*samples, strict=True)
+    def __call__(self, samples: list[tuple[Any, int] | None]) -> tuple[Tensor, Tensor] | None:
+        decoded = [sample for sample in samples if sample is not None]
+        if not decoded:
+            return None
+        images, targets = zip(*decoded, strict=True)
         outside = [target for target in targets if not 0 <= target < self.num_labels]
         if outside:
             raise ValueError(f"found target {outside[0]}: expected 0 to {self.num_labels - 1}, an index of `labels`.")
@@ -135,7 +168,7 @@ class _Entry(NamedTuple):
 class LazyImages(Sequence):
     """`(PIL image, target)` pairs, read and decoded when asked for. Safe to share with worker processes.
 
-    Raises ValueError with the name of an image that cannot be decoded.
+    Raises UndecodableImage with the name of an image that cannot be decoded.
     """
 
     def __init__(self, entries: Sequence[_Entry]):
@@ -153,7 +186,7 @@ class LazyImages(Sequence):
             image = PIL.Image.open(io.BytesIO(data))
             image.load()
         except Exception as error:  # PIL's codecs raise nearly anything on damaged data
-            raise ValueError(
+            raise UndecodableImage(
                 f"{entry.name} cannot be decoded ({type(error).__name__}: {error}): fetch it again."
             ) from error
         return image, entry.target
@@ -182,12 +215,13 @@ def load_labelled_folder(path: str | Path) -> LabelledFolder:
       lines of `classnames.txt`, or else the folders' names with underscores read as spaces.
 
     `classnames.txt` (a label a line) and `zeroshot_classification_templates.txt` (a template a line, `{c}` for the
-    label) are looked for in `path`, then in the folder above, which holds them for all splits. Samples come in the
+    label; empty lines do not count) are looked for in `path`, then in the folder above, which holds them for all splits. Samples come in the
     order of shards (numerically) and members, or of paths.
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError: neither layout, files that do not fit together, damaged shards.
+        ValueError: neither layout, files that do not fit together, damaged shards, empty labels, a template without
+            placeholder.
     """
     path = Path(path)
     if not path.is_dir():
@@ -203,14 +237,18 @@ def load_labelled_folder(path: str | Path) -> LabelledFolder:
         entries, labels = _class_folder_entries(path, class_folders, labels)
     else:
         raise ValueError(f"{path} holds neither .tar shards nor subfolders: expected shards or a subfolder a class.")
-    return LabelledFolder(labels, _lines_of(path, TEMPLATES_FILE) or list(DEFAULT_TEMPLATES), LazyImages(entries))
+    templates = [line for line in _lines_of(path, TEMPLATES_FILE) if line] or DEFAULT_TEMPLATES
+    return LabelledFolder(check_labels(labels), check_templates(templates), LazyImages(entries))
 
 
 def _lines_of(path: Path, name: str) -> list[str]:
-    """Lines of the file `name` in `path` or above it; none if there is no such file."""
+    """Lines of the file `name` in `path` or above it, without spaces around them; none if there is no such file.
+
+    Empty lines stay but for those at the end: targets count lines, so that a label left out would shift the others.
+    """
     for folder in (path, path.resolve().parent):
         if (folder / name).is_file():
-            return (folder / name).read_text(encoding="utf-8").strip("\n").split("\n")
+            return [line.strip() for line in (folder / name).read_text(encoding="utf-8").rstrip().splitlines()]
     return []
 
 
