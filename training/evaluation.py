@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hfclip import HFCLIPModel, HFCLIPProcessor, ZeroShotClassifier
-from hfclip.data.scenes import draw_predictions, retrieval_task, zero_shot_tasks
+from hfclip.data import draw_predictions, retrieval_task, zero_shot_tasks
 from hfclip.evaluation.retrieval import retrieval_recall
 from hfclip.evaluation.zero_shot import UndecodableImage, load_labelled_folder, zero_shot_accuracy
 from hfclip.zero_shot import evaluating

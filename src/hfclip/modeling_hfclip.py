@@ -391,6 +391,8 @@ class TextCache:
         weights = {id(w): w for module in modules for w in module._parameters.values() if w is not None}
         if any(type(w.data) is not torch.Tensor or w.is_inference() or w.is_meta for w in weights.values()):
             return None
+        if len({w.device for w in weights.values()}) > 1:  # spread by a device map: nothing to compare cheaply
+            return None
         device = input_ids.device.type
         autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         attention = towers[0].config._attn_implementation

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .contact_sheet import draw_predictions  # noqa: F401
-
 
 # Hue in degrees, saturation and value in [0, 1].
 COLORS = {
