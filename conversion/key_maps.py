@@ -9,6 +9,7 @@ right there), and scalars that a checkpoint does not train (`input_resolution` .
 """
 
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,39 +53,51 @@ TRANSFORMERS = {
 CONSTANTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
-def to_hfclip(state_dict: StateDict) -> StateDict:
-    """Renames, splits and transposes a state dict in OpenAI's or OpenCLIP's names.
+def to_hfclip(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
+    """Renames, splits and transposes a state dict in OpenAI's or OpenCLIP's names; see `hfclip_items`."""
+    return dict(hfclip_items(state_dict))
+
+
+def hfclip_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Our names and tensors, one after the other; each of `state_dict` is asked for once, when its turn comes.
 
     Raises:
-        ValueError: names that are in no table, listed; nothing is left over silently.
+        ValueError: names that are in no table, listed, before anything is read; nothing is left over silently.
     """
     is_vit = "visual.proj" in state_dict
     tables = {**TEXT, **(VIT if is_vit else {}), **{name: name for name in UNCHANGED}}
-    converted: StateDict = {}
-    unknown = []
-    for name, tensor in state_dict.items():
-        if name in CONSTANTS:
-            continue
-        if name in tables:
-            converted[tables[name]] = tensor
-        elif name in TRANSPOSED:
-            converted[TRANSPOSED[name]] = tensor.t().contiguous()
-        elif (block := _block_name(name, TRANSFORMERS)) is not None:
-            converted.update(_block_to_hfclip(*block, tensor))
-        elif name.startswith("visual.") and not is_vit:
-            converted["vision_model." + name.removeprefix("visual.")] = tensor
-        else:
-            unknown.append(name)
+    names = [name for name in state_dict if name not in CONSTANTS]
+    unknown = [
+        name
+        for name in names
+        if name not in tables
+        and name not in TRANSPOSED
+        and _block_name(name, TRANSFORMERS) is None
+        and (is_vit or not name.startswith("visual."))
+    ]
     if unknown:
         raise ValueError(
             f"{len(unknown)} tensors have names that neither OpenAI's nor OpenCLIP's CLIP has, such as {unknown[:5]}. "
             "Strip prefixes such as `module.`, and pass the model's weights only."
         )
-    return converted
+    for name in names:
+        if name in tables:
+            yield tables[name], state_dict[name]
+        elif name in TRANSPOSED:
+            yield TRANSPOSED[name], state_dict[name].t().contiguous()
+        elif (block := _block_name(name, TRANSFORMERS)) is not None:
+            yield from _block_to_hfclip(*block, state_dict[name])
+        else:
+            yield "vision_model." + name.removeprefix("visual."), state_dict[name]
 
 
-def to_openai(state_dict: StateDict) -> StateDict:
-    """The exact inverse of `to_hfclip`: an hfclip state dict in the names of OpenAI and OpenCLIP.
+def to_openai(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
+    """The exact inverse of `to_hfclip`: an hfclip state dict in the names of OpenAI and OpenCLIP."""
+    return dict(openai_items(state_dict))
+
+
+def openai_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """OpenAI's names and tensors, one after the other; the inverse of `hfclip_items`.
 
     Raises:
         ValueError: towers that OpenAI's CLIP does not have.
@@ -93,22 +106,25 @@ def to_openai(state_dict: StateDict) -> StateDict:
     tables = {ours: theirs for theirs, ours in {**TEXT, **VIT, **{name: name for name in UNCHANGED}}.items()}
     transposed = {ours: theirs for theirs, ours in TRANSPOSED.items()}
     prefixes = {ours: theirs for theirs, ours in TRANSFORMERS.items()}
-    converted: StateDict = {}
-    unknown = []
-    for name, tensor in state_dict.items():
-        if name in tables:
-            converted[tables[name]] = tensor
-        elif name in transposed:
-            converted[transposed[name]] = tensor.t().contiguous()
-        elif (block := _block_name(name, prefixes)) is not None:
-            converted.update(_block_to_openai(*block, tensor, state_dict, name))
-        elif name.startswith("vision_model.") and not is_vit:
-            converted["visual." + name.removeprefix("vision_model.")] = tensor
-        else:
-            unknown.append(name)
+    unknown = [
+        name
+        for name in state_dict
+        if name not in tables
+        and name not in transposed
+        and _block_name(name, prefixes) is None
+        and (is_vit or not name.startswith("vision_model."))
+    ]
     if unknown:
         raise ValueError(f"OpenAI's CLIP has no counterpart for {len(unknown)} tensors, such as {unknown[:5]}.")
-    return converted
+    for name in state_dict:
+        if name in tables:
+            yield tables[name], state_dict[name]
+        elif name in transposed:
+            yield transposed[name], state_dict[name].t().contiguous()
+        elif (block := _block_name(name, prefixes)) is not None:
+            yield from _block_to_openai(*block, state_dict, name)
+        else:
+            yield "visual." + name.removeprefix("vision_model."), state_dict[name]
 
 
 def _block_name(name: str, prefixes: dict[str, str]) -> tuple[str, str] | None:
@@ -119,107 +135,155 @@ def _block_name(name: str, prefixes: dict[str, str]) -> tuple[str, str] | None:
     return None
 
 
-def _block_to_hfclip(prefix: str, rest: str, tensor: torch.Tensor) -> StateDict:
+def _block_to_hfclip(prefix: str, rest: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
         kind = rest.rpartition("_")[2]
         # (3 * hidden, ...) -> three times (hidden, ...)
-        parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3))
-        return {f"{prefix}.self_attn.{name}.{kind}": part.contiguous() for name, part in parts}
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3)):
+            yield f"{prefix}.self_attn.{name}.{kind}", part.clone()
+        return
     module, _, kind = rest.rpartition(".")
     if module not in BLOCK:
         raise ValueError(f"Unknown tensor {rest!r} in transformer block {prefix}.")
-    return {f"{prefix}.{BLOCK[module]}.{kind}": tensor}
+    yield f"{prefix}.{BLOCK[module]}.{kind}", tensor
 
 
-def _block_to_openai(prefix: str, rest: str, tensor: torch.Tensor, state_dict: StateDict, name: str) -> StateDict:
+def _block_to_openai(
+    prefix: str, rest: str, state_dict: Mapping[str, torch.Tensor], name: str
+) -> Iterator[tuple[str, torch.Tensor]]:
     module, _, kind = rest.rpartition(".")
     if module in ("self_attn.k_proj", "self_attn.v_proj"):
-        return {}  # written with the query
+        return  # written with the query
     if module == "self_attn.q_proj":
         parts = [state_dict[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
-        return {f"{prefix}.attn.in_proj_{kind}": torch.cat(parts)}
+        yield f"{prefix}.attn.in_proj_{kind}", torch.cat(parts)
+        return
     theirs = {ours: theirs for theirs, ours in BLOCK.items()}
-    return {f"{prefix}.{theirs[module]}.{kind}": tensor}
+    if module not in theirs:
+        raise ValueError(f"OpenAI's CLIP has no counterpart for {name!r}.")
+    yield f"{prefix}.{theirs[module]}.{kind}", state_dict[name]
 
 
-def openai_config(state_dict: StateDict) -> HFCLIPConfig:
+def openai_config(state_dict: Mapping[str, torch.Tensor]) -> HFCLIPConfig:
     """The architecture of a checkpoint in OpenAI's names: all from shapes, QuickGELU, 64 units a head."""
-    return _config(state_dict, text_heads=None, vision_head_width=64, hidden_act="quick_gelu")
+    return _config(state_dict, {"hidden_act": "quick_gelu"}, {"head_width": 64, "hidden_act": "quick_gelu"})
 
 
-def openclip_config(state_dict: StateDict, model_cfg: dict[str, Any]) -> HFCLIPConfig:
-    """The architecture of an OpenCLIP checkpoint: shapes, and from its `model_cfg` what shapes cannot tell.
+# OpenCLIP's settings that change what is computed and have no counterpart here -> why.
+ATTENTION_VARIANTS = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+INCONVERTIBLE = {
+    "multimodal_cfg": "CoCa's decoder writes captions; it is no dual encoder",
+    "attentional_pool": "CoCa's pooling by learned queries",
+    "embed_cls": "CoCa's class token behind the text",
+    "ls_init_value": "LayerScale",
+    "patch_embed_type": "a patch embedding of its own kind",
+    **dict.fromkeys(ATTENTION_VARIANTS, "an attention block of its own kind"),
+}
+
+
+def openclip_config(state_dict: Mapping[str, torch.Tensor], model_cfg: dict[str, Any]) -> HFCLIPConfig:
+    """The architecture of an OpenCLIP checkpoint with OpenCLIP's own towers.
+
+    From shapes, and from its `model_cfg` what shapes cannot tell.
 
     Raises:
-        ValueError: `model_cfg` asks for something that these weights' names do not express (timm or Hugging Face
-            towers, other poolings).
+        ValueError: `model_cfg` asks for something without a counterpart here, each with its reason.
     """
-    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    foreign = [key for key in ("timm_model_name", "attentional_pool") if vision.get(key)]
-    foreign += [key for key in ("hf_model_name", "embed_cls") if text.get(key)]
-    if foreign:
-        raise ValueError(f"OpenCLIP settings without a counterpart here: {foreign}.")
-    return _config(
-        state_dict,
-        text_heads=text.get("heads"),
-        vision_head_width=vision.get("head_width", 64),
-        hidden_act="quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu",
-    )
+    vision, text = model_cfg.get("vision_cfg") or {}, model_cfg.get("text_cfg") or {}
+    settings = {**model_cfg, **vision, **text}
+    reasons = [f"{key}: {reason}" for key, reason in INCONVERTIBLE.items() if settings.get(key)]
+    reasons += [
+        f"{key}: a tower of another library" for key in ("timm_model_name", "hf_model_name") if settings.get(key)
+    ]
+    if "text_projection" not in state_dict:
+        reasons.append("text_cfg: a text tower without projection, or with a bias in it")
+    if reasons:
+        raise ValueError(f"Not convertible: {'; '.join(reasons)}.")
+    gelu = "quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu"
+    text_fields = {
+        "hidden_act": _activation(text, gelu),
+        "layer_norm_eps": _epsilon(text),
+        "causal": not text.get("no_causal_mask", False),
+        "pooling": {"argmax": "eos"}.get(text.get("pool_type", "argmax"), text.get("pool_type")),
+        **({"num_attention_heads": text["heads"]} if "heads" in text else {}),
+    }
+    if text.get("pool_type") == "eos":  # "argmax" pools at the highest id instead, the last of the vocabulary
+        text_fields |= {"eos_token_id": text.get("eos_id", 2), "bos_token_id": None}
+    text_fields["pad_token_id"] = text.get("pad_id", 0)
+    average = "norm_of_mean" if vision.get("final_ln_after_pool") else "mean"
+    vision_fields = {
+        "head_width": vision.get("head_width", 64),
+        "hidden_act": _activation(vision, gelu),
+        "layer_norm_eps": _epsilon(vision),
+        "pooling": {"tok": "cls", "avg": average}.get(vision.get("pool_type", "tok"), vision.get("pool_type")),
+    }
+    return _config(state_dict, text_fields, vision_fields)
 
 
-def _config(state_dict: StateDict, text_heads: int | None, vision_head_width: int, hidden_act: str) -> HFCLIPConfig:
+def _activation(tower_cfg: dict[str, Any], default: str) -> str:
+    is_approximate = (tower_cfg.get("act_kwargs") or {}).get("approximate") == "tanh"
+    return "gelu_pytorch_tanh" if is_approximate else default
+
+
+def _epsilon(tower_cfg: dict[str, Any]) -> float:
+    return (tower_cfg.get("norm_kwargs") or {}).get("eps", 1e-5)
+
+
+def _config(
+    state_dict: Mapping[str, torch.Tensor], text_fields: dict[str, Any], vision_fields: dict[str, Any]
+) -> HFCLIPConfig:
+    """Fields that shapes tell, with those given laid over them (`head_width` stands for the number of heads)."""
     missing = {"token_embedding.weight", "positional_embedding", "text_projection", "visual.conv1.weight"} - {
         *state_dict
     }
     if missing:
         raise ValueError(f"No CLIP checkpoint in OpenAI's names: {sorted(missing)} are missing.")
-    vocab_size, text_width = state_dict["token_embedding.weight"].shape
+    vocab_size, width = state_dict["token_embedding.weight"].shape
     text = {
         "model_type": "hfclip_text",
         "vocab_size": vocab_size,
-        "hidden_size": text_width,
-        "intermediate_size": state_dict["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        "hidden_size": width,
+        "intermediate_size": _shape(state_dict, "transformer.resblocks.0.mlp.c_fc.weight")[0],
         "num_hidden_layers": _count_blocks(state_dict, r"transformer\.resblocks\.(\d+)\."),
-        "num_attention_heads": text_heads or text_width // 64,
+        "num_attention_heads": width // 64,
         "max_position_embeddings": state_dict["positional_embedding"].shape[0],
-        "hidden_act": hidden_act,
         # OpenAI's CLIP pools at the highest id of a text, the last of the vocabulary.
         "bos_token_id": vocab_size - 2,
         "eos_token_id": vocab_size - 1,
+        **text_fields,
     }
     is_vit = "visual.proj" in state_dict
-    vision = (
-        _vit_config(state_dict, vision_head_width, hidden_act)
-        if is_vit
-        else _resnet_config(state_dict, vision_head_width)
-    )
+    vision = _vit_config(state_dict, **vision_fields) if is_vit else _resnet_config(state_dict, **vision_fields)
+    bias = state_dict.get("logit_bias")
     return HFCLIPConfig(
         text_config=text,
         vision_config=vision,
         projection_dim=state_dict["text_projection"].shape[1],
-        logit_bias_init_value=state_dict["logit_bias"].item() if "logit_bias" in state_dict else None,
+        # The initial value; loading puts the trained one in its place.
+        logit_bias_init_value=None if bias is None else -10.0,
     )
 
 
-def _vit_config(state_dict: StateDict, head_width: int, hidden_act: str) -> dict[str, Any]:
+def _vit_config(state_dict: Mapping[str, torch.Tensor], head_width: int, **fields) -> dict[str, Any]:
     width, num_channels, patch_size, _ = state_dict["visual.conv1.weight"].shape
-    grid = round((state_dict["visual.positional_embedding"].shape[0] - 1) ** 0.5)
+    grid = round((_shape(state_dict, "visual.positional_embedding")[0] - 1) ** 0.5)
     return {
         "model_type": "hfclip_vit",
         "hidden_size": width,
-        "intermediate_size": state_dict["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        "intermediate_size": _shape(state_dict, "visual.transformer.resblocks.0.mlp.c_fc.weight")[0],
         "num_hidden_layers": _count_blocks(state_dict, r"visual\.transformer\.resblocks\.(\d+)\."),
         "num_attention_heads": width // head_width,
         "num_channels": num_channels,
         "patch_size": patch_size,
         "image_size": patch_size * grid,
-        "hidden_act": hidden_act,
+        "pre_layer_norm": "visual.ln_pre.weight" in state_dict,
+        **fields,
     }
 
 
-def _resnet_config(state_dict: StateDict, head_width: int) -> dict[str, Any]:
-    stem_width = state_dict["visual.layer1.0.conv1.weight"].shape[0]
-    grid = round((state_dict["visual.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
+def _resnet_config(state_dict: Mapping[str, torch.Tensor], head_width: int, **_of_transformers) -> dict[str, Any]:
+    stem_width = _shape(state_dict, "visual.layer1.0.conv1.weight")[0]
+    grid = round((_shape(state_dict, "visual.attnpool.positional_embedding")[0] - 1) ** 0.5)
     return {
         "model_type": "hfclip_resnet",
         "depths": [_count_blocks(state_dict, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
@@ -230,5 +294,11 @@ def _resnet_config(state_dict: StateDict, head_width: int) -> dict[str, Any]:
     }
 
 
-def _count_blocks(state_dict: StateDict, pattern: str) -> int:
+def _shape(state_dict: Mapping[str, torch.Tensor], name: str) -> torch.Size:
+    if name not in state_dict:
+        raise ValueError(f"No CLIP checkpoint in OpenAI's names: {name!r} is missing.")
+    return state_dict[name].shape
+
+
+def _count_blocks(state_dict: Mapping[str, torch.Tensor], pattern: str) -> int:
     return len({match[1] for name in state_dict if (match := re.match(pattern, name))})

@@ -144,6 +144,11 @@ def test_extreme_scales_stay_finite():
         assert loss.isfinite() and images.grad.isfinite().all()
 
 
+def test_scale_may_be_a_number_of_numpy():
+    images, texts = embeddings()
+    assert contrastive_loss(images, texts, np.float32(7)) == contrastive_loss(images, texts, 7.0)
+
+
 def test_scale_may_be_a_parameter_of_shape_one():
     images, texts = embeddings()
     scale = torch.nn.Parameter(torch.tensor([7.0], dtype=torch.float64))

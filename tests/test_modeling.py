@@ -50,6 +50,14 @@ TEXT = dict(
 VISION = dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8
 )
+BAG_OF_WORDS = dict(
+    model_type="hfclip_bag_of_words",
+    hidden_size=64,
+    vocab_size=100,
+    bos_token_id=BOS,
+    eos_token_id=EOS,
+    max_position_embeddings=20,
+)
 RESNET = dict(model_type="hfclip_resnet", depths=(1, 2, 1, 1), stem_width=8, image_size=64)
 # Differences of two float32 computations of one formula in another order of summation, on values of order 1.
 CLOSE = dict(rtol=1e-4, atol=2e-6)
@@ -612,6 +620,8 @@ class TestRepeatedLabels:
     (dict(text_config=dict(model_type="brt")), "Did you mean `bert`"),
     (dict(text_pooling="mean"), "expected 'pooler'"),
     (dict(projection_dim=0), "a positive number"),
+    (dict(text_config={**TEXT, "layer_norm_eps": -1.0}), "layer_norm_eps=-1.0, expected a positive number"),
+    (dict(logit_scale_init_value=float("nan")), "logit_scale_init_value=nan, expected a finite number"),
 ])  # fmt: skip
 def test_rejects_impossible_configs(fields, message):
     with pytest.raises(ValueError, match=message):
@@ -645,3 +655,20 @@ def test_a_tower_of_another_kind_is_refused(tmp_path):
     tiny(vision_config=dict(RESNET)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="hfclip_resnet"):
         HFCLIPVisionModelWithProjection.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("inputs, message", [
+    (dict(pixel_values=[[0.0]]), "pixel_values.*found a list"),
+    (dict(input_ids=[[1, EOS]]), "input_ids.*found a list"),
+    (dict(input_ids=torch.tensor([[1, 100, EOS]])), "found id 100, expected 0 to 99"),
+    (dict(input_ids=torch.tensor([[1, -1, EOS]])), "found id -1, expected 0 to 99"),
+    (dict(input_ids=torch.zeros(2, 0, dtype=torch.long)), r"found shape \(2, 0\)"),
+    (dict(input_ids=texts()[:0]), r"found shape \(0, 20\)"),
+    (dict(pixel_values=torch.zeros(0, 3, 32, 32)), r"found shape \(0, 3, 32, 32\)"),
+    (dict(attention_mask=torch.ones(5, 3)), r"found shape \(5, 3\), expected that of input_ids, \(5, 20\)"),
+    (dict(return_loss=True), "found 2 images and 5 texts"),
+])  # fmt: skip
+@pytest.mark.parametrize("text_tower", [TEXT, dict(BAG_OF_WORDS)])
+def test_rejects_inputs_that_do_not_fit(text_tower, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(text_config=text_tower)(**{"input_ids": texts(), "pixel_values": images(2), **inputs})

@@ -454,3 +454,16 @@ def test_rejects_fewer_pairs_than_a_batch(tmp_path):
     source = opened(tmp_path, shards(tmp_path, 10))
     with pytest.raises(UsageError, match="10 usable pairs.*batch of 16"):
         PairDataset(source, config_of(tmp_path), 32)
+
+
+def test_rejects_a_caption_key_that_the_shards_have_not(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.jpg", image_bytes(1)), ("a.json", b'{"caption": "one", "url": ""}')])
+    with pytest.raises(UsageError, match=r"data.caption_key: x.tar has the keys \['caption', 'url'\], expected 'alt'"):
+        opened(tmp_path, tmp_path / "x.tar", caption_key="alt")
+
+
+def test_a_missing_folder_is_no_hub_name_if_its_parent_is_here(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="found neither a file nor a folder"):
+        opened(tmp_path, "data/trian")

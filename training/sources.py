@@ -121,6 +121,22 @@ class ShardSource:
         parts = [self._usable(self._load_index(shard, cache)) for shard in bar]
         self.index = np.concatenate(parts) if parts else np.empty(0, _MEMBERS)
         self.starts = np.cumsum([0] + [len(part) for part in parts])
+        self._check_key()
+
+    def _check_key(self) -> None:
+        """Refuses a `data.caption_key` that the first sample has not, if it has others."""
+        if self.key is None or not len(self):
+            return
+        row = self.index[0]
+        try:
+            record = json.loads(self._read(0, row["json_offset"], row["json_size"]))
+        except (BadSample, json.JSONDecodeError, UnicodeDecodeError):  # counted when it comes up
+            return
+        if isinstance(record, dict) and self.key not in record:
+            raise UsageError(
+                f"data.caption_key: {self.shards[0].name} has the keys {sorted(record)}, expected {self.key!r} among "
+                "them. Set it to the one that holds the captions, or to null where .txt files do."
+            )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -332,7 +348,8 @@ def _load_table(name: str, split: str):
     from datasets import get_dataset_split_names, load_dataset
 
     path = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    # "owner/name" may be on the Hub; but not if "owner" is a folder here.
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" in name and path.parent.is_dir()
     if looks_local and "://" not in name and not glob.glob(str(path)):
         raise UsageError(f"{name!r}: found neither a file nor a folder there.")
     if path.is_dir() and not any(path.iterdir()):

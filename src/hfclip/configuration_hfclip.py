@@ -9,6 +9,7 @@ A tower is chosen by the `model_type` of its config: `hfclip_vit`, `hfclip_resne
 
 import copy
 import difflib
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -61,10 +62,19 @@ class HFCLIPBaseConfig(PreTrainedConfig):
     def _require_positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            self._require(value > 0, f"{name}={value}", "a positive number", f"Set {name} to at least 1.")
+            remedy = f"Leave it out to get {getattr(type(self), name)}."
+            self._require(value > 0, f"{name}={value}", "a positive number", remedy)
+
+    def _require_finite(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._require(
+                value is None or math.isfinite(value), f"{name}={value}", "a finite number", f"Leave {name} out."
+            )
 
     def _require_transformer(self) -> None:
         self._require_positive("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        self._require_positive("layer_norm_eps")
         self._require(
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size={self.hidden_size} and num_attention_heads={self.num_attention_heads}",
@@ -110,7 +120,9 @@ class HFCLIPBaseConfig(PreTrainedConfig):
 class HFCLIPTextConfig(HFCLIPBaseConfig):
     """Causal text transformer, pooled at the first end-of-text token (paper section 2.4).
 
-    Fields carry the names of transformers' `CLIPTextConfig`; `projection_dim` is the size of the joint space.
+    Fields carry the names of transformers' `CLIPTextConfig`; `projection_dim` is the size of the joint space. Some of
+    OpenCLIP's towers are not causal (CLIPA), or pool the first or last position in place of the end-of-text token.
+    Such a tower reads its padding, so it fills texts up to `max_position_embeddings` with `pad_token_id`.
     """
 
     model_type = "hfclip_text"
@@ -131,11 +143,24 @@ class HFCLIPTextConfig(HFCLIPBaseConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = 49406
     eos_token_id: int = 49407
+    causal: bool = True
+    pooling: Literal["eos", "first", "last"] = "eos"
+
+    @property
+    def reads_padding(self) -> bool:
+        """Whether tokens behind the end of a text change its embedding."""
+        return not self.causal or self.pooling != "eos"
 
     def validate_architecture(self):
         self._require_positive("projection_dim")
         self._require_transformer()
         self._require_eos_in_vocabulary()
+        self._require(
+            not (self.causal and self.pooling == "first"),
+            "pooling='first' in a causal tower, whose first position sees nothing of the text",
+            "pooling='eos' or 'last', or causal=False",
+            "OpenAI's models are causal and pool at 'eos'.",
+        )
 
 
 @strict
@@ -157,7 +182,7 @@ class HFCLIPBagOfWordsConfig(HFCLIPBaseConfig):
     eos_token_id: int = 49407
 
     def validate_architecture(self):
-        self._require_positive("hidden_size", "projection_dim")
+        self._require_positive("hidden_size", "projection_dim", "layer_norm_eps")
         self._require_eos_in_vocabulary()
 
 
@@ -167,6 +192,10 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
 
     `patch_dropout` is the share of patches left out in training (FLIP, arXiv 2212.00794); evaluation sees them all.
     `image_size` and `patch_size` are in pixels; other image sizes are served by interpolating the positions.
+
+    Some of OpenCLIP's towers (CLIPA) have no LayerNorm before the blocks, `pre_layer_norm: false`, or another pooling:
+    `cls` is the class token behind the last LayerNorm, `mean` the mean of the patches behind it, `norm_of_mean` the
+    LayerNorm of the mean of the patches.
     """
 
     model_type = "hfclip_vit"
@@ -185,6 +214,8 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
     layer_norm_eps: float = 1e-5
     attention_dropout: int | float = 0.0
     patch_dropout: int | float = 0.0
+    pre_layer_norm: bool = True
+    pooling: Literal["cls", "mean", "norm_of_mean"] = "cls"
     initializer_factor: int | float = 1.0
 
     def validate_architecture(self):
@@ -341,6 +372,7 @@ class HFCLIPConfig(HFCLIPBaseConfig):
 
     def validate_architecture(self):
         self._require_positive("projection_dim")
+        self._require_finite("logit_scale_init_value", "logit_bias_init_value", "initializer_factor")
         expected_key = {"text_config": self.text_config, "vision_config": self.vision_config}
         for key, config in expected_key.items():
             found_key = getattr(config, "base_config_key", "") if config.model_type in TOWER_CONFIGS else key

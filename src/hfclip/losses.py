@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -272,8 +273,8 @@ def _check_inputs(image_embeds: Tensor, text_embeds: Tensor, group_id: Tensor | 
 
 def _as_factor(name: str, value: Tensor | float, like: Tensor) -> Tensor | float:
     """A float stays a float: turning it into a tensor would copy from host to device on every step."""
-    if isinstance(value, (int, float)):
-        return value
+    if isinstance(value, Real):  # Python's numbers and numpy's
+        return float(value)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number or a tensor of one element, found {type(value).__name__}.")
     if value.numel() != 1:

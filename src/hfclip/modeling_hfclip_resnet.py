@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_hfclip import HFCLIPResNetConfig
 
@@ -142,6 +143,7 @@ class HFCLIPResNetModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _auto_class = "AutoModel"
+    _input_embed_layer = "conv1"
     _no_split_modules = ["Bottleneck", "AttentionPool2d"]
     # The attention pool has a single query and serves every `attn_implementation` with torch's kernel.
     _supports_sdpa = True
@@ -171,9 +173,6 @@ class HFCLIPResNetModel(PreTrainedModel):
         self.attnpool = AttentionPool2d(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.conv1
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # OpenAI's initialisation (`CLIP.initialize_parameters`); `BatchNorm2d.initial_gain` belongs to it.
@@ -191,21 +190,22 @@ class HFCLIPResNetModel(PreTrainedModel):
             hidden_states = F.relu(norm(conv(hidden_states)), inplace=True)
         return self.avgpool(hidden_states)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         interpolate_pos_encoding: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPoolingAndNoAttention | tuple:
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
         """Feature maps and the pooled embedding of images.
 
         Args:
             pixel_values: (batch, 3, height, width), normalised; height and width multiples of 32. Sizes other than
                 the trained one are served by interpolating the pool's positions, unless `interpolate_pos_encoding`
                 is False.
-            output_hidden_states: also return the stem's map and the map of each stage.
+            output_hidden_states: also return the stem's map and the map of each stage, or those of the given places,
+                with None for the others.
 
         Returns:
             `last_hidden_state` (batch, 32 * stem_width, height / 32, width / 32), the map in front of the pool;
@@ -225,26 +225,37 @@ class HFCLIPResNetModel(PreTrainedModel):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             hidden_states = stage(hidden_states)
             feature_maps.append(hidden_states)
-        output = BaseModelOutputWithPoolingAndNoAttention(
+        return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=hidden_states,
             pooler_output=self.attnpool(hidden_states),
-            hidden_states=tuple(feature_maps) if output_hidden_states else None,
+            hidden_states=selected_maps(feature_maps, output_hidden_states),
         )
-        return output if return_dict is not False else output.to_tuple()
 
     def features_for_classification(self, outputs: BaseModelOutputWithPoolingAndNoAttention) -> torch.Tensor:
         """(batch, hidden_size): the mean of the last feature map, what a linear classifier reads."""
         return outputs.last_hidden_state.mean(dim=(2, 3))
 
 
+def selected_maps(maps: list[torch.Tensor], places: bool | int | list[int]) -> tuple | None:
+    """All maps (True), none (False), or those of the given places with None for the others, as transformers does."""
+    if isinstance(places, bool):
+        return tuple(maps) if places else None
+    wanted = {place % len(maps) for place in ([places] if isinstance(places, int) else places)}
+    return tuple(feature_map if place in wanted else None for place, feature_map in enumerate(maps))
+
+
 def check_pixel_values(pixel_values: torch.Tensor, config, stride: int, interpolate: bool | None) -> None:
     """Raises ValueError, saying what was found and expected, for images that the tower cannot take."""
-    if pixel_values is None:
-        raise ValueError("You have to specify pixel_values, a (batch, channels, height, width) tensor of images.")
-    if pixel_values.dim() != 4 or pixel_values.shape[1] != config.num_channels:
+    if not isinstance(pixel_values, torch.Tensor):
+        found = "nothing" if pixel_values is None else f"a {type(pixel_values).__name__}"
+        raise ValueError(
+            f"You have to specify pixel_values, a (batch, channels, height, width) tensor of images; found {found}. "
+            "The image processor makes one with return_tensors='pt'."
+        )
+    if pixel_values.dim() != 4 or not len(pixel_values) or pixel_values.shape[1] != config.num_channels:
         raise ValueError(
             f"pixel_values: found shape {tuple(pixel_values.shape)}, expected (batch, {config.num_channels}, height, "
-            "width). The image processor makes such tensors."
+            "width), not empty. The image processor makes such tensors."
         )
     height, width = pixel_values.shape[-2:]
     if height % stride or width % stride or not height or not width:
