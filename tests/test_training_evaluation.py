@@ -97,5 +97,7 @@ def test_rejects_held_out_data_without_pairs(tmp_path):
 def test_rejects_labelled_images_of_which_none_can_be_read(tmp_path):
     (tmp_path / "classes" / "cat").mkdir(parents=True)
     (tmp_path / "classes" / "cat" / "0.jpg").write_bytes(b"no picture")
-    with pytest.raises(UsageError, match="eval.zero_shot: none of 1 images of .* can be read. .*0.jpg cannot be decoded"):
+    with pytest.raises(
+        UsageError, match="eval.zero_shot: none of 1 images of .* can be read. .*0.jpg cannot be decoded"
+    ):
         built(tmp_path, zero_shot=str(tmp_path / "classes"))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -185,6 +186,9 @@ class RunConfig:
     """Accelerate trackers beside metrics.jsonl: tensorboard, wandb, trackio ..."""
     max_bad_steps: int = 20
     """So many steps in a row with a non-finite loss or gradient (each is skipped) end the run."""
+    push_to_hub: str | None = None
+    """Repository ("user/name") that gets the trained model. A new one is as visible as your account's default says:
+    create it first to choose."""
 
     def __post_init__(self):
         _require(bool(self.output_dir), "run.output_dir", self.output_dir, "a folder")
@@ -195,6 +199,11 @@ class RunConfig:
         )
         _require(self.keep_checkpoints >= 1, "run.keep_checkpoints", self.keep_checkpoints, "at least 1")
         _require(self.max_bad_steps >= 1, "run.max_bad_steps", self.max_bad_steps, "at least 1")
+        if self.push_to_hub is not None:
+            try:
+                validate_repo_id(self.push_to_hub)
+            except HFValidationError as error:
+                raise UsageError(f"run.push_to_hub: {error}") from error
 
 
 @dataclass(kw_only=True, slots=True)

@@ -26,10 +26,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub import EvalResult, get_token
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hfclip import HFCLIPModel, HFCLIPProcessor, contrastive_loss, sigmoid_loss
+from hfclip import HFCLIPModel, HFCLIPProcessor, __version__, contrastive_loss, sigmoid_loss
+from hfclip.hub import HubError, end_on_interrupt, model_card, push
 from hfclip.modeling_hfclip import HFCLIPOutput
 from training import checkpoint, optim
 from training.config import Config, UsageError, parse_arguments
@@ -72,8 +74,10 @@ def main() -> None:
         config, resume = parse_arguments(sys.argv[1:])
         run = build(config, resume)
         done = train(run)
-        finish(run, done)
+        results = finish(run, done)
         run.accelerator.end_training()
+        if config.run.push_to_hub and results is not None and run.accelerator.is_main_process:
+            publish(run, results)
     except UsageError as error:
         leave(f"error: {error}", status=2)
     except KeyboardInterrupt:
@@ -95,6 +99,8 @@ def leave(message: str, status: int) -> None:
 def build(config: Config, resume: str | None) -> Run:
     """Opens the data, makes the model and restores what is resumed."""
     check_trackers(config.run.trackers)
+    if config.run.push_to_hub and os.environ.get("RANK", "0") == "0" and get_token() is None:
+        raise UsageError("run.push_to_hub: found no token. Log in with `hf auth login`, or set HF_TOKEN.")
     accelerator = build_accelerator(config)
     folder = Path(config.run.output_dir)
     resumed, state = on_main_process(accelerator, checkpoint.find_resumed, folder, resume) or (None, {"step": 0})
@@ -360,13 +366,16 @@ def is_to_stop(run: Run, step: int, failure: str | None) -> bool:
     return bool(interrupted)
 
 
-def finish(run: Run, done: int) -> None:
-    """Saves and evaluates the trained model and says how to use it, or how to go on with an interrupted run."""
+def finish(run: Run, done: int) -> dict[str, float] | None:
+    """Saves and evaluates the trained model and says how to use it, or how to go on with an interrupted run.
+
+    Returns what was measured; None for an interrupted run.
+    """
     if done < run.stop:
         run.tracking.bar.close()
         command = f"accelerate launch {sys.argv[0]} --config {run.folder / 'config.yaml'} --resume auto"
         run.accelerator.print(f"Stopped after step {done} of {run.stop}. Go on with:\n    {command}")
-        return
+        return None
     if done > run.start:
         save(run, done)
     model_folder = run.folder / "model"
@@ -379,6 +388,7 @@ def finish(run: Run, done: int) -> None:
         picture = run.evaluator.draw(run.core, run.folder / "predictions.png")
         print_summary(results, problems, model_folder, picture)
     run.accelerator.wait_for_everyone()
+    return results
 
 
 def print_summary(
@@ -397,6 +407,40 @@ def print_summary(
         f'    classify = transformers.pipeline("zero-shot-image-classification", "{model_folder}")\n'
         '    classify("picture.png", candidate_labels=["a red circle", "a blue star"])'
     )
+
+
+def publish(run: Run, results: dict[str, float]) -> None:
+    """Pushes the trained model with a card of settings and results. Comes last: no other process waits for it."""
+    config, folder, repo_id = run.config, run.folder / "model", run.config.run.push_to_hub
+    again = f"{folder} holds the trained model. Publish it:\n    python conversion/push_to_hub.py {folder} {repo_id}"
+    end_on_interrupt(f"Stopped. {again}")
+    provenance = {
+        "Trained with": f"hfclip {__version__}",
+        "Steps": run.stop,
+        "Pairs a step": config.optim.batch_size,
+        "Loss": config.optim.loss,
+        "Peak learning rate": config.optim.lr,
+        "Precision": config.run.precision,
+    }
+    try:
+        card = model_card(run.core.config, name=repo_id, provenance=provenance, results=as_eval_results(run, results))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        print(f"Published: {push(folder, repo_id)}")
+    except (HubError, ValueError, OSError) as error:
+        leave(f"error: {error}\n{again}", status=1)
+
+
+def as_eval_results(run: Run, results: dict[str, float]) -> list[EvalResult]:
+    """What `evaluate` measured, in the form of model cards."""
+    names = {"zero_shot": Path(run.config.eval.zero_shot or "").name, "retrieval": "held-out pairs"}
+    rows = []
+    for key, value in results.items():
+        source, metric = key.rsplit("/", 1)
+        task = "zero-shot-retrieval" if source == "retrieval" else "zero-shot-image-classification"
+        name = names.get(source, source)
+        if metric != "unreadable_images":
+            rows.append(EvalResult(task, name, name, metric, round(value, 4)))
+    return rows
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ def _register_configs() -> None:
 
 def _register_models() -> None:
     from transformers import AutoModel, AutoModelForImageClassification, AutoModelForZeroShotImageClassification
-    from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    )
 
     from .configuration_hfclip import HFCLIPConfig
     from .modeling_hfclip import TOWERS, HFCLIPForImageClassification, HFCLIPModel
@@ -31,7 +34,8 @@ def _register_models() -> None:
         AutoModel.register(tower.config_class, tower, exist_ok=True)
     AutoModelForZeroShotImageClassification.register(HFCLIPConfig, HFCLIPModel, exist_ok=True)
     AutoModelForImageClassification.register(HFCLIPConfig, HFCLIPForImageClassification, exist_ok=True)
-    # The pipeline looks names up here, and logs an error for a class that it does not find.
+    # Pipelines look names up here, and log an error for a class that they do not find.
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[HFCLIPConfig.model_type] = HFCLIPForImageClassification.__name__
     MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES[HFCLIPConfig.model_type] = HFCLIPModel.__name__
 
 

@@ -13,7 +13,7 @@ import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
@@ -319,7 +319,7 @@ class HFCLIPConfig(HFCLIPBaseConfig):
     """
 
     model_type = "hfclip"
-    sub_configs = {"text_config": PreTrainedConfig, "vision_config": PreTrainedConfig}
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

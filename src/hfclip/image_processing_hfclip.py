@@ -436,6 +436,11 @@ class HFCLIPImageProcessor(BaseImageProcessor):
             options["crop_size"] = _crop_of(_size("size", options["size"]))
         return _checked(options)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The options, and where remote code lies. Other attributes are no options, and a file with them is refused."""
+        names = {*_OPTIONS, *_INERT, "auto_map"}
+        return {name: value for name, value in super().to_dict().items() if name in names}
+
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
         if kwargs.get("size") is not None and kwargs.get("crop_size") is None:

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hfclip import HFCLIPConfig, HFCLIPTextConfig, HFCLIPVisionConfig
@@ -26,6 +27,7 @@ from .modeling_hfclip_transformer import (
     HFCLIPPreTrainedModel,
     HFCLIPTextModel,
     HFCLIPVisionModel,
+    asks_for_all_positions,
 )
 
 
@@ -241,7 +243,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """As in transformers 5: `pooler_output` (batch, projection_dim) is projected and NOT normalised.
 
@@ -253,7 +255,10 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """As in transformers 5: `pooler_output` (batch, projection_dim) is projected and NOT normalised."""
         outputs = self._vision_outputs(pixel_values, interpolate_pos_encoding, **kwargs)
@@ -282,7 +287,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
         embeds_only: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> HFCLIPOutput:
         """Embeddings and similarities of images and texts.
 
@@ -298,7 +303,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             `output_hidden_states` is set.
 
         Raises:
-            ValueError: an input is missing.
+            ValueError: an input is missing or does not fit the model; `return_loss` without pairs.
             RuntimeError: `return_loss` in a run of several processes, where it would miss their negatives.
         """
         if embeds_only:
@@ -338,6 +343,11 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
                     f"{torch.distributed.get_world_size()}. Use hfclip.contrastive_loss or hfclip.sigmoid_loss on "
                     "image_embeds and text_embeds: they are exact over all processes."
                 )
+        num_images, num_texts = logits_per_image.shape
+        if num_images != num_texts:
+            raise ValueError(
+                f"return_loss: found {num_images} images and {num_texts} texts, expected pairs: text i of image i."
+            )
         logits = logits_per_image.float()
         if self.logit_bias is not None:
             signs = 2 * torch.eye(len(logits), device=logits.device) - 1
@@ -348,6 +358,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
     def _text_embeds(self, input_ids, attention_mask, position_ids, kwargs):
         """Text outputs and unit embeddings; in inference, those of the call before if nothing has changed."""
         cacheable = not (self.training or torch.is_grad_enabled() or kwargs or position_ids is not None)
+        cacheable = cacheable and not asks_for_all_positions(self.config.text_config, kwargs)
         state = None
         if cacheable and not torch.compiler.is_compiling():
             state = TextCache.state_of((self.text_model, self.text_projection), input_ids, attention_mask)
@@ -451,7 +462,7 @@ class HFCLIPTextModelWithProjection(HFCLIPPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> HFCLIPTextModelOutput:
         """`text_embeds` (batch, projection_dim), not normalised; see `HFCLIPTextModel.forward`."""
         kwargs["return_dict"] = True
@@ -482,7 +493,10 @@ class HFCLIPVisionModelWithProjection(HFCLIPPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor | None = None, interpolate_pos_encoding: bool | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> HFCLIPVisionModelOutput:
         """`image_embeds` (batch, projection_dim), not normalised; see `HFCLIPVisionModel.forward`."""
         kwargs["return_dict"] = True
@@ -516,9 +530,15 @@ class HFCLIPForImageClassification(HFCLIPPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.vision_model.set_input_embeddings(value)
+
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor | None = None, labels: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """`logits` (batch, num_labels); `loss` if `labels` (batch,) are given. Pooled as in transformers' CLIP."""
         kwargs["return_dict"] = True

@@ -252,7 +252,7 @@ def check_pixel_values(pixel_values: torch.Tensor, config, stride: int, interpol
             f"You have to specify pixel_values, a (batch, channels, height, width) tensor of images; found {found}. "
             "The image processor makes one with return_tensors='pt'."
         )
-    if pixel_values.dim() != 4 or not len(pixel_values) or pixel_values.shape[1] != config.num_channels:
+    if pixel_values.dim() != 4 or not pixel_values.shape[0] or pixel_values.shape[1] != config.num_channels:
         raise ValueError(
             f"pixel_values: found shape {tuple(pixel_values.shape)}, expected (batch, {config.num_channels}, height, "
             "width), not empty. The image processor makes such tensors."

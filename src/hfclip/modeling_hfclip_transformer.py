@@ -16,13 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -33,6 +35,11 @@ from .modeling_hfclip_resnet import check_pixel_values, drawn_with, initialize_l
 # ---------------------------------------------------------------------------------------------------------------------
 # Which tokens of a text count
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_exporting() -> bool:
+    """Whether a graph is being recorded (ONNX, TorchScript) that has to serve every value of its inputs."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, eos_token_id: int) -> torch.Tensor:
@@ -52,7 +59,7 @@ def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
         order = torch.arange(input_ids.shape[1], device=input_ids.device)
         last_real = (attention_mask.bool() * order).argmax(dim=-1)
         return torch.where(is_eos.any(dim=-1), first_eos, last_real)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or is_exporting():
         return first_eos
     missing = (~is_eos.any(dim=-1)).nonzero().flatten().tolist()
     if missing:
@@ -61,6 +68,12 @@ def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
             "Let the tokenizer truncate (it keeps that token), or pass the attention_mask."
         )
     return first_eos
+
+
+def asks_for_all_positions(config: PreTrainedConfig, kwargs: dict) -> bool:
+    """Whether hidden states or attention weights are to be returned, which packed texts do not have."""
+    names = ("output_hidden_states", "output_attentions")
+    return any(kwargs.get(name, getattr(config, name, False)) for name in names)
 
 
 @dataclass
@@ -277,7 +290,7 @@ class HFCLIPVisionEmbeddings(nn.Module):
         positions = self.positions(*patches.shape[-2:])
         # (batch, hidden, rows, columns) -> (batch, rows * columns, hidden) -> (batch, 1 + rows * columns, hidden)
         patches = patches.flatten(2).transpose(1, 2)
-        class_token = self.class_embedding.expand(len(patches), 1, -1)
+        class_token = self.class_embedding.expand(patches.shape[0], 1, -1)  # len() would fix the batch of an export
         embeddings = torch.cat([class_token, patches], dim=1) + positions
         if self.training and self.config.patch_dropout:
             embeddings = self.drop_patches(embeddings)
@@ -309,7 +322,9 @@ class HFCLIPVisionModel(HFCLIPPreTrainedModel):
         super().__init__(config)
         self.embeddings = HFCLIPVisionEmbeddings(config)
         # The misspelling is part of every CLIP checkpoint on the Hub.
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pre_layrnorm = nn.Identity()
+        if config.pre_layer_norm:
+            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = HFCLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
@@ -321,7 +336,7 @@ class HFCLIPVisionModel(HFCLIPPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         pooled_only: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Hidden states and the pooled output of images.
 
@@ -340,11 +355,19 @@ class HFCLIPVisionModel(HFCLIPPreTrainedModel):
         """
         check_pixel_values(pixel_values, self.config, self.config.patch_size, interpolate_pos_encoding)
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
-        hidden_states = self.encoder(hidden_states, num_queries=1 if pooled_only else None, **kwargs)
+        num_queries = 1 if pooled_only and self.config.pooling == "cls" else None
+        hidden_states = self.encoder(hidden_states, num_queries=num_queries, **kwargs)
         return BaseModelOutputWithPooling(
-            last_hidden_state=None if pooled_only else hidden_states,
-            pooler_output=self.post_layernorm(hidden_states[:, 0]),
+            last_hidden_state=None if pooled_only else hidden_states, pooler_output=self.pool(hidden_states)
         )
+
+    def pool(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, 1 + patches, hidden) -> (batch, hidden), behind the last LayerNorm, by the config's `pooling`."""
+        if self.config.pooling == "cls":
+            return self.post_layernorm(hidden_states[:, 0])
+        if self.config.pooling == "norm_of_mean":
+            return self.post_layernorm(hidden_states[:, 1:].mean(dim=1))
+        return self.post_layernorm(hidden_states[:, 1:]).mean(dim=1)
 
     def features_for_classification(self, outputs: BaseModelOutputWithPooling) -> torch.Tensor:
         """(batch, hidden_size): the mean over the patches, what transformers' CLIP classifier reads."""
@@ -369,17 +392,40 @@ class HFCLIPTextEmbeddings(nn.Module):
         return self.token_embedding(input_ids) + self.position_embedding(position_ids)
 
 
-def check_input_ids(input_ids: torch.Tensor | None, max_length: int) -> None:
-    """Raises ValueError for ids that are missing, not two-dimensional or longer than the context."""
-    if input_ids is None:
-        raise ValueError("You have to specify input_ids, a (batch, length) tensor of token ids.")
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids: found shape {tuple(input_ids.shape)}, expected (batch, length).")
-    if input_ids.shape[1] > max_length:
+def check_texts(
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    config: HFCLIPTextConfig | HFCLIPBagOfWordsConfig,
+) -> None:
+    """Raises ValueError, saying what was found and expected, for texts that the tower cannot take."""
+    if not isinstance(input_ids, torch.Tensor):
+        found = "nothing" if input_ids is None else f"a {type(input_ids).__name__}"
+        raise ValueError(f"You have to specify input_ids, a (batch, length) tensor of token ids; found {found}.")
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids: found shape {tuple(input_ids.shape)}, expected (batch, length), not empty.")
+    if input_ids.shape[1] > config.max_position_embeddings:
         raise ValueError(
             f"Sequence length must be at most max_position_embeddings: found {input_ids.shape[1]} tokens, expected at "
-            f"most {max_length}. Truncate with the tokenizer, which keeps the end-of-text token."
+            f"most {config.max_position_embeddings}. Truncate with the tokenizer, which keeps the end-of-text token."
         )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: found shape {tuple(attention_mask.shape)}, expected that of input_ids, "
+            f"{tuple(input_ids.shape)}: 1 for each real token."
+        )
+    # On a GPU the host would have to wait for the ids; there the embedding itself raises.
+    if input_ids.device.type == "cpu" and not (torch.compiler.is_compiling() or is_exporting()):
+        if not 0 <= (extreme := _furthest_id(input_ids)) < config.vocab_size:
+            raise ValueError(
+                f"input_ids: found id {extreme}, expected 0 to {config.vocab_size - 1}, the vocabulary of this model. "
+                "Use the tokenizer that was saved with it."
+            )
+
+
+def _furthest_id(input_ids: torch.Tensor) -> int:
+    """The lowest id if it is negative, else the highest."""
+    lowest, highest = (int(extreme) for extreme in input_ids.aminmax())
+    return lowest if lowest < 0 else highest
 
 
 class HFCLIPTextModel(HFCLIPPreTrainedModel):
@@ -407,7 +453,7 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         skip_padding: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Hidden states and the pooled output of texts.
 
@@ -426,11 +472,13 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
         Raises:
             ValueError: ids missing, longer than the context, or without end-of-text token and attention mask.
         """
-        check_input_ids(input_ids, self.config.max_position_embeddings)
+        check_texts(input_ids, attention_mask, self.config)
+        if self.config.reads_padding:
+            return self._forward_with_padding(input_ids, position_ids, **kwargs)
         pooled = pooled_positions(input_ids, attention_mask, self.config.eos_token_id)
         packed = None
-        if skip_padding and position_ids is None and not torch.jit.is_tracing():
-            if not (kwargs.get("output_hidden_states") or kwargs.get("output_attentions")):
+        if skip_padding and position_ids is None and not is_exporting():
+            if not asks_for_all_positions(self.config, kwargs):
                 packed = PackedTexts.of(attention_mask, pooled)
         if packed is not None:
             return self._forward_packed(input_ids, packed, **kwargs)
@@ -441,8 +489,35 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
         causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
         hidden_states = self.encoder(hidden_states, causal_mask, **{**kwargs, "is_causal": True})
         hidden_states = self.final_layer_norm(hidden_states)
-        rows = torch.arange(len(pooled), device=pooled.device)
+        rows = torch.arange(pooled.shape[0], device=pooled.device)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[rows, pooled])
+
+    def _forward_with_padding(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Texts padded to the whole context, as towers were trained that are not causal or do not pool at EOS."""
+        context = self.config.max_position_embeddings
+        if input_ids.shape[1] < context and self.config.pad_token_id is None:
+            raise ValueError(
+                f"input_ids: found texts of {input_ids.shape[1]} tokens, expected {context}: this tower was trained with "
+                "its padding in sight, and its config names no pad_token_id. Tokenize with padding='max_length'."
+            )
+        # (batch, length) -> (batch, context)
+        input_ids = F.pad(input_ids, (0, context - input_ids.shape[1]), value=self.config.pad_token_id or 0)
+        if position_ids is None:
+            position_ids = torch.arange(context, device=input_ids.device)[None]
+        hidden_states = self.embeddings(input_ids, position_ids)
+        causal_mask = None
+        if self.config.causal:
+            causal_mask = create_causal_mask(self.config, hidden_states, None, past_key_values=None)
+        hidden_states = self.encoder(hidden_states, causal_mask, **{**kwargs, "is_causal": self.config.causal})
+        hidden_states = self.final_layer_norm(hidden_states)
+        if self.config.pooling == "eos":
+            rows = torch.arange(input_ids.shape[0], device=input_ids.device)
+            pooled = hidden_states[rows, pooled_positions(input_ids, None, self.config.eos_token_id)]
+        else:
+            pooled = hidden_states[:, 0 if self.config.pooling == "first" else -1]
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
     def _forward_packed(self, input_ids: torch.Tensor, packed: PackedTexts, **kwargs) -> BaseModelOutputWithPooling:
         hidden_states = self.embeddings(packed.pack(input_ids), packed.positions)
@@ -485,7 +560,7 @@ class HFCLIPBagOfWordsModel(HFCLIPPreTrainedModel):
 
         The words of a caption are the tokens in front of its first end-of-text token, without the start token.
         """
-        check_input_ids(input_ids, self.config.max_position_embeddings)
+        check_texts(input_ids, attention_mask, self.config)
         pooled = pooled_positions(input_ids, attention_mask, self.config.eos_token_id)
         is_word = torch.arange(input_ids.shape[1], device=input_ids.device) < pooled[:, None]
         is_word = is_word & (input_ids != self.config.bos_token_id)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import BatchFeature
-from transformers.processing_utils import ProcessorMixin, TextKwargs
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 
 from .image_processing_hfclip import HFCLIPImageProcessor
 from .tokenization_hfclip import HFCLIPTokenizer
@@ -32,10 +32,7 @@ class HFCLIPProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
-        *,
-        images_kwargs: Mapping[str, Any] | None = None,
-        text_kwargs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """`pixel_values` (batch, 3, height, width) of `images`, `input_ids` and `attention_mask` (batch, tokens) of
         `text`.
@@ -43,39 +40,63 @@ class HFCLIPProcessor(ProcessorMixin):
         Args:
             images: What `HFCLIPImageProcessor` takes: one image or many.
             text: One text or many. They are padded to the longest, which leaves the embeddings as they are (the text
-                tower reads no further than the end token), unless `padding` says otherwise. The tokenizer cuts texts
-                beyond the context length and keeps the end token.
-            images_kwargs: Options for the image processor alone.
-            text_kwargs: Options for the tokenizer alone.
-            kwargs: Options of either, sorted by name; `return_tensors` ("pt", "np" or None for lists) goes to both.
+                tower reads no further than the end token), unless `padding` says otherwise, here or where the tokenizer
+                was made. The tokenizer cuts texts beyond the context length and keeps the end token.
+            kwargs: Options of the image processor and of the tokenizer, sorted by name; `return_tensors` ("pt", "np"
+                or None for lists) goes to both. The dictionaries `images_kwargs` and `text_kwargs` hold options for
+                one alone, `common_kwargs` such for both.
 
         Raises:
             TypeError: `text` is not made of strings, or an option is unknown to both.
-            ValueError: there is neither an image nor a text.
+            ValueError: there is neither an image nor a text, or an option is given twice.
         """
         if images is None and text is None:
             raise ValueError(f"{type(self).__name__} needs images, text or both, found neither.")
         if text is not None:
             _check_text(text)
-        image_names = set(type(self.image_processor).valid_kwargs.__annotations__)
-        text_names = set(TextKwargs.__annotations__)
-        for name in kwargs:
-            if name not in image_names | text_names:
-                near = difflib.get_close_matches(name, image_names | text_names, n=1, cutoff=0.0)[0]
-                raise TypeError(f"{type(self).__name__} has no option {name!r}. The nearest is {near!r}.")
+        image_options, text_options = self._options_by_part(kwargs)
         features = {}
         if text is not None:
-            options = {name: value for name, value in kwargs.items() if name in text_names}
-            features |= self.tokenizer(text, **{"padding": True, **options, **(text_kwargs or {})})
+            features |= self.tokenizer(text, **{"padding": True, **self._tokenizer_defaults(), **text_options})
         if images is not None:
-            options = {name: value for name, value in kwargs.items() if name in image_names}
             try:
-                features |= self.image_processor(images, **{**options, **(images_kwargs or {})})
+                features |= self.image_processor(images, **image_options)
             except ValueError as error:
                 if text is None and _may_be_text(images):
                     raise ValueError(f"{error} Texts go to `text=`: the order is processor(images, text).") from error
                 raise
         return BatchFeature(features)
+
+    def _options_by_part(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The given options of the image processor and of the tokenizer."""
+        parts = {
+            "images_kwargs": set(type(self.image_processor).valid_kwargs.__annotations__),
+            "text_kwargs": set(TextKwargs.__annotations__),
+        }
+        names = set.union(*parts.values())
+        flat = {name: value for name, value in given.items() if name not in (*parts, "common_kwargs")}
+        for name in flat.keys() - names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise TypeError(f"{type(self).__name__} has no option {name!r}. The nearest is {near!r}.")
+        options = []
+        for part, valid in parts.items():
+            own, by_name = given.get(part) or {}, {name: flat[name] for name in flat.keys() & valid}
+            if twice := own.keys() & by_name.keys():
+                raise ValueError(f"{min(twice)!r} was given twice: in {part} and by itself. Give it once.")
+            options.append({**(given.get("common_kwargs") or {}), **by_name, **own})
+        return options[0], options[1]
+
+    def _tokenizer_defaults(self) -> dict[str, Any]:
+        """Options of a call that the tokenizer was made with, such as `max_length`."""
+        made_with = self.tokenizer.init_kwargs
+        names = [name for name in made_with if name in TextKwargs.__annotations__ and made_with[name] is not None]
+        return {name: getattr(self.tokenizer, name, made_with[name]) for name in names}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> list[str]:
+        try:
+            return super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.__dict__.pop("auto_map", None)  # noted for the file; a processor opened from it has none
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:

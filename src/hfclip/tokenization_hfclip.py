@@ -93,7 +93,7 @@ class _WordIds(dict):
 
     Args:
         model: Rust byte-pair model.
-        special_ids: Lower-case start and end token to id. As with OpenAI, they are words among others.
+        special_ids: Start and end token to id. As with OpenAI, they are words among others, hence lower-cased.
         added: All other added tokens, as they look in cleaned text; they are cut out before it is split into words.
     """
 
@@ -102,10 +102,12 @@ class _WordIds(dict):
 
     def __init__(self, model: BPE, special_ids: dict[str, int], added: dict[str, tuple[int, AddedToken]]):
         super().__init__()
-        self.model, self.special_ids = model, special_ids
+        self.model, self.special_ids = model, {token.lower(): token_id for token, token_id in special_ids.items()}
         # OpenAI's pattern ignores case although the text is lower-case: that decides on U+017F and U+0345
-        self.pattern = regex.compile("|".join([*map(regex.escape, special_ids), WORD_PATTERN]), regex.IGNORECASE)
+        self.pattern = regex.compile("|".join([*map(regex.escape, self.special_ids), WORD_PATTERN]), regex.IGNORECASE)
         self.added_ids = {text: token_id for text, (token_id, _) in added.items()}
+        self.tokens = {token_id: token for token, token_id in special_ids.items()}
+        self.tokens |= {token_id: token.content for token_id, token in added.values()}
         alternatives = [
             rf"(?<!\w){regex.escape(text)}(?!\w)" if added[text][1].single_word else regex.escape(text)
             for text in sorted(filter(None, added), key=len, reverse=True)
@@ -162,7 +164,9 @@ class _WordIds(dict):
 
         def tokenize(word: str) -> list[Token]:
             token_id = next(known_ids)
-            return self.model.tokenize(word) if token_id is None else [Token(token_id, word, (0, len(word)))]
+            if token_id is None:
+                return self.model.tokenize(word)
+            return [Token(token_id, self.tokens[token_id], (0, len(word)))]
 
         pretokenized.tokenize(tokenize)
         return pretokenized.to_encoding()
@@ -386,6 +390,7 @@ class HFCLIPTokenizer(TokenizersBackend):
             model_max_length=model_max_length,
             **{**kwargs, "add_bos_token": True, "add_eos_token": True},
         )
+        self.init_kwargs["pad_token"] = pad_token
         # Not before: the base class would turn "!" into a special token that splits texts
         if pad_token is None:
             self.pad_token_id = pad_token_id
@@ -615,7 +620,6 @@ class HFCLIPTokenizer(TokenizersBackend):
         }
         if split_special_tokens:
             return _WordIds(self._tokenizer.model, {}, added)
-        special_ids = {token.lower(): token_id for token, token_id in special_ids.items()}
         self.cache = words = _WordIds(self._tokenizer.model, special_ids, added)
         return words
 

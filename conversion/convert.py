@@ -1,0 +1,424 @@
+"""What all converters share: from a checkpoint's tensors to a model folder that is proven, recorded and publishable.
+
+    checkpoint -> weights (the source's names, read one at a time) -> our names -> strict check against the architecture
+        -> new folder: weights, config, code, tokenizer, image processor
+        -> proof: embeddings of fixed inputs, by the written model and by `reference` from the source's own tensors
+        -> conversion.json, model card -> renamed into place -> Hub, if asked for
+
+Anything that fails on the way leaves no folder behind. Both sides of the proof compute in float64, so a difference that
+is more than rounding shows whatever its size.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import cpu_offload
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import hfclip
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip.hub import HubError, end_on_interrupt, push
+from hfclip.model_card import model_card
+
+from .checkpoints import Checkpoint
+from .folder import WrittenWeights, new_folder, num_bytes, write_weights
+from .reference import Recorder, unread
+
+
+TOLERANCE = 1e-9  # relative, in float64; two orders of summation differ by about 1e-15
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"  # has the vocabulary of OpenAI's nine models
+OPENAI_VOCABULARY = 49408
+
+
+class View(Mapping):
+    """Some tensors of a checkpoint under other names: `names` maps the new ones to the old."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]):
+        self.checkpoint, self.names = checkpoint, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.checkpoint[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def on_meta(self) -> dict[str, Tensor]:
+        """Shapes and dtypes, without reading a tensor."""
+        old = self.names
+        return {
+            new: torch.empty(self.checkpoint.shape(old[new]), dtype=self.checkpoint.dtype(old[new]), device="meta")
+            for new in self
+        }
+
+
+class Rounded(Mapping):
+    """Tensors as they are in another floating point dtype."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype):
+        self.tensors, self.dtype = tensors, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return rounded(self.tensors[name], self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`tensor` in `dtype` if it is floating point; as it is for None."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+Items = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]]
+Features = Callable[[Mapping[str, Tensor], Tensor, Tensor], dict[str, Tensor]]
+
+
+@dataclass
+class Conversion:
+    """One conversion, planned and not yet done.
+
+    weights: the source's tensors in its own names.
+    items: renames them; a generator, so that one tensor at a time is in memory.
+    model_class, config: what they make.
+    features: (weights, pixel_values, input_ids) -> embeddings in float64 by name, from the source's tensors alone.
+    processor: tokenizer and image processor to go with the model.
+    notes: what the user should know, printed and recorded.
+    """
+
+    checkpoint: Checkpoint
+    weights: View
+    items: Items
+    model_class: type[PreTrainedModel]
+    config: Any
+    features: Features
+    processor: Any = None
+    notes: list[str] = field(default_factory=list)
+    base_model: str | None = None
+
+
+def convert(plan: Conversion, out: Path, options: argparse.Namespace) -> None:
+    """Does it. See the module's docstring.
+
+    Raises:
+        ValueError: tensors missing, left over or of the wrong shape; a result that differs from its source; an output
+            folder that exists; too little space.
+    """
+    dtype = DTYPES.get(options.dtype)
+    model = on_meta(plan.model_class, plan.config, dtype)
+    layout = {name: rounded(tensor, dtype) for name, tensor in plan.items(plan.weights.on_meta())}
+    check_fit(layout, model)
+    say(f"{describe(plan.config)}; {num_bytes(layout) / 1e6:,.0f} MB")
+    with new_folder(out, options.overwrite) as folder:
+        model.save_pretrained(folder, state_dict={})  # config and code; the weights come one by one
+        if plan.processor is not None:
+            plan.processor.save_pretrained(folder)
+        files = write_weights(folder, layout, plan.items(plan.weights))
+        provenance = record(plan, layout, files, prove(plan, files, dtype))
+        (folder / "conversion.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        card = model_card(
+            plan.config, name=out.name, provenance=card_lines(provenance), results=[], base_model=plan.base_model
+        )
+        (folder / "README.md").write_text(card)
+    for note in plan.notes:
+        say(f"NOTE: {note}")
+    say(f"Written: {out}")
+    if options.push_to_hub:
+        publish(out, options)
+
+
+def publish(out: Path, options: argparse.Namespace) -> None:
+    """Sends the folder to the Hub; if that fails, says how to go on."""
+    again = f"{out} holds the model. To publish it: python conversion/push_to_hub.py {out} {options.push_to_hub}"
+    end_on_interrupt(f"Stopped. {again}")
+    try:
+        url = push(out, options.push_to_hub, private=options.private, revision=options.revision)
+    except HubError as error:
+        raise HubError(f"{error}\n{again}") from error
+    say(f"Published: {url}")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def on_meta(model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model without weights."""
+    with torch.device("meta"):
+        model = model_class(config)
+    return model if dtype is None else model.to(dtype)
+
+
+def check_fit(layout: Mapping[str, Tensor], model: PreTrainedModel) -> None:
+    """Raises ValueError unless `layout` is exactly the model's state dict, names and shapes."""
+    expected = model.state_dict()
+    missing, surplus = sorted(expected.keys() - layout.keys()), sorted(layout.keys() - expected.keys())
+    wrong = [name for name in expected.keys() & layout.keys() if expected[name].shape != layout[name].shape]
+    problems = [f"{len(names)} {what}, such as {names[:3]}" for what, names in (("missing", missing), ("left over", surplus)) if names]  # fmt: skip
+    problems += [
+        f"{name!r} is {tuple(layout[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in sorted(wrong)[:3]
+    ]
+    if problems:
+        raise ValueError(f"The tensors do not fit the architecture that they tell: {'; '.join(problems)}.")
+
+
+def describe(config: Any) -> str:
+    """One line."""
+    if not isinstance(config, HFCLIPConfig):
+        return f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}"
+    vision, text = config.vision_config, config.text_config
+    return (
+        f"{vision.model_type} at {vision.image_size} px and {text.model_type} of {text.vocab_size} tokens, "
+        f"{config.projection_dim} joint dimensions"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proof
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fixed_inputs(config: Any) -> tuple[Tensor | None, Tensor | None]:
+    """An image of noise and three texts, the same on every run: (1, channels, side, side), (3, context).
+
+    The texts have no, some and as many as possible tokens in front of their end. None for a tower that is not there.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vision = getattr(config, "vision_config", config if hasattr(config, "image_size") else None)
+    text = getattr(config, "text_config", config if hasattr(config, "vocab_size") else None)
+    pixel_values = input_ids = None
+    if vision is not None:
+        pixel_values = torch.randn(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size, generator=generator)  # fmt: skip
+    if text is not None:
+        length, end = text.max_position_embeddings, text.eos_token_id
+        words = [token for token in (0, 1, 2, 3) if token != end] if end < 4 else range(end)
+        chosen = torch.randint(len(words), (3, length), generator=generator)
+        input_ids = torch.tensor(words)[chosen]
+        for row, position in zip(input_ids, (1, length // 2, length - 1)):
+            row[position] = end
+            row[position + 1 :] = getattr(text, "pad_token_id", 0) or 0
+    return pixel_values, input_ids
+
+
+def prove(plan: Conversion, files: list[Path], dtype: torch.dtype | None) -> dict[str, dict[str, float]]:
+    """Compares what source and result compute, and returns the differences by name.
+
+    Raises:
+        ValueError: above `TOLERANCE`, a value that is not finite, or a tensor of the source that took part in nothing.
+    """
+    inputs = fixed_inputs(plan.config)
+    source = Recorder(plan.weights)
+    expected = plan.features(source if dtype is None else Rounded(source, dtype), *inputs)
+    if idle := unread(source):
+        raise ValueError(f"{len(idle)} tensors of the source take part in nothing, such as {idle[:3]}.")
+    found = features_of(streamed(plan.model_class, plan.config, WrittenWeights(files)), *inputs)
+    if dtype is not None:
+        say("\nWhat rounding changes:")
+        show(differences(found, plan.features(plan.weights, *inputs)))
+    return compare(found, expected)
+
+
+def compare(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE
+) -> dict[str, dict[str, float]]:
+    """Prints and returns the differences of embeddings by name.
+
+    Raises:
+        ValueError: one is larger than `tolerance` relative to the largest value, or not finite.
+    """
+    values = differences(found, expected)
+    say("\nSource against result, embeddings of fixed inputs:")
+    show(values)
+    wrong = [name for name in expected if not values[name]["relative"] <= tolerance]
+    if wrong:
+        raise ValueError(
+            f"The result does not compute what the source does: {', '.join(wrong)} differ by more than {tolerance:g}. "
+            "Nothing was written. The checkpoint's settings may not be what its config says."
+        )
+    return values
+
+
+def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    return {name: difference(found[name], expected[name]) for name in expected}
+
+
+def show(values: dict[str, dict[str, float]]) -> None:
+    for name, numbers in values.items():
+        say(f"  {name:<28} largest difference {numbers['absolute']:.1e}, relative {numbers['relative']:.1e}")
+
+
+def difference(found: Tensor, expected: Tensor) -> dict[str, float]:
+    """The largest absolute difference, and that as a share of the largest value; NaN where a value is not finite."""
+    absolute = (found - expected).abs().max().item()
+    return {"absolute": absolute, "relative": absolute / max(expected.abs().max().item(), 1e-30)}
+
+
+def streamed(model_class: type[PreTrainedModel], config: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The model in float64, each block of which takes its weights when it computes and lets them go afterwards."""
+    model = on_meta(model_class, config, torch.float64).eval()
+    modules = list(model._no_split_modules)
+    return cpu_offload(model, torch.device("cpu"), offload_buffers=True, state_dict=weights, preload_module_classes=modules)  # fmt: skip
+
+
+@torch.no_grad()
+def features_of(model: PreTrainedModel, pixel_values: Tensor | None, input_ids: Tensor | None) -> dict[str, Tensor]:
+    """Embeddings by an hfclip model, not normalised, named as `Conversion.features` names them."""
+    features = {}
+    if pixel_values is not None and hasattr(model, "get_image_features"):
+        features["image_features"] = model.get_image_features(pixel_values.double()).pooler_output
+    elif pixel_values is not None:
+        outputs = model(pixel_values=pixel_values.double())
+        features["image_features"] = outputs.get("image_embeds", outputs.get("pooler_output"))
+    if input_ids is not None and hasattr(model, "get_text_features"):
+        features["text_features"] = model.get_text_features(input_ids).pooler_output
+    elif input_ids is not None:
+        outputs = model(input_ids=input_ids)
+        features["text_features"] = outputs.get("text_embeds", outputs.get("pooler_output"))
+    return features
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Record
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def record(
+    plan: Conversion, layout: Mapping[str, Tensor], files: list[Path], differences: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """What `conversion.json` holds."""
+    source = plan.checkpoint
+    return {
+        "source": {"file": Path(source.path).name, "format": source.format, "sha256": source.sha256()},
+        "result": {path.name: sha256_of(path) for path in files},
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in layout.values()}),
+        "differences": differences,
+        "notes": plan.notes,
+        # Paths of the machine stay on the machine.
+        "command": " ".join(Path(word).name if os.sep in word else word for word in sys.argv),
+        "versions": {
+            "hfclip": hfclip.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+        },
+    }
+
+
+def card_lines(provenance: dict[str, Any]) -> dict[str, str]:
+    """The part of the record that a reader of the model card wants."""
+    worst = max(values["relative"] for values in provenance["differences"].values())
+    source = provenance["source"]
+    return {
+        "Converted from": f"`{source['file']}` ({source['format']})",
+        "SHA-256 of the source": f"`{source['sha256']}`",
+        "Largest relative difference of embeddings": f"{worst:.1e} (float64, fixed inputs)",
+        "Stored as": ", ".join(provenance["dtypes"]),
+    }
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while piece := file.read(2**20):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def openai_processor(config: HFCLIPConfig, merges: str | None) -> tuple[Any, list[str]]:
+    """Image processor at the model's resolution with OpenAI's tokenizer, and notes for the user.
+
+    The merges come from a file, or from the Hub. Where there are none, the folder is written without a tokenizer.
+    """
+    text = config.text_config
+    image_processor = HFCLIPImageProcessor(size=config.image_size)
+    try:
+        if merges is not None:
+            tokenizer = HFCLIPTokenizer.from_openai_bpe(merges)
+        elif text.vocab_size == OPENAI_VOCABULARY:
+            tokenizer = HFCLIPTokenizer.from_pretrained(OPENAI_TOKENIZER)
+        else:
+            return image_processor, [f"no tokenizer was written: OpenAI's has 49,408 tokens, this model {text.vocab_size}."]  # fmt: skip
+    except OSError as error:
+        if merges is not None:
+            raise ValueError(f"--merges: {error}") from error
+        return image_processor, [
+            "NO TOKENIZER was written: OpenAI's cannot be fetched from the Hub. Convert again with --merges "
+            "bpe_simple_vocab_16e6.txt.gz (it lies in OpenAI's repository, folder clip)."
+        ]
+    if len(tokenizer) != text.vocab_size:
+        return image_processor, [f"no tokenizer was written: --merges has {len(tokenizer)} tokens, this model {text.vocab_size}."]  # fmt: skip
+    tokenizer.model_max_length = text.max_position_embeddings
+    return HFCLIPProcessor(image_processor, tokenizer), []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parser_of(description: str, out_help: str = "the folder to write") -> argparse.ArgumentParser:
+    """The arguments that all converters have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="the checkpoint: a file, or a folder that holds one")
+    parser.add_argument("out", type=Path, help=out_help)
+    parser.add_argument(
+        "--dtype",
+        choices=["keep", *DTYPES],
+        default="keep",
+        help="precision of the stored weights. `keep` (default) stores each tensor as the source does and loses "
+        "nothing; models load in float32 either way unless a dtype is asked for here or there",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    hub = parser.add_argument_group("Hub", "sign in with `hf auth login` first")
+    hub.add_argument("--push-to-hub", metavar="REPO", help="publish the result, e.g. me/clip-rn50")
+    hub.add_argument("--private", action="store_true", default=None, help="create the repository as a private one")
+    hub.add_argument("--revision", help="branch to publish on (default: main)")
+    return parser
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a converter's `main`. Exit codes: 0 done, 1 the Hub refused, 2 wrong use or a bad file, 130 Ctrl-C."""
+    transformers.utils.logging.disable_progress_bar()  # the weights have one of their own
+    try:
+        main()
+    except HubError as error:
+        sys.exit(_end(1, str(error)))
+    except (ValueError, OSError) as error:
+        sys.exit(_end(2, str(error)))
+    except KeyboardInterrupt:
+        sys.exit(_end(130, "Interrupted; nothing was written. Run the same command again."))
+
+
+def _end(code: int, message: str) -> int:
+    print(f"\nERROR: {message}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,226 @@
+"""OpenCLIP's checkpoints -> model folders.
+
+    python conversion/convert_openclip.py CLIP-ViT-B-32-laion2B-s34B-b79K clip-b32-laion    # a folder from the Hub
+    python conversion/convert_openclip.py epoch_32.pt my-clip --model ViT-B-32.json --merges bpe_simple_vocab_16e6.txt.gz
+
+The source is a folder with open_clip_config.json and weights, or a training checkpoint (.pt, .bin, .safetensors) with
+the JSON of its architecture: a file, or the name of one that an installed open_clip knows. Prefixes such as `module.`
+are removed and optimizer states left aside; of several sets of weights (EMA) `--weights` chooses one.
+
+Converted are OpenCLIP's own ViT, ResNet and text towers with all their activations, masks, poolings, context lengths
+and vocabularies, trained with the contrastive or the sigmoid loss. Whatever has no counterpart is refused with its
+reason: CoCa, LayerScale, other attention blocks, text towers with class tokens.
+"""
+
+import importlib.util
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import AutoTokenizer
+
+from conversion.checkpoints import Checkpoint, open_checkpoint
+from conversion.convert import Conversion, View, convert, openai_processor, parser_of, run, say
+from conversion.key_maps import CONSTANTS, hfclip_items, openclip_config
+from conversion.reference import Settings, image_features, text_features
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+
+
+CONFIG = "open_clip_config.json"
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument(
+        "--model",
+        metavar="JSON",
+        help=f"the architecture, where the source is no folder with {CONFIG}: a file or a name",
+    )
+    parser.add_argument("--weights", metavar="NAME", help="which weights of a training checkpoint, e.g. state_dict")
+    parser.add_argument(
+        "--merges", metavar="FILE", help="OpenAI's bpe_simple_vocab_16e6.txt.gz (default: from the Hub)"
+    )
+    parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer of another vocabulary: a folder or a Hub name")
+    options = parser.parse_args()
+    settings = read_settings(options.source, options.model)
+    checkpoint = open_checkpoint(options.source)
+    convert(plan(checkpoint, settings, options), options.out, options)
+
+
+def read_settings(source: Path, model: str | None) -> dict[str, Any]:
+    """`model_cfg` and `preprocess_cfg` of a checkpoint.
+
+    Raises:
+        ValueError: nothing tells the architecture.
+    """
+    path = source / CONFIG if model is None else Path(model)
+    if model is not None and not path.is_file() and (spec := importlib.util.find_spec("open_clip")):
+        path = Path(spec.origin).parent / "model_configs" / f"{model.replace('/', '-')}.json"
+    if not path.is_file():
+        found = f"--model {model}" if model else f"no {CONFIG} in {source}"
+        raise ValueError(
+            f"Found {found}, expected the architecture as OpenCLIP's JSON. Pass --model FILE.json; OpenCLIP keeps them in "
+            "src/open_clip/model_configs (a name is enough where open_clip is installed)."
+        )
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: found {type(settings).__name__}, expected an object with model_cfg.")
+    settings = settings if "model_cfg" in settings else {"model_cfg": settings}
+    lacking = {"vision_cfg", "text_cfg"} - settings["model_cfg"].keys()
+    if lacking:
+        raise ValueError(f"{path} describes no dual encoder: {sorted(lacking)} missing.")
+    return settings
+
+
+def plan(checkpoint: Checkpoint, settings: dict[str, Any], options) -> Conversion:
+    """Finds the model's weights among a checkpoint's and plans their conversion."""
+    model_cfg = settings["model_cfg"]
+    weights = View(checkpoint, weight_names(checkpoint, options.weights))
+    config = openclip_config(weights.on_meta(), model_cfg)
+    processor, notes = build_processor(config, settings, options)
+    return Conversion(
+        checkpoint=checkpoint,
+        weights=weights,
+        items=hfclip_items,
+        model_class=HFCLIPModel,
+        config=config,
+        features=partial(features, model_cfg),
+        processor=processor,
+        notes=notes,
+    )
+
+
+def weight_names(checkpoint: Checkpoint, chosen: str | None) -> dict[str, str]:
+    """OpenCLIP's names of one model's tensors -> the checkpoint's.
+
+    Raises:
+        ValueError: no model among the tensors, several without a choice, or none of the chosen name.
+    """
+    prefixes = [name.removesuffix("logit_scale") for name in checkpoint if name.endswith("logit_scale")]
+    prefixes = [prefix for prefix in prefixes if any(name.startswith(f"{prefix}visual.") for name in checkpoint)]
+    if not prefixes:
+        raise ValueError(
+            f"{checkpoint.path}: found no CLIP model among {len(checkpoint)} tensors such as {list(checkpoint)[:3]}, "
+            "expected `logit_scale` and `visual. ...`."
+        )
+    by_name = {prefix.partition(".")[0] or "weights": prefix for prefix in prefixes}
+    if chosen is None and len(by_name) > 1 and "state_dict" in by_name:
+        chosen = "state_dict"
+        others = sorted(by_name.keys() - {chosen})
+        say(f"Taking the weights `state_dict`; {', '.join(others)} can be had with --weights.")
+    if chosen is not None and chosen not in by_name or chosen is None and len(by_name) > 1:
+        raise ValueError(f"--weights: found {chosen}, expected one of {sorted(by_name)}.")
+    prefix = by_name[chosen] if chosen else prefixes[0]
+    names = {name.removeprefix(prefix): name for name in checkpoint if name.startswith(prefix)}
+    if left := len(checkpoint) - len(names):
+        say(f"{left} tensors beside the weights (such as optimizer states) are left aside.")
+    # CustomTextCLIP keeps the text tower below `text.`
+    names = {new.removeprefix("text."): old for new, old in names.items()}
+    return {new: old for new, old in names.items() if new not in CONSTANTS}
+
+
+def features(model_cfg: dict[str, Any], weights, pixel_values, input_ids) -> dict[str, torch.Tensor]:
+    vision, text = reference_settings(model_cfg, weights)
+    return {
+        "image_features": image_features(weights, pixel_values, vision, dtype=torch.float64),
+        "text_features": text_features(weights, input_ids, text, dtype=torch.float64),
+    }
+
+
+def reference_settings(model_cfg: dict[str, Any], weights) -> tuple[Settings, Settings]:
+    """OpenCLIP's settings as `reference` takes them: for the image tower and for the text tower."""
+    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    head_width = vision.get("head_width", 64)
+    width = vision.get("width", 64 if isinstance(vision.get("layers"), list) else 768)
+    channels = width * 32 if isinstance(vision.get("layers"), list) else width
+    pool_type = text.get("pool_type", "argmax")
+    return (
+        Settings(
+            vision_heads=channels // head_width,
+            activation=_activation(model_cfg, vision),
+            vision_pooling=vision.get("pool_type", "tok"),
+            norm_before_pooling=not vision.get("final_ln_after_pool", False),
+            layer_norm_eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
+        ),
+        Settings(
+            text_heads=text.get("heads", 8),
+            activation=_activation(model_cfg, text),
+            causal=not text.get("no_causal_mask", False),
+            text_pooling=pool_type,
+            eos_token_id=text.get("eos_id", 2) if pool_type == "eos" else None,
+            layer_norm_eps=(text.get("norm_kwargs") or {}).get("eps", 1e-5),
+        ),
+    )
+
+
+def _activation(model_cfg: dict[str, Any], tower_cfg: dict[str, Any]) -> str:
+    if model_cfg.get("quick_gelu"):
+        return "quick_gelu"
+    return "gelu_tanh" if (tower_cfg.get("act_kwargs") or {}).get("approximate") == "tanh" else "gelu"
+
+
+def build_processor(config: HFCLIPConfig, settings: dict[str, Any], options) -> tuple[Any, list[str]]:
+    """Image processor by `preprocess_cfg`, and the checkpoint's tokenizer; notes for the user."""
+    text_cfg = settings["model_cfg"]["text_cfg"]
+    image_processor = build_image_processor(config.image_size, settings.get("preprocess_cfg") or {})
+    name = options.tokenizer or text_cfg.get("hf_tokenizer_name")
+    folder = options.source if options.source.is_dir() else None
+    has_tokenizer = folder and any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "tokenizer_config.json"))  # fmt: skip
+    if not name and not has_tokenizer:
+        processor, notes = openai_processor(config, options.merges)
+        tokenizer = getattr(processor, "tokenizer", None)
+        return (image_processor if tokenizer is None else HFCLIPProcessor(image_processor, tokenizer)), notes
+    try:
+        if options.tokenizer or not has_tokenizer:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        else:
+            tokenizer = (AutoTokenizer if name else HFCLIPTokenizer).from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        if options.tokenizer:
+            raise ValueError(f"--tokenizer: {error}") from error
+        return image_processor, [
+            f"NO TOKENIZER was written: {name} cannot be had. Convert again with --tokenizer FOLDER."
+        ]
+    if len(tokenizer) > config.text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.text_config.vocab_size}. Pass the "
+            "one that belongs to it with --tokenizer."
+        )
+    tokenizer.model_max_length = config.text_config.max_position_embeddings
+    notes = []
+    if text_cfg.get("tokenizer_kwargs"):
+        notes.append(
+            f"OpenCLIP changes texts before or after this tokenizer: {text_cfg['tokenizer_kwargs']}. Do the same."
+        )
+    return HFCLIPProcessor(image_processor, tokenizer), notes
+
+
+def build_image_processor(image_size: int, preprocess: dict[str, Any]) -> HFCLIPImageProcessor:
+    """OpenCLIP's evaluation transform.
+
+    Raises:
+        ValueError: an interpolation or a way to resize that has no counterpart.
+    """
+    mode, interpolation = preprocess.get("resize_mode", "shortest"), preprocess.get("interpolation", "bicubic")
+    resample = {"bicubic": 3, "bilinear": 2, "random": 3}.get(interpolation)
+    if mode not in ("shortest", "squash") or resample is None:
+        raise ValueError(
+            f"preprocess_cfg: found resize_mode {mode!r} and interpolation {interpolation!r}, expected 'shortest' or "
+            "'squash', and 'bicubic' or 'bilinear'."
+        )
+    size = {"height": image_size, "width": image_size} if mode == "squash" else image_size
+    statistics = {f"image_{name}": list(preprocess[name]) for name in ("mean", "std") if name in preprocess}
+    return HFCLIPImageProcessor(size=size, crop_size=image_size, resample=resample, **statistics)
+
+
+if __name__ == "__main__":
+    run(main)

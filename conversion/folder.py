@@ -1,0 +1,187 @@
+"""Model folders written tensor by tensor, which appear whole or not at all.
+
+    tensors, one at a time -> safetensors files (sharded when large) in `OUT.partial` -> rename to `OUT`
+
+A conversion never holds more than a tensor or two of the model, so it fits in little memory whatever the model's size.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+
+MAX_SHARD_BYTES = 5_000_000_000
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@contextmanager
+def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
+
+    What a killed run left behind is removed first.
+
+    Raises:
+        ValueError: `path` exists, unless it is a folder and `overwrite`; that is replaced at the very end.
+    """
+    path = Path(os.path.abspath(path))
+    require_free(path, overwrite)
+    if path.is_file():
+        raise ValueError(f"{path} is a file, expected a folder or nothing.")
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            replaced = path.with_name(f"{path.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)
+            partial.rename(path)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_free(path: Path, overwrite: bool) -> None:
+    """Raises ValueError if `path` exists and is not to be replaced."""
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already. Choose another name, or pass --overwrite to replace it.")
+
+
+def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Size of (meta) tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises ValueError if the disk that holds `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{folder} needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free. Make room, or choose a "
+            "folder on another disk."
+        )
+
+
+def write_weights(
+    folder: Path,
+    layout: Mapping[str, torch.Tensor],
+    items: Iterable[tuple[str, torch.Tensor]],
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+) -> list[Path]:
+    """Writes `items` as they come into `model.safetensors`, or into shards with an index.
+
+    Args:
+        layout: name -> meta tensor of the dtype and shape that will come.
+        items: the tensors, in any order. Written in the layout's dtype.
+
+    Returns:
+        The weight files.
+
+    Raises:
+        ValueError: a tensor that is not in the layout, of another shape, or one that never came; too little space.
+    """
+    total = num_bytes(layout)
+    require_space(folder, total + 10_000_000)
+    shards = _shards(layout, max_shard_bytes)
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+        weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    files = [open(folder / name, "wb") for name in names]
+    try:
+        places = {}
+        for file, shard in zip(files, shards):
+            places |= {name: (file, offset) for name, offset in _write_header(file, layout, shard).items()}
+        bar = tqdm(total=total, desc="writing weights", unit="B", unit_scale=True, disable=None)
+        for name, tensor in items:
+            if name not in places or tensor.shape != layout[name].shape:
+                raise ValueError(f"Found a tensor {name!r} of shape {tuple(tensor.shape)} that nothing expects.")
+            file, offset = places.pop(name)
+            file.seek(offset)
+            data = tensor.detach().to(layout[name].dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+            file.write(memoryview(data))
+            bar.update(data.nbytes)
+        bar.close()
+        if places:
+            raise ValueError(f"{len(places)} tensors never came, such as {next(iter(places))!r}.")
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        for file in files:
+            file.close()
+    return [folder / name for name in names]
+
+
+def _shards(layout: Mapping[str, torch.Tensor], max_shard_bytes: float) -> list[list[str]]:
+    shards, size = [[]], 0
+    for name, tensor in layout.items():
+        added = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + added > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += added
+    return shards
+
+
+def _write_header(file, layout: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, int]:
+    """Writes the head of a safetensors file and returns where in the file each tensor goes."""
+    # Large items first keeps each tensor aligned to its item size.
+    names = sorted(names, key=lambda name: (-layout[name].element_size(), name))
+    header, places, end = {"__metadata__": {"format": "pt"}}, {}, 0
+    for name in names:
+        tensor = layout[name]
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name!r} is of {tensor.dtype}, which safetensors files do not hold here.")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        places[name] = start
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    file.truncate(8 + len(encoded) + end)  # tensors without elements write nothing
+    return {name: 8 + len(encoded) + start for name, start in places.items()}
+
+
+class WrittenWeights(Mapping):
+    """The tensors of written weight files, each read when it is asked for."""
+
+    def __init__(self, files: Iterable[Path]):
+        self.files = {}
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                self.files |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        # Opened anew each time: a file kept open stays mapped, and all that was ever read counts as memory in use.
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)

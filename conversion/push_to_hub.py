@@ -1,0 +1,74 @@
+"""Publishes a model folder to the Hugging Face Hub.
+
+    python conversion/push_to_hub.py FOLDER user/name --dry-run     # what would be sent; no network
+    python conversion/push_to_hub.py FOLDER user/name --private
+
+The work is `hfclip.hub.push`; this file is its command line.
+"""
+
+import argparse
+import sys
+import warnings
+
+from hfclip.hub import HubError, end_on_interrupt, push
+
+
+DESCRIPTION = """Publishes a model folder to the Hugging Face Hub, whole, as one commit.
+
+FOLDER is what training or conversion wrote: config.json, model.safetensors (or its shards), tokenizer, processor and
+the code that travels with them. It is checked before anything is sent. Optimizer states, pickles, hidden files and
+logs are left out. Large files go first; the model becomes visible with the commit at the end, never in part."""
+
+EPILOG = """examples:
+  python conversion/push_to_hub.py runs/clip/model anna/clip-birds --dry-run    list what would be sent, send nothing
+  python conversion/push_to_hub.py runs/clip/model anna/clip-birds --private    a repository that only you can see
+  python conversion/push_to_hub.py runs/clip/checkpoint-5000 anna/clip-birds --revision step-5000
+
+Log in once with `hf auth login`, or set HF_TOKEN, with a token that may write. A push that broke off, or that was
+stopped with Ctrl-C, is continued by the same command: what was uploaded is not sent again.
+
+exit codes: 0 published (or listed), 1 the Hub refused or was not reached, 2 wrong usage or a folder that is no model,
+130 stopped with Ctrl-C."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="the saved model")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="user/name or organization/name; made where it is missing")
+    visibility = parser.add_mutually_exclusive_group()
+    visibility.add_argument("--private", action="store_true", default=None, help="only you can see the repository")
+    visibility.add_argument(
+        "--public", action="store_false", dest="private", help="all can see it (default: your account's setting)"
+    )
+    parser.add_argument("--revision", metavar="BRANCH", help="branch, made from main where it is missing (main)")
+    parser.add_argument("--message", metavar="TEXT", help="message of the commit")
+    parser.add_argument("--dry-run", action="store_true", help="check the folder and list what would be sent")
+    arguments = parser.parse_args()
+    end_on_interrupt("Stopped. The same command continues: what was uploaded is not sent again.")
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        url = push(
+            arguments.folder,
+            arguments.repo_id,
+            private=arguments.private,
+            revision=arguments.revision,
+            commit_message=arguments.message,
+            dry_run=arguments.dry_run,
+        )
+    except HubError as error:
+        return fail(error, 1)
+    except (ValueError, OSError) as error:
+        return fail(error, 2)
+    print(f"Nothing was sent. Without --dry-run: {url}" if arguments.dry_run else f"Published: {url}")
+    return 0
+
+
+def fail(error: Exception, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

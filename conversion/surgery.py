@@ -1,0 +1,181 @@
+"""Changes to a trained model that keep what it knows.
+
+    python conversion/surgery.py resize clip-b32 clip-b32-336 --image-size 336      # another resolution, baked in
+    python conversion/surgery.py stretch clip-b32 clip-b32-long --length 248        # longer texts (Long-CLIP)
+    python conversion/surgery.py activation clip-b32 clip-b32-gelu --to gelu        # changes the embeddings
+
+`resize` interpolates the position embeddings of a ViT, or of a ResNet's attention pool, as the model itself does at run
+time for images of another size: the same embeddings, with no interpolation left to do, and an image processor to match.
+`stretch` keeps the first positions of the text tower and interpolates the others (arXiv:2403.15378, section 3.1); texts
+within the kept positions keep their embeddings, longer ones want fine-tuning. `activation` prints how far the
+embeddings move.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import AutoTokenizer
+
+from conversion.convert import compare, features_of, fixed_inputs, run, say
+from conversion.folder import new_folder
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor
+
+
+ROUNDING = 1e-4  # relative: the new positions are stored in the model's precision, not in float64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    operations = parser.add_subparsers(dest="operation", required=True, metavar="OPERATION")
+    resize_parser = operations.add_parser("resize", help="another image resolution")
+    stretch_parser = operations.add_parser("stretch", help="longer texts")
+    activation_parser = operations.add_parser("activation", help="another activation function")
+    for operation in (resize_parser, stretch_parser, activation_parser):
+        operation.add_argument("source", type=Path, help="a folder of an HFCLIPModel (or of transformers' CLIPModel)")
+        operation.add_argument("out", type=Path, help="the folder to write")
+        operation.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    resize_parser.add_argument("--image-size", type=int, required=True, help="side of the images in pixels")
+    stretch_parser.add_argument("--length", type=int, default=248, help="new context length (default: 248)")
+    stretch_parser.add_argument(
+        "--keep", type=int, default=20, help="first positions to keep as they are (default: 20)"
+    )
+    activation_parser.add_argument("--to", required=True, choices=["quick_gelu", "gelu"], help="the new one")
+    options = parser.parse_args()
+
+    model = HFCLIPModel.from_pretrained(options.source, dtype="auto").eval()
+    if options.operation == "resize":
+        changed = resize(model, options.image_size)
+    elif options.operation == "stretch":
+        changed = stretch(model, options.length, options.keep)
+    else:
+        changed = swap_activation(model, options.to)
+    with new_folder(options.out, options.overwrite) as folder:
+        changed.save_pretrained(folder)
+        save_processor(options.source, changed.config, folder)
+    say(f"Written: {options.out}")
+
+
+def resize(model: HFCLIPModel, image_size: int) -> HFCLIPModel:
+    """The model with the position embeddings of another resolution.
+
+    Raises:
+        ValueError: a size that the patch (or the ResNet's stride) does not divide, or a tower that is not ours.
+    """
+    vision = model.config.vision_config
+    fields = {**vision.to_dict(), "image_size": image_size}
+    if vision.model_type == "hfclip_vit":
+        holder, name, cells = (
+            model.vision_model.embeddings,
+            "position_embedding.weight",
+            image_size // vision.patch_size,
+        )
+    elif vision.model_type == "hfclip_resnet":
+        holder, name, cells = model.vision_model.attnpool, "positional_embedding", image_size // 32
+    else:
+        raise ValueError(f"resize: found an image tower {vision.model_type}, expected hfclip_vit or hfclip_resnet.")
+    config = with_tower(model.config, vision_config=type(vision)(**fields))
+    with torch.no_grad():
+        positions = holder.float().positions(cells, cells).to(model.dtype)
+    changed = rebuilt(model, config, {f"vision_model.{'embeddings' if name.startswith('position_') else 'attnpool'}.{name}": positions})  # fmt: skip
+    pixel_values, _ = fixed_inputs(config)
+    before, after = (features_of(m, pixel_values, None) for m in (model.double(), changed.double()))
+    compare(after, before, ROUNDING)  # the old model interpolates at run time
+    return changed.to(positions.dtype)
+
+
+def stretch(model: HFCLIPModel, length: int, keep: int) -> HFCLIPModel:
+    """The model with a longer text context: `keep` positions as they are, the others interpolated linearly.
+
+    Raises:
+        ValueError: a context that is not longer, positions to keep outside of it, or a tower that is not ours.
+    """
+    text = model.config.text_config
+    if text.model_type != "hfclip_text" or text.reads_padding:
+        raise ValueError("stretch: expected a causal hfclip_text tower that is pooled at the end of a text.")
+    old = text.max_position_embeddings
+    if not 0 < keep < old - 1 or length <= old:
+        raise ValueError(
+            f"stretch: found --keep {keep} and --length {length} for a context of {old}, expected 1 to {old - 2} "
+            f"positions to keep and more than {old} in all."
+        )
+    weight = model.text_model.embeddings.position_embedding.weight.detach()
+    positions = stretched(weight, length, keep)
+    config = with_tower(model.config, text_config=type(text)(**{**text.to_dict(), "max_position_embeddings": length}))
+    changed = rebuilt(model, config, {"text_model.embeddings.position_embedding.weight": positions})
+    _, input_ids = fixed_inputs(model.config)
+    within = input_ids[:, :keep].clone()
+    within[:, -1] = text.eos_token_id
+    before, after = (features_of(m, None, within) for m in (model.double(), changed.double()))
+    compare(after, before)
+    return changed.to(positions.dtype)
+
+
+def stretched(positions: torch.Tensor, length: int, keep: int) -> torch.Tensor:
+    """(context, hidden) -> (length, hidden): the first `keep` rows, then the others at evenly spaced places.
+
+    Places beyond the last row continue the line through the last two, as in Long-CLIP.
+    """
+    old = len(positions)
+    places = keep + torch.arange(length - keep, dtype=torch.float64) * (old - keep) / (length - keep)
+    left = places.floor().long().clamp(max=old - 2)
+    share = (places - left)[:, None]
+    rows = positions.double()
+    between = rows[left] * (1 - share) + rows[left + 1] * share
+    return torch.cat([rows[:keep], between]).to(positions.dtype)
+
+
+def swap_activation(model: HFCLIPModel, activation: str) -> HFCLIPModel:
+    """The model with another activation in both towers. Prints how far the embeddings move."""
+    config, towers = HFCLIPConfig.from_dict(model.config.to_dict()), []
+    for part in ("text_config", "vision_config"):
+        tower = getattr(config, part)
+        if getattr(tower, "hidden_act", activation) != activation:
+            towers.append(f"{part}: {tower.hidden_act} -> {activation}")
+            tower.hidden_act = activation
+    if not towers:
+        raise ValueError(f"activation: both towers have {activation} already; nothing to change.")
+    changed = rebuilt(model, config, {})
+    inputs = fixed_inputs(config)
+    before, after = (features_of(m.double(), *inputs) for m in (model, changed))
+    say(f"WARNING: {'; '.join(towers)}. The weights were trained with the old one; embeddings move:")
+    for name in before:
+        cosine = torch.cosine_similarity(before[name], after[name]).min().item()
+        say(f"  {name:<16} cosine with the old ones at least {cosine:.4f}")
+    return changed.to(model.config.dtype or torch.float32)
+
+
+def with_tower(config: HFCLIPConfig, **towers) -> HFCLIPConfig:
+    return HFCLIPConfig.from_dict({**config.to_dict(), **{name: tower.to_dict() for name, tower in towers.items()}})
+
+
+def rebuilt(model: HFCLIPModel, config: HFCLIPConfig, replaced: dict[str, torch.Tensor]) -> HFCLIPModel:
+    """A model of `config` with the weights of `model`, some of them replaced."""
+    changed = HFCLIPModel(config).to(next(model.parameters()).dtype).eval()
+    changed.load_state_dict({**model.state_dict(), **replaced})
+    return changed
+
+
+def save_processor(source: Path, config: HFCLIPConfig, folder: Path) -> None:
+    """Tokenizer and image processor of `source`, fitted to the changed model."""
+    image_processor = tokenizer = None
+    if any((source / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        image_processor = HFCLIPImageProcessor.from_pretrained(source)
+        squash = "shortest_edge" not in image_processor.size
+        size = {"height": config.image_size, "width": config.image_size} if squash else config.image_size
+        image_processor = HFCLIPImageProcessor.from_pretrained(source, size=size, crop_size=config.image_size)
+    if any((source / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.model_max_length = config.text_config.max_position_embeddings
+    if image_processor and tokenizer:
+        HFCLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    elif image_processor or tokenizer:
+        (image_processor or tokenizer).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    run(main)
