@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from transformers import (
     CLIPConfig,
     CLIPForImageClassification,
@@ -23,6 +24,7 @@ from hfclip import (
     HFCLIPTextModelWithProjection,
     HFCLIPVisionModelWithProjection,
 )
+from hfclip.modeling_hfclip_resnet import Linear
 
 
 PUBLISHED_PARAMETERS = {
@@ -672,3 +674,56 @@ def test_a_tower_of_another_kind_is_refused(tmp_path):
 def test_rejects_inputs_that_do_not_fit(text_tower, inputs, message):
     with pytest.raises(ValueError, match=message):
         tiny(text_config=text_tower)(**{"input_ids": texts(), "pixel_values": images(2), **inputs})
+
+
+class TestLinear:
+    """The towers' linear layer against torch's."""
+
+    def pair(self, bias=True):
+        torch.manual_seed(0)
+        ours, plain = Linear(40, 24, bias=bias), torch.nn.Linear(40, 24, bias=bias)
+        plain.load_state_dict(ours.state_dict())
+        return ours, plain
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("x", [
+        torch.randn(7, 40), torch.randn(40), torch.randn(2, 0, 40), torch.randn(2, 3, 5, 40), torch.randn(40, 7).t(),
+        torch.randn(3, 7, 80)[..., ::2], torch.randn(3, 1, 40).expand(3, 4, 40),
+    ])  # fmt: skip
+    def test_values_are_the_same(self, x, bias):
+        ours, plain = self.pair(bias)
+        torch.testing.assert_close(ours(x), plain(x), **CLOSE)
+
+    def test_gradients_are_the_same(self):
+        ours, plain = self.pair()
+        x = torch.randn(5, 40, requires_grad=True)
+        for layer in (ours, plain):
+            layer(x).pow(2).sum().backward()
+        torch.testing.assert_close(ours.weight.grad, plain.weight.grad, **CLOSE)
+        frozen = ours.requires_grad_(False)
+        (found,) = torch.autograd.grad(frozen(x).sum(), x)
+        torch.testing.assert_close(found, plain.weight.sum(0).expand(5, 40), **CLOSE)
+
+    @torch.no_grad()
+    def test_transforms_see_through_it(self):
+        ours, plain = self.pair()
+        x, v = torch.randn(5, 40), torch.randn(5, 40)
+        for found, expected in (
+            (torch.func.jvp(ours, (x,), (v,))[1], v @ plain.weight.t()),
+            (torch.func.grad(lambda x: ours(x).sum())(x), plain.weight.sum(0).expand(5, 40)),
+            (torch.func.vmap(ours)(x), plain(x)),
+        ):
+            torch.testing.assert_close(found, expected, **CLOSE)
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, v))).tangent
+        torch.testing.assert_close(tangent, v @ plain.weight.t(), **CLOSE)
+
+    @torch.no_grad()
+    def test_other_precisions_are_torchs(self):
+        ours, plain = self.pair()
+        x = torch.randn(5, 40)
+        assert torch.equal(ours.double()(x.double()), plain.double()(x.double()))
+        ours, plain = self.pair()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(ours(x), plain(x)) and ours(x).dtype == torch.bfloat16

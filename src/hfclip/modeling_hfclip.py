@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hfclip import HFCLIPConfig, HFCLIPTextConfig, HFCLIPVisionConfig
-from .modeling_hfclip_resnet import HFCLIPResNetModel, drawn_with
+from .modeling_hfclip_resnet import HFCLIPResNetModel, Linear, drawn_with
 from .modeling_hfclip_transformer import (
     HFCLIPBagOfWordsModel,
     HFCLIPPreTrainedModel,
@@ -130,7 +130,7 @@ def pool(outputs: ModelOutput, rule: str, attention_mask: torch.Tensor | None = 
 
 def projection(width: int, projection_dim: int) -> nn.Linear:
     """The linear map from a tower's pooled output into the joint space."""
-    return drawn_with(width**-0.5, nn.Linear(width, projection_dim, bias=False))
+    return drawn_with(width**-0.5, Linear(width, projection_dim, bias=False))
 
 
 def unit_length(embeds: torch.Tensor) -> torch.Tensor:
@@ -524,7 +524,7 @@ class HFCLIPForImageClassification(HFCLIPPreTrainedModel):
         width = vision.hidden_size if vision.model_type in TOWERS else tower_width(vision)
         self.classifier = nn.Identity()
         if config.num_labels > 0:
-            self.classifier = drawn_with(width**-0.5, nn.Linear(width, config.num_labels))
+            self.classifier = drawn_with(width**-0.5, Linear(width, config.num_labels))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

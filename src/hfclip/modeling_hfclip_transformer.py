@@ -29,7 +29,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hfclip import HFCLIPBagOfWordsConfig, HFCLIPConfig, HFCLIPTextConfig, HFCLIPVisionConfig
-from .modeling_hfclip_resnet import check_pixel_values, drawn_with, initialize_leaf
+from .modeling_hfclip_resnet import Linear, check_pixel_values, drawn_with, initialize_leaf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,10 +138,10 @@ class HFCLIPAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # the text tower says so per call
         width, depth = config.hidden_size, config.num_hidden_layers
-        self.k_proj = drawn_with(width**-0.5, nn.Linear(width, width))
-        self.v_proj = drawn_with(width**-0.5, nn.Linear(width, width))
-        self.q_proj = drawn_with(width**-0.5, nn.Linear(width, width))
-        self.out_proj = drawn_with((2 * depth * width) ** -0.5, nn.Linear(width, width))
+        self.k_proj = drawn_with(width**-0.5, Linear(width, width))
+        self.v_proj = drawn_with(width**-0.5, Linear(width, width))
+        self.q_proj = drawn_with(width**-0.5, Linear(width, width))
+        self.out_proj = drawn_with((2 * depth * width) ** -0.5, Linear(width, width))
 
     def forward(
         self,
@@ -183,8 +183,8 @@ class HFCLIPMLP(nn.Module):
         self.config = config
         self.activation_fn = ACT2FN[config.hidden_act]
         width, depth = config.hidden_size, config.num_hidden_layers
-        self.fc1 = drawn_with((2 * width) ** -0.5, nn.Linear(width, config.intermediate_size))
-        self.fc2 = drawn_with((2 * depth * width) ** -0.5, nn.Linear(config.intermediate_size, width))
+        self.fc1 = drawn_with((2 * width) ** -0.5, Linear(width, config.intermediate_size))
+        self.fc2 = drawn_with((2 * depth * width) ** -0.5, Linear(config.intermediate_size, width))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
