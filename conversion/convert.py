@@ -16,6 +16,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,15 +25,18 @@ from typing import Any
 import torch
 import transformers
 from accelerate import cpu_offload
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 import hfclip
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from hfclip.hub import HubError, end_on_interrupt, push
 from hfclip.model_card import model_card
 
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, open_checkpoint
 from .folder import WrittenWeights, new_folder, num_bytes, write_weights
 from .reference import Recorder, unread
 
@@ -125,12 +129,14 @@ def convert(plan: Conversion, out: Path, options: argparse.Namespace) -> None:
         ValueError: tensors missing, left over or of the wrong shape; a result that differs from its source; an output
             folder that exists; too little space.
     """
+    if options.push_to_hub:
+        validate_repo_id(options.push_to_hub)
     dtype = DTYPES.get(options.dtype)
     model = on_meta(plan.model_class, plan.config, dtype)
     layout = {name: rounded(tensor, dtype) for name, tensor in plan.items(plan.weights.on_meta())}
     check_fit(layout, model)
     say(f"{describe(plan.config)}; {num_bytes(layout) / 1e6:,.0f} MB")
-    with new_folder(out, options.overwrite) as folder:
+    with new_folder(out, plan.checkpoint.path, options.overwrite) as folder:
         model.save_pretrained(folder, state_dict={})  # config and code; the weights come one by one
         if plan.processor is not None:
             plan.processor.save_pretrained(folder)
@@ -154,8 +160,9 @@ def publish(out: Path, options: argparse.Namespace) -> None:
     end_on_interrupt(f"Stopped. {again}")
     try:
         url = push(out, options.push_to_hub, private=options.private, revision=options.revision)
-    except HubError as error:
-        raise HubError(f"{error}\n{again}") from error
+    except (HubError, ValueError) as error:
+        kind = HubError if isinstance(error, HubError) else ValueError
+        raise kind(f"{error}\n{again}") from error
     say(f"Published: {url}")
 
 
@@ -182,6 +189,36 @@ def check_fit(layout: Mapping[str, Tensor], model: PreTrainedModel) -> None:
     ]
     if problems:
         raise ValueError(f"The tensors do not fit the architecture that they tell: {'; '.join(problems)}.")
+
+
+@contextmanager
+def settings_of(path: Path) -> Iterator[None]:
+    """Says which file holds a setting that is of the wrong kind, such as a text for a number."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has a setting that makes no sense ({type(error).__name__}: {error}).") from error
+
+
+def open_model(folder: Path) -> tuple[HFCLIPConfig, View]:
+    """Config and weights of a whole HFCLIPModel, or of transformers' CLIPModel.
+
+    Raises:
+        ValueError: another model, or one whose weights do not fit its config; from_pretrained would draw them at random.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: found no config.json, expected the folder of a model.")
+    with settings_of(folder / "config.json"):
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if written["model_type"] not in ("hfclip", "clip"):
+            raise ValueError(
+                f"{folder}: found a model of type {written['model_type']!r}, expected a whole CLIP model."
+            )
+        config = HFCLIPConfig.from_pretrained(folder)
+    checkpoint = open_checkpoint(folder)
+    weights = View(checkpoint, {name: name for name in checkpoint if not name.endswith("position_ids")})
+    check_fit(weights.on_meta(), on_meta(HFCLIPModel, config))
+    return config, weights
 
 
 def describe(config: Any) -> str:
@@ -368,7 +405,7 @@ def openai_processor(config: HFCLIPConfig, merges: str | None) -> tuple[Any, lis
             tokenizer = HFCLIPTokenizer.from_pretrained(OPENAI_TOKENIZER)
         else:
             return image_processor, [f"no tokenizer was written: OpenAI's has 49,408 tokens, this model {text.vocab_size}."]  # fmt: skip
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: without network, a folder without files
         if merges is not None:
             raise ValueError(f"--merges: {error}") from error
         return image_processor, [
@@ -379,6 +416,24 @@ def openai_processor(config: HFCLIPConfig, merges: str | None) -> tuple[Any, lis
         return image_processor, [f"no tokenizer was written: --merges has {len(tokenizer)} tokens, this model {text.vocab_size}."]  # fmt: skip
     tokenizer.model_max_length = text.max_position_embeddings
     return HFCLIPProcessor(image_processor, tokenizer), []
+
+
+def open_processor(folder: Path) -> tuple[HFCLIPImageProcessor | None, Any]:
+    """A model folder's image processor and tokenizer; None for what it has not."""
+    image_processor = tokenizer = None
+    if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        image_processor = HFCLIPImageProcessor.from_pretrained(folder)
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return image_processor, tokenizer
+
+
+def save_processor(image_processor: HFCLIPImageProcessor | None, tokenizer: Any, folder: Path) -> None:
+    """Writes both, or the one that is there."""
+    if image_processor is not None and tokenizer is not None:
+        HFCLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    elif image_processor is not None or tokenizer is not None:
+        (image_processor or tokenizer).save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -413,7 +468,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except HubError as error:
         sys.exit(_end(1, str(error)))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError, SafetensorError) as error:
         sys.exit(_end(2, str(error)))
     except KeyboardInterrupt:
         sys.exit(_end(130, "Interrupted; nothing was written. Run the same command again."))

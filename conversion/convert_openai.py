@@ -72,7 +72,7 @@ def check_hash(checkpoint: Checkpoint, any_hash: bool) -> None:
 
 def plan(checkpoint: Checkpoint, merges: str | None) -> Conversion:
     """Finds the architecture of a checkpoint in OpenAI's names and plans its conversion."""
-    names = {name: name for name in checkpoint if name not in CONSTANTS}
+    names = {name: name for name in checkpoint if name.rpartition(".")[2] not in CONSTANTS}
     weights = View(checkpoint, names)
     config = openai_config(weights.on_meta())
     processor, notes = openai_processor(config, merges)

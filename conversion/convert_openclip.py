@@ -26,7 +26,7 @@ import torch
 from transformers import AutoTokenizer
 
 from conversion.checkpoints import Checkpoint, open_checkpoint
-from conversion.convert import Conversion, View, convert, openai_processor, parser_of, run, say
+from conversion.convert import Conversion, View, convert, openai_processor, parser_of, run, say, settings_of
 from conversion.key_maps import CONSTANTS, hfclip_items, openclip_config
 from conversion.reference import Settings, image_features, text_features
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
@@ -50,7 +50,9 @@ def main() -> None:
     options = parser.parse_args()
     settings = read_settings(options.source, options.model)
     checkpoint = open_checkpoint(options.source)
-    convert(plan(checkpoint, settings, options), options.out, options)
+    with settings_of(options.model or options.source / CONFIG):
+        conversion = plan(checkpoint, settings, options)
+    convert(conversion, options.out, options)
 
 
 def read_settings(source: Path, model: str | None) -> dict[str, Any]:
@@ -75,9 +77,10 @@ def read_settings(source: Path, model: str | None) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: found {type(settings).__name__}, expected an object with model_cfg.")
     settings = settings if "model_cfg" in settings else {"model_cfg": settings}
-    lacking = {"vision_cfg", "text_cfg"} - settings["model_cfg"].keys()
+    model_cfg = settings["model_cfg"]
+    lacking = [key for key in ("vision_cfg", "text_cfg") if not (isinstance(model_cfg, dict) and isinstance(model_cfg.get(key), dict))]  # fmt: skip
     if lacking:
-        raise ValueError(f"{path} describes no dual encoder: {sorted(lacking)} missing.")
+        raise ValueError(f"{path} describes no dual encoder: {', '.join(lacking)} missing.")
     return settings
 
 
@@ -112,7 +115,7 @@ def weight_names(checkpoint: Checkpoint, chosen: str | None) -> dict[str, str]:
             f"{checkpoint.path}: found no CLIP model among {len(checkpoint)} tensors such as {list(checkpoint)[:3]}, "
             "expected `logit_scale` and `visual. ...`."
         )
-    by_name = {prefix.partition(".")[0] or "weights": prefix for prefix in prefixes}
+    by_name = {prefix.removesuffix("module.").rstrip(".") or "weights": prefix for prefix in prefixes}
     if chosen is None and len(by_name) > 1 and "state_dict" in by_name:
         chosen = "state_dict"
         others = sorted(by_name.keys() - {chosen})

@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from conversion.checkpoints import Checkpoint, open_checkpoint
-from conversion.convert import Conversion, View, convert, parser_of, run
+from conversion.convert import Conversion, View, convert, parser_of, run, settings_of
 from conversion.reference import Settings, image_features, text_features
 from hfclip import (
     HFCLIPImageProcessor,
@@ -34,6 +34,7 @@ from hfclip import (
     HFCLIPVisionModel,
     HFCLIPVisionModelWithProjection,
 )
+from hfclip.configuration_hfclip import TRANSFORMERS_MODEL_TYPES
 
 
 CLASSES = {
@@ -52,7 +53,9 @@ def main() -> None:
     parser = parser_of(__doc__)
     options = parser.parse_args()
     folder = options.source if options.source.exists() else fetch(str(options.source))
-    convert(plan(folder), options.out, options)
+    with settings_of(folder / "config.json"):
+        conversion = plan(folder)
+    convert(conversion, options.out, options)
 
 
 def fetch(name: str) -> Path:
@@ -80,9 +83,10 @@ def plan(folder: Path) -> Conversion:
     model_class = find_class(written, checkpoint, folder)
     config = model_class.config_class.from_pretrained(folder)
     theirs = {"CLIPModel": ("text_config", "vision_config")}.get(_their_name(model_class), ())
-    towers = {key: {**defaults_of(key), **(written.get(key) or {})} for key in theirs} or {
-        model_class.config_class.base_config_key: {**defaults_of(model_class.config_class.base_config_key), **written}
-    }
+    # transformers lets `text_config_dict` of old configs replace `text_config`.
+    parts = {key: next((written[name] for name in (f"{key}_dict", key) if written.get(name) is not None), {}) for key in theirs}  # fmt: skip
+    parts = parts or {model_class.config_class.base_config_key: written}
+    towers = {key: {**defaults_of(key), **part} for key, part in parts.items()}
     processor, notes = find_processor(folder, model_class)
     if towers.get("text_config", {}).get("eos_token_id") == LEGACY_EOS:
         notes.append(
@@ -111,6 +115,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def find_class(written: dict[str, Any], checkpoint: Checkpoint, folder: Path) -> type:
     """Our class for the one that wrote the folder: as `architectures` says, else by its tensors."""
+    if written["model_type"] not in TRANSFORMERS_MODEL_TYPES:
+        raise ValueError(f"{folder}: found a model of type {written['model_type']!r}, expected one of {', '.join(TRANSFORMERS_MODEL_TYPES)}.")  # fmt: skip
     architecture = (written.get("architectures") or [None])[0]
     if architecture is None:
         text = any("token_embedding" in name for name in checkpoint)

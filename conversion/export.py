@@ -13,9 +13,7 @@ length; their `image_embeds` and `text_embeds` are not normalised.
 import argparse
 import json
 import math
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,16 +22,25 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer
 
-from conversion.checkpoints import open_checkpoint
-from conversion.convert import View, compare, fixed_inputs, run, say, streamed
+from conversion.convert import (
+    View,
+    compare,
+    fixed_inputs,
+    open_model,
+    open_processor,
+    run,
+    save_processor,
+    say,
+    streamed,
+)
 from conversion.convert_openai import features as openai_features
 from conversion.convert_openclip import CONFIG
 from conversion.convert_openclip import features as openclip_features
 from conversion.convert_transformers import defaults_of
 from conversion.convert_transformers import features as transformers_features
-from conversion.folder import WrittenWeights, new_folder, require_free, write_weights
+from conversion.folder import WrittenWeights, new_folder, partial_folder, require_free, write_weights
 from conversion.key_maps import openai_config, openai_items, openclip_config
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from hfclip.configuration_hfclip import TRANSFORMERS_MODEL_TYPES
@@ -51,10 +58,7 @@ def main() -> None:
     parser.add_argument("--to", required=True, choices=sorted(EXPORTS), help="for whom")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     options = parser.parse_args()
-    config = HFCLIPConfig.from_pretrained(options.source)
-    checkpoint = open_checkpoint(options.source)
-    names = {name: name for name in checkpoint if not name.endswith("position_ids")}
-    EXPORTS[options.to](options, config, View(checkpoint, names))
+    EXPORTS[options.to](options, *open_model(options.source))
 
 
 def to_openai(options: argparse.Namespace, config: HFCLIPConfig, weights: View) -> None:
@@ -63,10 +67,8 @@ def to_openai(options: argparse.Namespace, config: HFCLIPConfig, weights: View) 
         raise ValueError(f"{options.out}: found the suffix {options.out.suffix!r}, expected .pt or .safetensors.")
     layout = dict(openai_items(weights.on_meta()))
     require_same(config, openai_config(layout), "openai/CLIP")
-    require_free(options.out, options.overwrite)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=f"{options.out.name}.") as folder:
-        folder = Path(folder)
+    with partial_folder(options.out) as folder:
+        require_free(options.out, options.source, options.overwrite)
         (written,) = write_weights(folder, layout, openai_items(weights), max_shard_bytes=math.inf)
         prove(config, weights, openai_features(WrittenWeights([written]), *fixed_inputs(config)))
         if options.out.suffix == ".pt":
@@ -80,13 +82,14 @@ def to_openclip(options: argparse.Namespace, config: HFCLIPConfig, weights: View
     """A folder as OpenCLIP keeps them on the Hub."""
     layout, model_cfg = dict(openai_items(weights.on_meta())), openclip_settings(config)
     require_same(config, openclip_config(layout, model_cfg), "OpenCLIP")
-    with new_folder(options.out, options.overwrite) as folder:
+    with new_folder(options.out, options.source, options.overwrite) as folder:
         (written,) = write_weights(folder, layout, openai_items(weights), max_shard_bytes=math.inf)
         prove(config, weights, openclip_features(model_cfg, WrittenWeights([written]), *fixed_inputs(config)))
         written.rename(folder / "open_clip_model.safetensors")
-        settings = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_settings(options.source)}
+        image_processor, tokenizer = open_processor(options.source)
+        settings = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_settings(image_processor)}
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-        if tokenizer := find_tokenizer(options.source):
+        if tokenizer is not None:
             as_clip_tokenizer(tokenizer).save_pretrained(folder)
     say(f"Written: {options.out}")
 
@@ -100,15 +103,15 @@ def to_transformers(options: argparse.Namespace, config: HFCLIPConfig, weights: 
     if config.logit_bias_init_value is not None:
         raise ValueError("transformers' CLIPModel has no logit_bias, which this model was trained with.")
     towers = {key: defaults_of(key) | getattr(theirs, key).to_dict() for key in ("text_config", "vision_config")}
-    with new_folder(options.out, options.overwrite) as folder:
+    with new_folder(options.out, options.source, options.overwrite) as folder:
         written = write_weights(folder, weights.on_meta(), weights.items())
         prove(config, weights, transformers_features(towers, WrittenWeights(written), *fixed_inputs(config)))
         theirs.save_pretrained(folder)
-        if tokenizer := find_tokenizer(options.source):
+        image_processor, tokenizer = open_processor(options.source)
+        if tokenizer is not None:
             as_clip_tokenizer(tokenizer).save_pretrained(folder)
-        if (options.source / "preprocessor_config.json").is_file():
-            settings = image_settings(HFCLIPImageProcessor.from_pretrained(options.source))
-            CLIPImageProcessorPil(**settings).save_pretrained(folder)
+        if image_processor is not None:
+            CLIPImageProcessorPil(**image_settings(image_processor)).save_pretrained(folder)
     say(
         "NOTE: transformers' tokenizer and image processor differ from OpenAI's in some ids and pixels; hfclip's do not."
     )
@@ -118,15 +121,14 @@ def to_transformers(options: argparse.Namespace, config: HFCLIPConfig, weights: 
 def to_onnx(options: argparse.Namespace, config: HFCLIPConfig, weights: View) -> None:
     """A folder with both towers as ONNX, tokenizer and image processor beside them."""
     model = HFCLIPModel.from_pretrained(options.source, dtype=torch.float32).eval()
-    with new_folder(options.out, options.overwrite) as folder:
+    with new_folder(options.out, options.source, options.overwrite) as folder:
         (folder / "onnx").mkdir()
-        for tower, inputs in zip((ImageTower(model), TextTower(model)), fixed_inputs(config)):
+        for tower, inputs in zip((ImageTower(model).eval(), TextTower(model).eval()), fixed_inputs(config)):
             path = folder / "onnx" / f"{tower.file}.onnx"
             export_tower(tower, torch.cat([inputs, inputs]), path)
             prove_tower(tower, inputs, path)
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
-            if (options.source / name).is_file():
-                shutil.copyfile(options.source / name, folder / name)
+        config.save_pretrained(folder)
+        save_processor(*open_processor(options.source), folder)
     say(f"Written: {options.out}")
 
 
@@ -237,12 +239,6 @@ def transformers_config(config: HFCLIPConfig) -> CLIPConfig:
     )
 
 
-def find_tokenizer(source: Path) -> Any:
-    """The folder's tokenizer, or None."""
-    has_one = any((source / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    return AutoTokenizer.from_pretrained(source) if has_one else None
-
-
 def as_clip_tokenizer(tokenizer: Any) -> CLIPTokenizer:
     """transformers' own tokenizer with the same vocabulary and merges."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
@@ -255,11 +251,11 @@ def image_settings(processor: Any) -> dict[str, Any]:
     return {name: getattr(processor, name) for name in names}
 
 
-def preprocess_settings(source: Path) -> dict[str, Any]:
+def preprocess_settings(image_processor: HFCLIPImageProcessor | None) -> dict[str, Any]:
     """OpenCLIP's `preprocess_cfg`."""
-    if not (source / "preprocessor_config.json").is_file():
+    if image_processor is None:
         return {}
-    settings = image_settings(HFCLIPImageProcessor.from_pretrained(source))
+    settings = image_settings(image_processor)
     return {
         "mean": list(settings["image_mean"]),
         "std": list(settings["image_std"]),

@@ -9,10 +9,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from tqdm import tqdm
 
@@ -31,22 +32,17 @@ DTYPE_NAMES = {
 
 
 @contextmanager
-def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, source: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
 
-    What a killed run left behind is removed first.
-
     Raises:
-        ValueError: `path` exists, unless it is a folder and `overwrite`; that is replaced at the very end.
+        ValueError: `path` is not free (see `require_free`), or written by another process.
     """
     path = Path(os.path.abspath(path))
-    require_free(path, overwrite)
-    if path.is_file():
-        raise ValueError(f"{path} is a file, expected a folder or nothing.")
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with partial_folder(path) as partial:
+        require_free(path, source, overwrite)
+        if path.is_file():
+            raise ValueError(f"{path} is a file, expected a folder or nothing.")
         yield partial
         if path.exists():
             replaced = path.with_name(f"{path.name}.replaced")
@@ -56,14 +52,43 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(replaced)
         else:
             partial.rename(path)
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """`PATH.partial`, empty and for this process alone, until the block ends. What a killed run left there goes first.
+
+    Raises:
+        ValueError: another process is at it.
+    """
+    path = Path(os.path.abspath(path))
+    partial, lock_file = (path.with_name(f"{path.name}.{kind}") for kind in ("partial", "lock"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"Another process is writing {path}. Wait for it, or choose another name.") from error
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # Windows keeps a file that is open
+            lock_file.unlink()
+        lock.release()
 
 
-def require_free(path: Path, overwrite: bool) -> None:
-    """Raises ValueError if `path` exists and is not to be replaced."""
+def require_free(path: Path, source: Path, overwrite: bool) -> None:
+    """Raises ValueError if `path` exists and is not to be replaced, or holds the source or something that is no model."""
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists already. Choose another name, or pass --overwrite to replace it.")
+    path, source = path.resolve(), source.resolve()
+    if path.exists() and path in (source, *source.parents):
+        raise ValueError(f"{path} holds the source, which --overwrite would delete. Choose another name.")
+    if path.is_dir() and any(path.iterdir()) and not any(path.glob("*config.json")):
+        raise ValueError(f"{path} holds no model; --overwrite replaces models only. Choose another name, or empty it.")
 
 
 def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -97,7 +122,8 @@ def write_weights(
         The weight files.
 
     Raises:
-        ValueError: a tensor that is not in the layout, of another shape, or one that never came; too little space.
+        ValueError: a tensor that is not in the layout, of another shape, with values that are not finite, or one that
+            never came; too little space.
     """
     total = num_bytes(layout)
     require_space(folder, total + 10_000_000)
@@ -120,7 +146,9 @@ def write_weights(
                 raise ValueError(f"Found a tensor {name!r} of shape {tuple(tensor.shape)} that nothing expects.")
             file, offset = places.pop(name)
             file.seek(offset)
-            data = tensor.detach().to(layout[name].dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+            stored = tensor.detach().to(layout[name].dtype)
+            require_finite(name, tensor, stored)
+            data = stored.contiguous().reshape(-1).view(torch.uint8).numpy()
             file.write(memoryview(data))
             bar.update(data.nbytes)
         bar.close()
@@ -133,6 +161,20 @@ def write_weights(
         for file in files:
             file.close()
     return [folder / name for name in names]
+
+
+def require_finite(name: str, tensor: torch.Tensor, stored: torch.Tensor) -> None:
+    """Raises ValueError if a tensor, as it is stored, has values that are not finite."""
+    if stored.isfinite().all():
+        return
+    if tensor.isfinite().all():
+        raise ValueError(
+            f"{name!r} reaches {tensor.abs().max():.3g}, more than {stored.dtype} holds. Choose another --dtype."
+        )
+    raise ValueError(
+        f"{name!r} has {int((~tensor.isfinite()).sum())} values that are not finite (NaN or infinite): the training "
+        "went wrong, or the file is damaged. Choose another checkpoint."
+    )
 
 
 def _shards(layout: Mapping[str, torch.Tensor], max_shard_bytes: float) -> list[list[str]]:

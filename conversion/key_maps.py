@@ -64,7 +64,7 @@ def hfclip_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, 
     Raises:
         ValueError: names that are in no table, listed, before anything is read; nothing is left over silently.
     """
-    is_vit = "visual.proj" in state_dict
+    is_vit = _is_vit(state_dict)
     tables = {**TEXT, **(VIT if is_vit else {}), **{name: name for name in UNCHANGED}}
     names = [name for name in state_dict if name not in CONSTANTS]
     unknown = [
@@ -170,6 +170,7 @@ def openai_config(state_dict: Mapping[str, torch.Tensor]) -> HFCLIPConfig:
 
 
 # OpenCLIP's settings that change what is computed and have no counterpart here -> why.
+VISION_POOLINGS, TEXT_POOLINGS = ("tok", "avg"), ("argmax", "eos", "first", "last")
 ATTENTION_VARIANTS = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
 INCONVERTIBLE = {
     "multimodal_cfg": "CoCa's decoder writes captions; it is no dual encoder",
@@ -177,8 +178,18 @@ INCONVERTIBLE = {
     "embed_cls": "CoCa's class token behind the text",
     "ls_init_value": "LayerScale",
     "patch_embed_type": "a patch embedding of its own kind",
+    "timm_model_name": "a tower of another library",
+    "hf_model_name": "a tower of another library",
     **dict.fromkeys(ATTENTION_VARIANTS, "an attention block of its own kind"),
 }
+# The settings that are read here, told by shapes, or of no bearing on what is computed.
+CONVERTIBLE = set(
+    "embed_dim vision_cfg text_cfg quick_gelu custom_text output_dict cast_dtype output_tokens init_logit_scale "
+    "init_logit_bias nonscalar_logit_scale layers width heads head_width mlp_ratio patch_size image_size patch_dropout "
+    "pos_embed_type block_type pool_type no_ln_pre final_ln_after_pool act_kwargs norm_kwargs context_length vocab_size "
+    "pad_id eos_id no_causal_mask proj_bias proj_type hf_tokenizer_name tokenizer_mode hf_tokenizer_mode "
+    "tokenizer_kwargs attn_pooler_queries attn_pooler_heads".split()
+)
 
 
 def openclip_config(state_dict: Mapping[str, torch.Tensor], model_cfg: dict[str, Any]) -> HFCLIPConfig:
@@ -190,12 +201,14 @@ def openclip_config(state_dict: Mapping[str, torch.Tensor], model_cfg: dict[str,
         ValueError: `model_cfg` asks for something without a counterpart here, each with its reason.
     """
     vision, text = model_cfg.get("vision_cfg") or {}, model_cfg.get("text_cfg") or {}
-    settings = {**model_cfg, **vision, **text}
-    reasons = [f"{key}: {reason}" for key, reason in INCONVERTIBLE.items() if settings.get(key)]
-    reasons += [
-        f"{key}: a tower of another library" for key in ("timm_model_name", "hf_model_name") if settings.get(key)
-    ]
-    if "text_projection" not in state_dict:
+    given = {key for part in (model_cfg, vision, text) for key, value in part.items() if value}
+    reasons = [f"{key}: {INCONVERTIBLE[key]}" for key in INCONVERTIBLE if key in given]
+    if not reasons:  # settings of other towers come in groups
+        reasons += [f"{key}: an unknown setting" for key in sorted(given - CONVERTIBLE)]
+    for part, tower, known in (("vision_cfg", vision, VISION_POOLINGS), ("text_cfg", text, TEXT_POOLINGS)):
+        if tower.get("pool_type") not in (None, *known):
+            reasons.append(f"{part}.pool_type {tower['pool_type']!r}: none of {', '.join(known)}")
+    if "text_projection" not in state_dict and "token_embedding.weight" in state_dict:
         reasons.append("text_cfg: a text tower without projection, or with a bias in it")
     if reasons:
         raise ValueError(f"Not convertible: {'; '.join(reasons)}.")
@@ -205,7 +218,7 @@ def openclip_config(state_dict: Mapping[str, torch.Tensor], model_cfg: dict[str,
         "layer_norm_eps": _epsilon(text),
         "causal": not text.get("no_causal_mask", False),
         "pooling": {"argmax": "eos"}.get(text.get("pool_type", "argmax"), text.get("pool_type")),
-        **({"num_attention_heads": text["heads"]} if "heads" in text else {}),
+        "num_attention_heads": text.get("heads", 8),
     }
     if text.get("pool_type") == "eos":  # "argmax" pools at the highest id instead, the last of the vocabulary
         text_fields |= {"eos_token_id": text.get("eos_id", 2), "bos_token_id": None}
@@ -217,7 +230,27 @@ def openclip_config(state_dict: Mapping[str, torch.Tensor], model_cfg: dict[str,
         "layer_norm_eps": _epsilon(vision),
         "pooling": {"tok": "cls", "avg": average}.get(vision.get("pool_type", "tok"), vision.get("pool_type")),
     }
-    return _config(state_dict, text_fields, vision_fields)
+    config = _config(state_dict, text_fields, vision_fields)
+    _require_agreement(config, model_cfg, vision, text)
+    return config
+
+
+def _require_agreement(config: HFCLIPConfig, model_cfg: dict[str, Any], vision: dict, text: dict) -> None:
+    """Raises ValueError where settings and shapes disagree: the weights are another model's. Shapes cannot tell the rest,
+    such as heads and activation, so the settings must be right. (Resolution and context may be changed in training.)"""
+    ours, told = config.vision_config, {"embed_dim": (model_cfg.get("embed_dim"), config.projection_dim)}
+    is_vit = ours.model_type == "hfclip_vit"
+    told |= {
+        "vision_cfg.layers": (vision.get("layers"), ours.num_hidden_layers if is_vit else ours.depths),
+        "vision_cfg.width": (vision.get("width"), ours.hidden_size if is_vit else ours.stem_width),
+        "vision_cfg.patch_size": (vision.get("patch_size"), ours.patch_size if is_vit else None),
+        "text_cfg.layers": (text.get("layers"), config.text_config.num_hidden_layers),
+        "text_cfg.width": (text.get("width"), config.text_config.hidden_size),
+        "text_cfg.vocab_size": (text.get("vocab_size"), config.text_config.vocab_size),
+    }
+    wrong = [f"{key} is {said}, and {found} in the weights" for key, (said, found) in told.items() if said not in (None, found)]  # fmt: skip
+    if wrong:
+        raise ValueError(f"The settings are not those of the weights: {'; '.join(wrong)}. Pass the model's own.")
 
 
 def _activation(tower_cfg: dict[str, Any], default: str) -> str:
@@ -238,41 +271,41 @@ def _config(
     }
     if missing:
         raise ValueError(f"No CLIP checkpoint in OpenAI's names: {sorted(missing)} are missing.")
-    vocab_size, width = state_dict["token_embedding.weight"].shape
+    vocab_size, width = _shape(state_dict, "token_embedding.weight", 2)
     text = {
         "model_type": "hfclip_text",
         "vocab_size": vocab_size,
         "hidden_size": width,
-        "intermediate_size": _shape(state_dict, "transformer.resblocks.0.mlp.c_fc.weight")[0],
+        "intermediate_size": _shape(state_dict, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         "num_hidden_layers": _count_blocks(state_dict, r"transformer\.resblocks\.(\d+)\."),
-        "num_attention_heads": width // 64,
-        "max_position_embeddings": state_dict["positional_embedding"].shape[0],
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": _shape(state_dict, "positional_embedding", 2)[0],
         # OpenAI's CLIP pools at the highest id of a text, the last of the vocabulary.
         "bos_token_id": vocab_size - 2,
         "eos_token_id": vocab_size - 1,
         **text_fields,
     }
-    is_vit = "visual.proj" in state_dict
+    is_vit = _is_vit(state_dict)
     vision = _vit_config(state_dict, **vision_fields) if is_vit else _resnet_config(state_dict, **vision_fields)
     bias = state_dict.get("logit_bias")
     return HFCLIPConfig(
         text_config=text,
         vision_config=vision,
-        projection_dim=state_dict["text_projection"].shape[1],
+        projection_dim=_shape(state_dict, "text_projection", 2)[1],
         # The initial value; loading puts the trained one in its place.
         logit_bias_init_value=None if bias is None else -10.0,
     )
 
 
 def _vit_config(state_dict: Mapping[str, torch.Tensor], head_width: int, **fields) -> dict[str, Any]:
-    width, num_channels, patch_size, _ = state_dict["visual.conv1.weight"].shape
-    grid = round((_shape(state_dict, "visual.positional_embedding")[0] - 1) ** 0.5)
+    width, num_channels, patch_size, _ = _shape(state_dict, "visual.conv1.weight", 4)
+    grid = round((_shape(state_dict, "visual.positional_embedding", 2)[0] - 1) ** 0.5)
     return {
         "model_type": "hfclip_vit",
         "hidden_size": width,
-        "intermediate_size": _shape(state_dict, "visual.transformer.resblocks.0.mlp.c_fc.weight")[0],
+        "intermediate_size": _shape(state_dict, "visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         "num_hidden_layers": _count_blocks(state_dict, r"visual\.transformer\.resblocks\.(\d+)\."),
-        "num_attention_heads": width // head_width,
+        "num_attention_heads": max(1, width // head_width),
         "num_channels": num_channels,
         "patch_size": patch_size,
         "image_size": patch_size * grid,
@@ -282,21 +315,27 @@ def _vit_config(state_dict: Mapping[str, torch.Tensor], head_width: int, **field
 
 
 def _resnet_config(state_dict: Mapping[str, torch.Tensor], head_width: int, **_of_transformers) -> dict[str, Any]:
-    stem_width = _shape(state_dict, "visual.layer1.0.conv1.weight")[0]
-    grid = round((_shape(state_dict, "visual.attnpool.positional_embedding")[0] - 1) ** 0.5)
+    stem_width = _shape(state_dict, "visual.layer1.0.conv1.weight", 4)[0]
+    grid = round((_shape(state_dict, "visual.attnpool.positional_embedding", 2)[0] - 1) ** 0.5)
     return {
         "model_type": "hfclip_resnet",
         "depths": [_count_blocks(state_dict, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
         "stem_width": stem_width,
         "num_attention_heads": stem_width * 32 // head_width,
-        "num_channels": state_dict["visual.conv1.weight"].shape[1],
+        "num_channels": _shape(state_dict, "visual.conv1.weight", 4)[1],
         "image_size": 32 * grid,
     }
 
 
-def _shape(state_dict: Mapping[str, torch.Tensor], name: str) -> torch.Size:
+def _is_vit(state_dict: Mapping[str, torch.Tensor]) -> bool:
+    return any(name.startswith("visual.transformer.") for name in state_dict)
+
+
+def _shape(state_dict: Mapping[str, torch.Tensor], name: str, dimensions: int) -> torch.Size:
     if name not in state_dict:
         raise ValueError(f"No CLIP checkpoint in OpenAI's names: {name!r} is missing.")
+    if state_dict[name].ndim != dimensions:
+        raise ValueError(f"{name!r}: found shape {tuple(state_dict[name].shape)}, expected {dimensions} dimensions.")
     return state_dict[name].shape
 
 

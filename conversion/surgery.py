@@ -19,14 +19,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import AutoTokenizer
 
-from conversion.convert import compare, features_of, fixed_inputs, run, say
+from conversion.convert import (
+    compare,
+    features_of,
+    fixed_inputs,
+    open_model,
+    open_processor,
+    run,
+    save_processor,
+    say,
+    settings_of,
+)
 from conversion.folder import new_folder
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor
-
-
-ROUNDING = 1e-4  # relative: the new positions are stored in the model's precision, not in float64
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 
 
 def main() -> None:
@@ -47,16 +53,18 @@ def main() -> None:
     activation_parser.add_argument("--to", required=True, choices=["quick_gelu", "gelu"], help="the new one")
     options = parser.parse_args()
 
-    model = HFCLIPModel.from_pretrained(options.source, dtype="auto").eval()
+    open_model(options.source)  # from_pretrained would draw missing weights at random
+    with settings_of(options.source / "config.json"):
+        model = HFCLIPModel.from_pretrained(options.source, dtype="auto").eval()
     if options.operation == "resize":
         changed = resize(model, options.image_size)
     elif options.operation == "stretch":
         changed = stretch(model, options.length, options.keep)
     else:
         changed = swap_activation(model, options.to)
-    with new_folder(options.out, options.overwrite) as folder:
+    with new_folder(options.out, options.source, options.overwrite) as folder:
         changed.save_pretrained(folder)
-        save_processor(options.source, changed.config, folder)
+        save_fitting_processor(options.source, changed.config, folder)
     say(f"Written: {options.out}")
 
 
@@ -69,23 +77,19 @@ def resize(model: HFCLIPModel, image_size: int) -> HFCLIPModel:
     vision = model.config.vision_config
     fields = {**vision.to_dict(), "image_size": image_size}
     if vision.model_type == "hfclip_vit":
-        holder, name, cells = (
-            model.vision_model.embeddings,
-            "position_embedding.weight",
-            image_size // vision.patch_size,
-        )
+        name, side = "vision_model.embeddings.position_embedding.weight", vision.patch_size
     elif vision.model_type == "hfclip_resnet":
-        holder, name, cells = model.vision_model.attnpool, "positional_embedding", image_size // 32
+        name, side = "vision_model.attnpool.positional_embedding", 32
     else:
         raise ValueError(f"resize: found an image tower {vision.model_type}, expected hfclip_vit or hfclip_resnet.")
-    config = with_tower(model.config, vision_config=type(vision)(**fields))
+    config, dtype = with_tower(model.config, vision_config=type(vision)(**fields)), model.dtype
+    holder = model.double().vision_model.get_submodule(name.split(".")[1])
     with torch.no_grad():
-        positions = holder.float().positions(cells, cells).to(model.dtype)
-    changed = rebuilt(model, config, {f"vision_model.{'embeddings' if name.startswith('position_') else 'attnpool'}.{name}": positions})  # fmt: skip
+        positions = holder.positions(image_size // side, image_size // side)
+    changed = rebuilt(model, config, {name: positions})
     pixel_values, _ = fixed_inputs(config)
-    before, after = (features_of(m, pixel_values, None) for m in (model.double(), changed.double()))
-    compare(after, before, ROUNDING)  # the old model interpolates at run time
-    return changed.to(positions.dtype)
+    compare(*(features_of(m, pixel_values, None) for m in (changed, model)))  # the old one interpolates at run time
+    return changed.to(dtype)
 
 
 def stretch(model: HFCLIPModel, length: int, keep: int) -> HFCLIPModel:
@@ -160,21 +164,16 @@ def rebuilt(model: HFCLIPModel, config: HFCLIPConfig, replaced: dict[str, torch.
     return changed
 
 
-def save_processor(source: Path, config: HFCLIPConfig, folder: Path) -> None:
+def save_fitting_processor(source: Path, config: HFCLIPConfig, folder: Path) -> None:
     """Tokenizer and image processor of `source`, fitted to the changed model."""
-    image_processor = tokenizer = None
-    if any((source / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        image_processor = HFCLIPImageProcessor.from_pretrained(source)
+    image_processor, tokenizer = open_processor(source)
+    if image_processor is not None:
         squash = "shortest_edge" not in image_processor.size
         size = {"height": config.image_size, "width": config.image_size} if squash else config.image_size
         image_processor = HFCLIPImageProcessor.from_pretrained(source, size=size, crop_size=config.image_size)
-    if any((source / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer is not None:
         tokenizer.model_max_length = config.text_config.max_position_embeddings
-    if image_processor and tokenizer:
-        HFCLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
-    elif image_processor or tokenizer:
-        (image_processor or tokenizer).save_pretrained(folder)
+    save_processor(image_processor, tokenizer, folder)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,27 @@
-"""What the tests of conversion share: makers of archives as OpenAI published them, and of archives nobody should."""
+"""What the tests of conversion share: makers of archives as OpenAI published them, and of archives nobody should; runs
+of the scripts, in this process or in one of their own."""
 
+import contextlib
+import importlib
+import io
+import os
 import re
+import signal
+import subprocess
+import sys
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from conversion.convert import run
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # What OpenAI's archives hold in half precision: convolutions, linear layers, fused attention, the two projections.
 # LayerNorm, BatchNorm, embeddings and the scale stay in single precision.
@@ -85,3 +99,158 @@ def write_archive(path: Path, program: bytes, records: Mapping[str, bytes] | Non
         for key, data in (records or {}).items():
             archive.writestr(f"archive/data/{key}", data)
     return path
+
+
+# Running the converters
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """What the script said last."""
+        assert self.err.count("ERROR: ") == 1, self.err
+        return self.err.partition("ERROR: ")[2]
+
+
+def run_script(name: str, *arguments: object, status: int = 0) -> Result:
+    """Runs `conversion/NAME.py` in this process as its command line does. It must end with `status`, without traceback."""
+    script = importlib.import_module(f"conversion.{name}")
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, [script.__file__, *map(str, arguments)]
+    on_interrupt = signal.getsignal(signal.SIGINT)  # pushing sets its own
+    found = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run(script.main)
+    except SystemExit as end:
+        found = end.code
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGINT, on_interrupt)
+    result = Result(found, out.getvalue(), err.getvalue())
+    assert result.status == status and "Traceback" not in result.err, result
+    return result
+
+
+def start_script(name: str, *arguments: object, patch: str = "", **environment: str) -> subprocess.Popen:
+    """Starts `conversion/NAME.py` in a process of its own, after the Python code `patch`."""
+    path = ROOT / "conversion" / f"{name}.py"
+    code = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{patch}\nrunpy.run_path({str(path)!r}, run_name='__main__')"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def assert_same_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Equal names, dtypes, shapes and values."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        assert torch.equal(found[name], tensor), name
+
+
+def save(path: Path, weights: Mapping[str, torch.Tensor]) -> Path:
+    """A state dict as a file of the kind that its name says."""
+    if path.suffix == ".safetensors":
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+    else:
+        torch.save(dict(weights), path)
+    return path
+
+
+# Shapes of published models, from their numbers alone
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def openai_shapes(
+    dim: int,
+    text: tuple[int, int, int],
+    layers: int | tuple[int, ...],
+    width: int,
+    size: int,
+    patch: int | None = None,
+    mlp: int | None = None,
+    context: int = 77,
+    vocabulary: int = 49408,
+) -> Shapes:
+    """OpenAI's (and OpenCLIP's) names and shapes. `text`: width, heads, layers; `mlp`: hidden width of the ViT's MLP."""
+    text_width, _, text_layers = text
+    shapes = {"positional_embedding": (context, text_width), "text_projection": (text_width, dim), "logit_scale": ()}
+    shapes |= {"token_embedding.weight": (vocabulary, text_width), **layer_norm("ln_final", text_width)}
+    shapes |= blocks("transformer", text_layers, text_width, 4 * text_width)
+    return shapes | (
+        resnet_shapes(dim, layers, width, size)
+        if patch is None
+        else vit_shapes(dim, layers, width, size, patch, mlp or 4 * width)
+    )
+
+
+def layer_norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def linear(name: str, inputs: int, outputs: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def blocks(prefix: str, number: int, width: int, mlp: int) -> Shapes:
+    shapes = {}
+    for block in (f"{prefix}.resblocks.{n}" for n in range(number)):
+        shapes |= layer_norm(f"{block}.ln_1", width) | layer_norm(f"{block}.ln_2", width)
+        shapes |= {f"{block}.attn.in_proj_weight": (3 * width, width), f"{block}.attn.in_proj_bias": (3 * width,)}
+        shapes |= linear(f"{block}.attn.out_proj", width, width)
+        shapes |= linear(f"{block}.mlp.c_fc", width, mlp) | linear(f"{block}.mlp.c_proj", mlp, width)
+    return shapes
+
+
+def vit_shapes(dim: int, layers: int, width: int, size: int, patch: int, mlp: int) -> Shapes:
+    shapes = {"visual.class_embedding": (width,), "visual.positional_embedding": ((size // patch) ** 2 + 1, width)}
+    shapes |= {"visual.proj": (width, dim), "visual.conv1.weight": (width, 3, patch, patch)}
+    shapes |= layer_norm("visual.ln_pre", width) | layer_norm("visual.ln_post", width)
+    return shapes | blocks("visual.transformer", layers, width, mlp)
+
+
+def resnet_shapes(dim: int, layers: tuple[int, ...], width: int, size: int) -> Shapes:
+    def conv(name: str, inputs: int, outputs: int, kernel: int) -> Shapes:
+        # Each convolution has the BatchNorm of its number; a shortcut's are 0 and 1 in a list.
+        norm = f"{name[:-1]}1" if name.endswith("downsample.0") else name.replace("conv", "bn")
+        statistics = {f"{norm}.running_mean": (outputs,), f"{norm}.running_var": (outputs,)}
+        counter = {f"{norm}.num_batches_tracked": ()}
+        return {
+            f"{name}.weight": (outputs, inputs, kernel, kernel),
+            **layer_norm(norm, outputs),
+            **statistics,
+            **counter,
+        }
+
+    shapes = conv("visual.conv1", 3, width // 2, 3) | conv("visual.conv2", width // 2, width // 2, 3)
+    shapes |= conv("visual.conv3", width // 2, width, 3)
+    channels = width
+    for stage, number in enumerate(layers):
+        planes = width * 2**stage
+        for n in range(number):
+            block = f"visual.layer{stage + 1}.{n}"
+            shapes |= conv(f"{block}.conv1", channels, planes, 1) | conv(f"{block}.conv2", planes, planes, 3)
+            shapes |= conv(f"{block}.conv3", planes, 4 * planes, 1)
+            if n == 0:
+                shapes |= conv(f"{block}.downsample.0", channels, 4 * planes, 1)
+            channels = 4 * planes
+    shapes |= {"visual.attnpool.positional_embedding": ((size // 32) ** 2 + 1, channels)}
+    for part in ("q", "k", "v"):
+        shapes |= linear(f"visual.attnpool.{part}_proj", channels, channels)
+    return shapes | linear("visual.attnpool.c_proj", channels, dim)

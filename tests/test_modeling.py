@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.autograd import forward_ad
 from transformers import (
     CLIPConfig,
@@ -727,3 +728,131 @@ class TestLinear:
         ours, plain = self.pair()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(ours(x), plain(x)) and ours(x).dtype == torch.bfloat16
+
+
+class TestVariantsOfOpenCLIP:
+    """Towers with another pooling, without the first LayerNorm, or that see the whole text, against plain attention."""
+
+    @staticmethod
+    def plain_blocks(encoder, x: torch.Tensor, causal: bool = False) -> torch.Tensor:
+        """(batch, seq, hidden) -> (batch, seq, hidden)"""
+        for layer in encoder.layers:
+            attention, y = layer.self_attn, layer.layer_norm1(x)
+            parts = (attention.q_proj(y), attention.k_proj(y), attention.v_proj(y))
+            q, k, v = (part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in parts)
+            scores = q @ k.mT / attention.head_dim**0.5
+            if causal:
+                scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+            x = x + attention.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+            x = x + layer.mlp(layer.layer_norm2(x))
+        return x
+
+    @staticmethod
+    def assert_trains(tower, pooled: torch.Tensor) -> None:
+        pooled.square().sum().backward()
+        for name, gradient in gradients(tower).items():
+            # A key bias shifts all scores of a query alike: its gradient is zero but for rounding.
+            assert gradient is not None and gradient.isfinite().all(), name
+            assert name.endswith("k_proj.bias") or gradient.abs().max() > 0, name
+
+    @pytest.mark.parametrize("pooling", ["cls", "mean", "norm_of_mean"])
+    @pytest.mark.parametrize("pre_layer_norm", [True, False])
+    def test_image_tower_equals_its_plain_form(self, pooling, pre_layer_norm):
+        model = tiny(vision_config={**VISION, "pooling": pooling, "pre_layer_norm": pre_layer_norm})
+        tower, pixels = model.vision_model, images(3)
+        assert ("vision_model.pre_layrnorm.weight" in model.state_dict()) == pre_layer_norm
+        x = tower.embeddings(pixels)
+        x = self.plain_blocks(tower.encoder, tower.pre_layrnorm(x) if pre_layer_norm else x)
+        expected = {
+            "cls": tower.post_layernorm(x[:, 0]),
+            "mean": tower.post_layernorm(x[:, 1:]).mean(1),
+            "norm_of_mean": tower.post_layernorm(x[:, 1:].mean(1)),
+        }
+        for pooled_only in (True, False):
+            pooled = tower(pixels, pooled_only=pooled_only).pooler_output
+            torch.testing.assert_close(pooled, expected[pooling], **CLOSE)
+        others = [value for name, value in expected.items() if name != pooling]
+        assert all((pooled - value).abs().max() > 1e-2 for value in others)
+        projected = model.encode_image(pixels, normalize=False)
+        torch.testing.assert_close(projected, model.visual_projection(expected[pooling]), **CLOSE)
+        self.assert_trains(tower, tower(pixels, pooled_only=True).pooler_output @ torch.randn(64, 8))
+
+    def test_mean_pooling_takes_other_sizes_and_dropped_patches(self):
+        tower = tiny(vision_config={**VISION, "pooling": "mean", "patch_dropout": 0.5}).vision_model
+        assert tower(images(2, 48)).pooler_output.shape == (2, 64)
+        assert tower.train()(images(2)).last_hidden_state.shape == (2, 1 + 8, 64)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            dict(causal=False),
+            dict(causal=False, pooling="first"),
+            dict(causal=False, pooling="last"),
+            dict(pooling="last"),
+            dict(causal=False, pooling="last", pad_token_id=7),
+        ],
+    )
+    def test_text_tower_that_reads_padding_equals_its_plain_form(self, fields):
+        model = tiny(text_config={**TEXT, **fields})
+        tower, config = model.text_model, model.config.text_config
+        assert config.reads_padding
+        ids = texts(5, 20, pad=config.pad_token_id)
+        x = tower.embeddings(ids, torch.arange(20)[None])
+        x = tower.final_layer_norm(self.plain_blocks(tower.encoder, x, causal=config.causal))
+        position = {"eos": (ids == EOS).int().argmax(1), "first": 0, "last": 19}[config.pooling]
+        expected = x[torch.arange(5), position]
+        torch.testing.assert_close(tower(ids).pooler_output, expected, **CLOSE)
+        # Texts cut behind the longest are filled up again, and a mask takes no padding away.
+        short, mask = ids[:, :14], (torch.arange(14) < 6).long().expand(5, 14)
+        torch.testing.assert_close(tower(short).pooler_output, expected, **CLOSE)
+        torch.testing.assert_close(model.encode_text(short, mask, normalize=False), model.text_projection(expected), **CLOSE)  # fmt: skip
+        outputs = tower(ids, output_hidden_states=True, output_attentions=True)
+        torch.testing.assert_close(outputs.pooler_output, expected, **CLOSE)
+        assert len(outputs.hidden_states) == 4
+        self.assert_trains(tower, tower(ids).pooler_output @ torch.randn(64, 8))
+
+    def test_padding_changes_the_embedding_only_where_the_tower_reads_it(self):
+        for fields, reads in ((dict(), False), (dict(causal=False), True), (dict(pooling="last"), True)):
+            model = tiny(text_config={**TEXT, **fields})
+            with torch.no_grad():
+                one, other = (model.encode_text(texts(pad=pad)) for pad in (0, 5))
+            assert torch.allclose(one, other, **CLOSE) != reads
+
+    def test_variants_save_and_load(self, tmp_path):
+        vision, text = dict(pooling="mean", pre_layer_norm=False), dict(causal=False, pooling="last")
+        model = tiny(vision_config={**VISION, **vision}, text_config={**TEXT, **text})
+        model.save_pretrained(tmp_path)
+        loaded, info = HFCLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values()), info
+        with torch.no_grad():
+            inputs = dict(input_ids=texts(), pixel_values=images())
+            assert torch.equal(loaded.eval()(**inputs).logits_per_image, model(**inputs).logits_per_image)
+
+    def test_gradient_checkpointing_gives_the_same_gradients(self):
+        fields = dict(vision_config={**VISION, "pooling": "mean"}, text_config={**TEXT, "causal": False})
+        plain, saving = tiny(**fields).train(), tiny(**fields).train()
+        saving.gradient_checkpointing_enable()
+        for model in (plain, saving):
+            model(texts(), images(), return_loss=True).loss.backward()
+        assert_same_gradients(gradients(saving), gradients(plain))
+
+    @pytest.mark.parametrize(
+        "tower, message",
+        [
+            (dict(text_config=dict(pooling="first")), "pooling='first' in a causal tower"),
+            (dict(text_config=dict(pooling="mean")), "pooling"),
+            (dict(vision_config=dict(pooling="last")), "pooling"),
+            (dict(vision_config=dict(pre_layrnorm=False)), "Did you mean `pre_layer_norm`"),
+        ],
+    )
+    def test_rejects_combinations_that_make_no_sense(self, tower, message):
+        with pytest.raises((ValueError, StrictDataclassError), match=message):
+            HFCLIPConfig(**tower)
+
+    def test_rejects_texts_that_cannot_be_filled_up_or_pooled(self):
+        tower = tiny(text_config={**TEXT, "causal": False, "pad_token_id": None}).text_model
+        with pytest.raises(ValueError, match="names no pad_token_id"):
+            tower(texts(2, 14))
+        assert tower(texts(2, 20)).pooler_output.shape == (2, 64)
+        with pytest.raises(ValueError, match="no end-of-text token"):
+            tower(torch.full((2, 20), 5))

@@ -83,7 +83,7 @@ def test_attributes_and_captions_are_those_of_every_release():
     ]
     assert (
         hashlib.sha256(json.dumps(said).encode()).hexdigest()
-        == "e91bb470bb4765c9efdf0561290e6c0da2534c6bc19c21287afcf774ad2187f6"
+        == "faf9c44c3beededae867761af9cef19c18bd3e242391bb4268d03eb84db8a36f"
     )
 
 

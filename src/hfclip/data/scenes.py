@@ -34,7 +34,7 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 # Radius as a fraction of the image side. Only lone objects are large: two of them would not fit beside each other.
-SIZES = {"small": (0.150, 0.165), "medium": (0.200, 0.220), "large": (0.260, 0.280)}
+SIZES = {"small": (0.175, 0.185), "medium": (0.200, 0.220), "large": (0.260, 0.280)}
 BACKGROUNDS = ("plain", "gradient", "noisy", "striped", "checkered", "cloudy")
 COUNTS = ("one", "two", "three", "four")
 POSITIONS = {  # where a lone object may lie: (column, row) of a 3 x 3 grid, and how a caption says it
@@ -229,7 +229,8 @@ def _caption(rng: random.Random, attributes: dict) -> str:
 
 
 def _noun_phrase(rng: random.Random, kind: dict) -> str:
-    names_color = rng.random() < 0.95
+    # Captions that leave the color out make shapes be learned apart from colors, for pairs never seen as well.
+    names_color = rng.random() < 0.6
     names_shape = not names_color or rng.random() < 0.97
     adjectives = [rng.choice(_SIZE_WORDS[kind["size"]])] if rng.random() < 0.12 else []
     adjectives += [kind["color"]] if names_color else []
@@ -277,7 +278,7 @@ def _polar(radii: Sequence[float], start: float = -90.0) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.asarray(radii)[:, None]
 
 
-def _cross(half_width: float = 0.36) -> np.ndarray:
+def _cross(half_width: float = 0.42) -> np.ndarray:
     quarter = np.array([(-half_width, -1), (half_width, -1), (half_width, -half_width)])
     turns = [np.array([(c, s), (-s, c)]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
     return np.concatenate([quarter @ turn for turn in turns])

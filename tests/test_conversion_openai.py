@@ -1,0 +1,333 @@
+"""OpenAI's checkpoints become model folders by the command line: the same embeddings, every bit kept, nothing left behind
+by what goes wrong."""
+
+import hashlib
+import json
+import resource
+import shutil
+import signal
+from collections import namedtuple
+
+import pytest
+import torch
+from conversion_utils import (
+    HALF,
+    ROOT,
+    assert_same_tensors,
+    openai_shapes,
+    relative,
+    run_script,
+    save,
+    save_torchscript,
+    start_script,
+)
+from safetensors.torch import load_file
+from test_auto import WITHOUT_HFCLIP
+from test_auto import run as run_python
+from test_key_maps import read_golden
+from test_modeling import PUBLISHED_PARAMETERS
+from transformers import AutoModel, AutoProcessor
+
+from conversion.convert_openai import PUBLISHED
+from conversion.key_maps import hfclip_items, openai_config, to_hfclip
+from hfclip import HFCLIPConfig, HFCLIPModel
+
+
+NUMBERS = {"input_resolution": 224, "context_length": 77, "vocab_size": 49408}
+# Two float32 implementations of the same sums: 2e-5 is some hundred units in the last place.
+FLOAT32 = 2e-5
+OPENAI = ["openai_resnet_tiny", "openai_vit_tiny"]
+
+
+@torch.no_grad()
+def assert_computes(folder, tensors) -> None:
+    """The folder's model gives the outputs that lie beside the golden weights."""
+    model = AutoModel.from_pretrained(folder).eval()
+    outputs = model(input_ids=tensors["inputs/input_ids"], pixel_values=tensors["inputs/pixel_values"])
+    image = model.encode_image(tensors["inputs/pixel_values"], normalize=False)
+    text = model.encode_text(tensors["inputs/input_ids"], normalize=False)
+    assert relative(image, tensors["outputs/image_features"]) < FLOAT32
+    assert relative(text, tensors["outputs/text_features"]) < FLOAT32
+    assert relative(outputs.logits_per_image, tensors["outputs/logits_per_image"]) < FLOAT32
+
+
+@pytest.fixture
+def weights(data_dir):
+    return read_golden(data_dir / "golden" / "openai_vit_tiny.safetensors")[0]
+
+
+@pytest.fixture
+def source(weights, tmp_path):
+    return save(tmp_path / "model.safetensors", weights)
+
+
+def left_in(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# What is converted
+
+
+@pytest.mark.parametrize("name", OPENAI)
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
+def test_state_dict_agrees_and_comes_back_bit_for_bit(name, suffix, data_dir, tmp_path):
+    weights, _, tensors = read_golden(data_dir / "golden" / f"{name}.safetensors")
+    source = save(tmp_path / f"model{suffix}", weights)
+    run_script("convert_openai", source, tmp_path / "out")
+    assert_computes(tmp_path / "out", tensors)
+    assert_same_tensors(load_file(tmp_path / "out" / "model.safetensors"), to_hfclip(weights))
+    for back, load in (("back.pt", torch.load), ("back.safetensors", load_file)):
+        run_script("export", tmp_path / "out", tmp_path / back, "--to", "openai")
+        assert_same_tensors(load(tmp_path / back), weights)
+
+
+@pytest.mark.parametrize("name", OPENAI)
+def test_torchscript_archive_keeps_the_dtype_of_each_tensor(name, data_dir, tmp_path):
+    weights, _, tensors = read_golden(data_dir / "golden" / f"{name}.safetensors")
+    save_torchscript(tmp_path / "model.pt", weights, attributes=NUMBERS)
+    stored = {key: tensor.half() if HALF.fullmatch(key) else tensor for key, tensor in weights.items()}
+    run_script("convert_openai", tmp_path / "model.pt", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert_same_tensors(found, to_hfclip(stored))
+    assert {tensor.dtype for tensor in found.values() if tensor.ndim} == {torch.float16, torch.float32}
+    # The embeddings of the rounded weights, by a model that was loaded without any conversion of files.
+    plain = HFCLIPModel(openai_config(weights)).eval()
+    plain.load_state_dict(to_hfclip({key: tensor.float() for key, tensor in stored.items()}))
+    converted = AutoModel.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        for method, inputs in (("encode_image", "inputs/pixel_values"), ("encode_text", "inputs/input_ids")):
+            found, expected = (
+                getattr(model, method)(tensors[inputs], normalize=False) for model in (converted, plain)
+            )
+            assert relative(found, expected) < FLOAT32
+    run_script("export", tmp_path / "out", tmp_path / "back.safetensors", "--to", "openai")
+    assert_same_tensors(load_file(tmp_path / "back.safetensors"), stored)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtype_rounds_every_floating_point_tensor(dtype, weights, source, tmp_path):
+    result = run_script("convert_openai", source, tmp_path / "out", "--dtype", dtype)
+    expected = {name: tensor.to(getattr(torch, dtype)) for name, tensor in to_hfclip(weights).items()}
+    assert_same_tensors(load_file(tmp_path / "out" / "model.safetensors"), expected)
+    assert "What rounding changes" in result.out
+    assert AutoModel.from_pretrained(tmp_path / "out", dtype="auto").dtype == getattr(torch, dtype)
+
+
+def test_record_and_card_tell_the_truth_and_no_path(source, tmp_path):
+    run_script("convert_openai", source, tmp_path / "out")
+    text = (tmp_path / "out" / "conversion.json").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    record = json.loads(text)
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (source, tmp_path / "out/model.safetensors")]
+    assert record["source"] == {"file": "model.safetensors", "format": "safetensors", "sha256": digests[0]}
+    assert record["result"] == {"model.safetensors": digests[1]}
+    assert record["dtypes"] == ["float32"]
+    assert record["differences"].keys() == {"image_features", "text_features"}
+    # float64 on both sides: some units in the last place, and not the zero of a comparison with itself.
+    assert all(0 < values["relative"] < 1e-12 for values in record["differences"].values())
+    assert record["command"] == "convert_openai.py model.safetensors out"
+    assert digests[0] in card and "Largest relative difference" in card
+    assert str(tmp_path) not in text + card and str(ROOT) not in text + card
+
+
+def test_openais_vocabulary_gets_openais_tokenizer(weights, data_dir, tmp_path):
+    weights["token_embedding.weight"] = torch.randn(49408, 64) / 50
+    source = save(tmp_path / "model.pt", weights)
+    merges = data_dir / "bpe_simple_vocab_16e6.txt.gz"
+    run_script("convert_openai", source, tmp_path / "out", "--merges", merges)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert processor.tokenizer("a photo of a cat")["input_ids"] == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert processor.tokenizer.model_max_length == 16
+    assert processor.image_processor.crop_size["height"] == 32
+
+    error = run_script("convert_openai", source, tmp_path / "two", "--merges", tmp_path / "none.gz", status=2).error
+    assert "--merges" in error and "none.gz" in error
+    # Tests have no network, like many a machine that converts.
+    result = run_script("convert_openai", source, tmp_path / "three")
+    assert "NO TOKENIZER was written" in result.out and "--merges" in result.out
+    assert not (tmp_path / "three" / "tokenizer.json").exists()
+
+
+def test_a_converted_folder_opens_where_hfclip_is_missing(data_dir, tmp_path):
+    weights, _, tensors = read_golden(data_dir / "golden" / "openai_resnet_tiny.safetensors")
+    save_torchscript(tmp_path / "model.pt", weights, attributes=NUMBERS)
+    run_script("convert_openai", tmp_path / "model.pt", tmp_path / "out")
+    inputs = {name.removeprefix("inputs/"): t.tolist() for name, t in tensors.items() if name.startswith("inputs/")}
+    with torch.no_grad():
+        model = AutoModel.from_pretrained(tmp_path / "out").eval()
+        expected = model(**{name: torch.tensor(value) for name, value in inputs.items()}).logits_per_image.tolist()
+    (tmp_path / "out" / "expected.json").write_text(json.dumps({"captions": [], "logits": expected[0], **inputs}))
+    code = """
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules")
+inputs = {name: torch.tensor(expected[name]) for name in ("input_ids", "pixel_values")}
+check(model(**inputs).logits_per_image[0].tolist())
+"""
+    run_python(WITHOUT_HFCLIP + code, tmp_path / "out")
+
+
+# Full size, shapes only
+
+PUBLISHED_NUMBERS = {
+    "RN50": dict(dim=1024, text=(512, 8, 12), layers=(3, 4, 6, 3), width=64, size=224),
+    "RN101": dict(dim=512, text=(512, 8, 12), layers=(3, 4, 23, 3), width=64, size=224),
+    "RN50x4": dict(dim=640, text=(640, 10, 12), layers=(4, 6, 10, 6), width=80, size=288),
+    "RN50x16": dict(dim=768, text=(768, 12, 12), layers=(6, 8, 18, 8), width=96, size=384),
+    "RN50x64": dict(dim=1024, text=(1024, 16, 12), layers=(3, 15, 36, 10), width=128, size=448),
+    "ViT-B/32": dict(dim=512, text=(512, 8, 12), layers=12, width=768, size=224, patch=32),
+    "ViT-B/16": dict(dim=512, text=(512, 8, 12), layers=12, width=768, size=224, patch=16),
+    "ViT-L/14": dict(dim=768, text=(768, 12, 12), layers=24, width=1024, size=224, patch=14),
+    "ViT-L/14@336px": dict(dim=768, text=(768, 12, 12), layers=24, width=1024, size=336, patch=14),
+}
+
+
+def assert_covers(shapes, config) -> int:
+    """The tensors of `shapes` become exactly those of a model of `config`; returns the number of its parameters."""
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    found = {name: tensor.shape for name, tensor in hfclip_items(tensors)}
+    with torch.device("meta"):
+        model = HFCLIPModel(config)
+    assert found == {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED_NUMBERS)
+def test_published_model_is_covered_whole(name):
+    shapes = openai_shapes(**PUBLISHED_NUMBERS[name])
+    config = openai_config({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    assert config.to_dict() == HFCLIPConfig.from_preset(name).to_dict()
+    assert assert_covers(shapes, config) == PUBLISHED_PARAMETERS[name]
+    trained = {key: shape for key, shape in shapes.items() if "running_" not in key and "num_batches" not in key}
+    assert sum(torch.Size(shape).numel() for shape in trained.values()) == PUBLISHED_PARAMETERS[name]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda w: w.pop("visual.proj"), "1 missing, such as ['visual_projection.weight']"),
+        (lambda w: w.pop("ln_final.bias"), "text_model.final_layer_norm.bias"),
+        (lambda w: w.pop("token_embedding.weight"), "'token_embedding.weight'] are missing"),
+        (lambda w: w.pop("transformer.resblocks.1.mlp.c_fc.weight"), "1 missing"),
+        (lambda w: w.update({"visual.extra.weight": torch.ones(2)}), "visual.extra.weight"),
+        (lambda w: w.update({"module.logit_scale": torch.ones(())}), "module.logit_scale"),
+        (lambda w: w.update({"ln_final.weight": torch.ones(3)}), "is (3,), expected (64,)"),
+        (lambda w: w.update({"visual.conv1.weight": torch.ones(3)}), "found shape (3,), expected 4 dimensions"),
+        (lambda w: w.update({"token_embedding.weight": torch.ones(600, 128)}), "is (16, 64), expected (16, 128)"),
+        (lambda w: w.update({"visual.positional_embedding": torch.ones(18, 128)}), "is (18, 128), expected (17, 128)"),
+        (lambda w: w["token_embedding.weight"][3].fill_(float("nan")), "64 values that are not finite"),
+        (lambda w: w["ln_final.bias"].fill_(float("inf")), "not finite"),
+    ],
+)
+def test_rejects_weights_that_are_no_whole_model(change, expected, weights, tmp_path):
+    change(weights)
+    source = save(tmp_path / "model.pt", weights)
+    assert expected in run_script("convert_openai", source, tmp_path / "out", status=2).error
+    assert left_in(tmp_path) == {"model.pt"}
+
+
+def test_rejects_what_half_precision_cannot_hold(weights, tmp_path):
+    weights["token_embedding.weight"][5, 7] = 70_000.0  # the fixed texts of the proof need not use this token
+    source = save(tmp_path / "model.pt", weights)
+    error = run_script("convert_openai", source, tmp_path / "out", "--dtype", "float16", status=2).error
+    assert "'text_model.embeddings.token_embedding.weight' reaches 7e+04, more than torch.float16 holds" in error
+    assert left_in(tmp_path) == {"model.pt"}
+    run_script("convert_openai", source, tmp_path / "out", "--dtype", "bfloat16")
+
+
+def test_rejects_another_file_under_a_published_name(weights, tmp_path):
+    source = save(tmp_path / "RN50.pt", weights)
+    error = run_script("convert_openai", source, tmp_path / "out", status=2).error
+    assert PUBLISHED["RN50.pt"] in error and "--any-hash" in error and left_in(tmp_path) == {"RN50.pt"}
+    run_script("convert_openai", source, tmp_path / "out", "--any-hash")
+
+
+def test_rejects_sources_that_are_no_checkpoint(source, tmp_path):
+    half = tmp_path / "half.safetensors"
+    half.write_bytes(source.read_bytes()[:100_000])
+    (tmp_path / "folder").mkdir()
+    for path, expected in ((half, "no complete safetensors file"), (tmp_path / "folder", "no checkpoint"), (tmp_path / "no", "no such file")):  # fmt: skip
+        assert expected in run_script("convert_openai", path, tmp_path / "out", status=2).error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists_is_kept_unless_overwrite_is_asked_for(weights, source, tmp_path):
+    run_script("convert_openai", source, tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    other = save(tmp_path / "other.pt", {name: 2 * tensor for name, tensor in weights.items()})
+    assert "exists already" in run_script("convert_openai", other, tmp_path / "out", status=2).error
+    nan = save(tmp_path / "nan.pt", {**weights, "logit_scale": torch.tensor(float("nan"))})
+    assert "not finite" in run_script("convert_openai", nan, tmp_path / "out", "--overwrite", status=2).error
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    run_script("convert_openai", other, tmp_path / "out", "--overwrite")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+    assert left_in(tmp_path) == {"model.safetensors", "other.pt", "nan.pt", "out"}
+
+
+def test_overwrite_deletes_no_file_no_foreign_folder_and_no_source(source, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("mine")
+    inside = shutil.copytree(tmp_path / "photos", tmp_path / "models") / source.name
+    shutil.copyfile(source, inside)
+    (tmp_path / "models" / "config.json").write_text("{}")
+    for start, out, expected in (
+        (source, tmp_path / "file", "is a file"),
+        (source, tmp_path / "photos", "holds no model"),
+        (inside, tmp_path / "models", "holds the source"),
+        (source, tmp_path / "file" / "out", "File exists"),
+    ):
+        assert expected in run_script("convert_openai", start, out, "--overwrite", status=2).error
+    assert left_in(tmp_path) == {"file", "photos", "models", "model.safetensors"}
+    assert inside.exists() and (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def test_a_full_disk_is_said_before_and_while_writing(source, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
+    assert "0.00 GB free" in run_script("convert_openai", source, tmp_path / "out", status=2).error
+    monkeypatch.undo()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))  # what a full disk does, for files of this process
+    try:
+        error = run_script("convert_openai", source, tmp_path / "out", status=2).error
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "File too large" in error and left_in(tmp_path) == {"model.safetensors"}
+
+
+# A conversion that stops when the folder is nearly complete.
+HANGING = """
+import time, conversion.convert as convert
+def hang(*_):
+    print("writing", flush=True)
+    time.sleep(600)
+convert.compare = hang
+"""
+
+
+def test_one_process_at_a_time_and_a_killed_one_leaves_nothing_that_matters(source, tmp_path):
+    process = start_script("convert_openai", source, tmp_path / "out", patch=HANGING)
+    while "writing" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    assert "Another process is writing" in run_script("convert_openai", source, tmp_path / "out", status=2).error
+    assert (tmp_path / "out.partial" / "model.safetensors").is_file()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert "out.partial" in left_in(tmp_path) and "out" not in left_in(tmp_path)
+    run_script("convert_openai", source, tmp_path / "out")
+    assert left_in(tmp_path) == {"model.safetensors", "out"}
+
+
+def test_ctrl_c_leaves_nothing_and_says_so(source, tmp_path):
+    process = start_script("convert_openai", source, tmp_path / "out", patch=HANGING)
+    while "writing" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Interrupted; nothing was written" in err and "Traceback" not in err
+    assert left_in(tmp_path) == {"model.safetensors"}
