@@ -29,7 +29,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTo
 
 import hfclip
 from hfclip import HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
-from hfclip.data.scenes import Scenes
+from hfclip.data.scenes import Scenes, describe
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,10 +58,9 @@ def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object],
 
 
 def captions(number: int) -> list[str]:
-    """Natural captions of the built-in scenes, about 13 tokens each with start and end."""
+    """Captions of the built-in scenes, short and full ones, of about 13 tokens each with start and end."""
     scenes = Scenes("train", size=32, num_scenes=number)
-    texts = [scenes[i]["text"] for i in range(number)]
-    return [text if isinstance(text, str) else text[0] for text in texts]
+    return [describe(scenes.attributes(i)) if i % 3 else scenes.caption(i) for i in range(number)]
 
 
 def build_folder(folder: str, texts: list[str], merges: Path | None) -> None:
@@ -109,7 +108,7 @@ def run(rounds: int, merges: Path | None) -> list[Row]:
     pixels = torch.randn(32, 3, 224, 224)
     padded = our_processor.tokenizer(texts[:256], padding="max_length", return_tensors="pt")["input_ids"]
     length = (padded == ours.config.text_config.eos_token_id).int().argmax(1).float().mean().item() + 1
-    labels = [f"{text}" for text in dict.fromkeys(texts)][:200]
+    labels = list(dict.fromkeys(texts))[:200]
     rows = [
         compare("image embedding, batch 32", lambda: ours.encode_image(pixels, normalize=False),
                 lambda: theirs.get_image_features(pixels), rounds, 32),

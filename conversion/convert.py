@@ -265,6 +265,7 @@ def prove(plan: Conversion, files: list[Path], dtype: torch.dtype | None) -> dic
     Raises:
         ValueError: above `TOLERANCE`, a value that is not finite, or a tensor of the source that took part in nothing.
     """
+    say("Comparing with the source ...")
     inputs = fixed_inputs(plan.config)
     source = Recorder(plan.weights)
     expected = plan.features(source if dtype is None else Rounded(source, dtype), *inputs)

@@ -200,39 +200,55 @@ def openclip_config(state_dict: Mapping[str, torch.Tensor], model_cfg: dict[str,
     Raises:
         ValueError: `model_cfg` asks for something without a counterpart here, each with its reason.
     """
-    vision, text = model_cfg.get("vision_cfg") or {}, model_cfg.get("text_cfg") or {}
-    given = {key for part in (model_cfg, vision, text) for key, value in part.items() if value}
-    reasons = [f"{key}: {INCONVERTIBLE[key]}" for key in INCONVERTIBLE if key in given]
-    if not reasons:  # settings of other towers come in groups
-        reasons += [f"{key}: an unknown setting" for key in sorted(given - CONVERTIBLE)]
-    for part, tower, known in (("vision_cfg", vision, VISION_POOLINGS), ("text_cfg", text, TEXT_POOLINGS)):
-        if tower.get("pool_type") not in (None, *known):
-            reasons.append(f"{part}.pool_type {tower['pool_type']!r}: none of {', '.join(known)}")
+    reasons = reasons_against(model_cfg, CONVERTIBLE)
     if "text_projection" not in state_dict and "token_embedding.weight" in state_dict:
         reasons.append("text_cfg: a text tower without projection, or with a bias in it")
     if reasons:
         raise ValueError(f"Not convertible: {'; '.join(reasons)}.")
-    gelu = "quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu"
-    text_fields = {
-        "hidden_act": _activation(text, gelu),
+    config = _config(state_dict, openclip_text_fields(model_cfg), openclip_vision_fields(model_cfg))
+    _require_agreement(config, model_cfg, model_cfg.get("vision_cfg") or {}, model_cfg.get("text_cfg") or {})
+    return config
+
+
+def reasons_against(model_cfg: dict[str, Any], convertible: set[str]) -> list[str]:
+    """The settings that have no counterpart here, each with its reason; those named in `convertible` have one."""
+    vision, text = model_cfg.get("vision_cfg") or {}, model_cfg.get("text_cfg") or {}
+    given = {key for part in (model_cfg, vision, text) for key, value in part.items() if value} - convertible
+    reasons = [f"{key}: {INCONVERTIBLE[key]}" for key in INCONVERTIBLE if key in given]
+    if not reasons:  # settings of other towers come in groups
+        reasons += [f"{key}: an unknown setting" for key in sorted(given)]
+    for part, tower, known in (("vision_cfg", vision, VISION_POOLINGS), ("text_cfg", text, TEXT_POOLINGS)):
+        if tower.get("pool_type") not in (None, *known):
+            reasons.append(f"{part}.pool_type {tower['pool_type']!r}: none of {', '.join(known)}")
+    return reasons
+
+
+def openclip_text_fields(model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """What the settings tell of OpenCLIP's own text tower, for `text_config`."""
+    text = model_cfg.get("text_cfg") or {}
+    fields = {
+        "hidden_act": _activation(text, model_cfg),
         "layer_norm_eps": _epsilon(text),
         "causal": not text.get("no_causal_mask", False),
         "pooling": {"argmax": "eos"}.get(text.get("pool_type", "argmax"), text.get("pool_type")),
         "num_attention_heads": text.get("heads", 8),
+        "pad_token_id": text.get("pad_id", 0),
     }
     if text.get("pool_type") == "eos":  # "argmax" pools at the highest id instead, the last of the vocabulary
-        text_fields |= {"eos_token_id": text.get("eos_id", 2), "bos_token_id": None}
-    text_fields["pad_token_id"] = text.get("pad_id", 0)
+        fields |= {"eos_token_id": text.get("eos_id", 2), "bos_token_id": None}
+    return fields
+
+
+def openclip_vision_fields(model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """What the settings tell of OpenCLIP's own image tower, for `vision_config`."""
+    vision = model_cfg.get("vision_cfg") or {}
     average = "norm_of_mean" if vision.get("final_ln_after_pool") else "mean"
-    vision_fields = {
+    return {
         "head_width": vision.get("head_width", 64),
-        "hidden_act": _activation(vision, gelu),
+        "hidden_act": _activation(vision, model_cfg),
         "layer_norm_eps": _epsilon(vision),
         "pooling": {"tok": "cls", "avg": average}.get(vision.get("pool_type", "tok"), vision.get("pool_type")),
     }
-    config = _config(state_dict, text_fields, vision_fields)
-    _require_agreement(config, model_cfg, vision, text)
-    return config
 
 
 def _require_agreement(config: HFCLIPConfig, model_cfg: dict[str, Any], vision: dict, text: dict) -> None:
@@ -253,9 +269,10 @@ def _require_agreement(config: HFCLIPConfig, model_cfg: dict[str, Any], vision: 
         raise ValueError(f"The settings are not those of the weights: {'; '.join(wrong)}. Pass the model's own.")
 
 
-def _activation(tower_cfg: dict[str, Any], default: str) -> str:
+def _activation(tower_cfg: dict[str, Any], model_cfg: dict[str, Any]) -> str:
     is_approximate = (tower_cfg.get("act_kwargs") or {}).get("approximate") == "tanh"
-    return "gelu_pytorch_tanh" if is_approximate else default
+    exact = "quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu"
+    return "gelu_pytorch_tanh" if is_approximate else exact
 
 
 def _epsilon(tower_cfg: dict[str, Any]) -> float:
@@ -271,8 +288,20 @@ def _config(
     }
     if missing:
         raise ValueError(f"No CLIP checkpoint in OpenAI's names: {sorted(missing)} are missing.")
+    bias = state_dict.get("logit_bias")
+    return HFCLIPConfig(
+        text_config=text_config(state_dict, **text_fields),
+        vision_config=vision_config(state_dict, **vision_fields),
+        projection_dim=_shape(state_dict, "text_projection", 2)[1],
+        # The initial value; loading puts the trained one in its place.
+        logit_bias_init_value=None if bias is None else -10.0,
+    )
+
+
+def text_config(state_dict: Mapping[str, torch.Tensor], **fields) -> dict[str, Any]:
+    """The text tower's fields that shapes tell, with those given laid over them."""
     vocab_size, width = _shape(state_dict, "token_embedding.weight", 2)
-    text = {
+    return {
         "model_type": "hfclip_text",
         "vocab_size": vocab_size,
         "hidden_size": width,
@@ -283,18 +312,14 @@ def _config(
         # OpenAI's CLIP pools at the highest id of a text, the last of the vocabulary.
         "bos_token_id": vocab_size - 2,
         "eos_token_id": vocab_size - 1,
-        **text_fields,
+        **fields,
     }
-    is_vit = _is_vit(state_dict)
-    vision = _vit_config(state_dict, **vision_fields) if is_vit else _resnet_config(state_dict, **vision_fields)
-    bias = state_dict.get("logit_bias")
-    return HFCLIPConfig(
-        text_config=text,
-        vision_config=vision,
-        projection_dim=_shape(state_dict, "text_projection", 2)[1],
-        # The initial value; loading puts the trained one in its place.
-        logit_bias_init_value=None if bias is None else -10.0,
-    )
+
+
+def vision_config(state_dict: Mapping[str, torch.Tensor], head_width: int, **fields) -> dict[str, Any]:
+    """The image tower's, likewise; `head_width` stands for the number of heads."""
+    make = _vit_config if _is_vit(state_dict) else _resnet_config
+    return make(state_dict, head_width, **fields)
 
 
 def _vit_config(state_dict: Mapping[str, torch.Tensor], head_width: int, **fields) -> dict[str, Any]:

@@ -87,10 +87,12 @@ def build_tower(config) -> PreTrainedModel:
     return tower
 
 
-def tower_width(config) -> int:
+def tower_width(config, rule: str = "pooler") -> int:
     """Size of a tower's pooled output."""
     if getattr(config, "pooler_is_projected", False):
         return config.projection_dim
+    if rule == "pooler" and getattr(config, "projection_size", None):  # SigLIP's text towers end in a layer of that size
+        return config.projection_size
     width = getattr(config, "hidden_size", None) or (getattr(config, "hidden_sizes", None) or [None])[-1]
     if width is None:
         raise ValueError(
@@ -152,8 +154,8 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         if config.text_config.model_type not in TOWERS and config.text_pooling != "pooler":
             # Its pooling layer would never be used, and have no gradient.
             self.text_model.pooler = None
-        self.visual_projection = self._projection(config.vision_config)
-        self.text_projection = self._projection(config.text_config)
+        self.visual_projection = self._projection(config.vision_config, config.vision_pooling)
+        self.text_projection = self._projection(config.text_config, config.text_pooling)
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = None if config.logit_bias_init_value is None else nn.Parameter(torch.empty(()))
         self._frozen_towers: list[nn.Module] = []
@@ -168,10 +170,10 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             if self.logit_bias is not None:
                 init.constant_(self.logit_bias, self.config.logit_bias_init_value)
 
-    def _projection(self, tower_config) -> nn.Module:
+    def _projection(self, tower_config, rule: str) -> nn.Module:
         if getattr(tower_config, "pooler_is_projected", False):
             return nn.Identity()
-        return projection(tower_width(tower_config), self.config.projection_dim)
+        return projection(tower_width(tower_config, rule), self.config.projection_dim)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding, as tools for language models (resizing, quantisation) expect it."""
@@ -221,10 +223,15 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
 
     def _text_outputs(self, input_ids, attention_mask=None, position_ids=None, **kwargs) -> BaseModelOutputWithPooling:
         """The text tower's outputs, with `pooler_output` pooled by the config's rule but not projected."""
-        if self.config.text_config.model_type in TOWERS:
+        config = self.config.text_config
+        if config.model_type in TOWERS:
             kwargs = {"skip_padding": True, "position_ids": position_ids, **kwargs}
+        elif config.model_type in SIGLIP_TEXT_TOWERS and self.config.text_pooling == "pooler":
+            # Trained on texts padded to the full context, without a mask: the pooled last position sees the padding.
+            missing = config.max_position_embeddings - input_ids.shape[1]
+            input_ids, attention_mask = F.pad(input_ids, (0, max(0, missing)), value=config.pad_token_id), None
         elif attention_mask is None:
-            attention_mask = (input_ids != self.config.text_config.pad_token_id).long()
+            attention_mask = (input_ids != config.pad_token_id).long()
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         pooled = pool(outputs, self.config.text_pooling, attention_mask)
         return BaseModelOutputWithPooling(**{**only_base_fields(outputs), "pooler_output": pooled})
@@ -556,6 +563,7 @@ class HFCLIPForImageClassification(HFCLIPPreTrainedModel):
         )
 
 
+SIGLIP_TEXT_TOWERS = ("siglip_text_model", "siglip2_text_model")
 TOWERS = {
     tower.config_class.model_type: tower
     for tower in (HFCLIPTextModel, HFCLIPBagOfWordsModel, HFCLIPVisionModel, HFCLIPResNetModel)
