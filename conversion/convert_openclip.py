@@ -8,8 +8,9 @@ the JSON of its architecture: a file, or the name of one that an installed open_
 are removed and optimizer states left aside; of several sets of weights (EMA) `--weights` chooses one.
 
 Converted are OpenCLIP's own ViT, ResNet and text towers with all their activations, masks, poolings, context lengths
-and vocabularies, trained with the contrastive or the sigmoid loss. Whatever has no counterpart is refused with its
-reason: CoCa, LayerScale, other attention blocks, text towers with class tokens.
+and vocabularies, trained with the contrastive or the sigmoid loss; SigLIP, image towers of timm, and BERT-like text
+towers of transformers (`foreign_towers`). Whatever has no counterpart is refused with its reason: CoCa, LayerScale,
+other attention blocks, text towers with class tokens, projections of two layers. See docs/conversion.md.
 """
 
 import importlib.util
@@ -27,6 +28,7 @@ from transformers import AutoTokenizer
 
 from conversion.checkpoints import Checkpoint, open_checkpoint
 from conversion.convert import Conversion, View, convert, openai_processor, parser_of, run, say, settings_of
+from conversion.foreign_towers import SIGLIP_PREPROCESS, foreign_plan, is_foreign
 from conversion.key_maps import CONSTANTS, hfclip_items, openclip_config
 from conversion.reference import Settings, image_features, text_features
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
@@ -47,6 +49,9 @@ def main() -> None:
         "--merges", metavar="FILE", help="OpenAI's bpe_simple_vocab_16e6.txt.gz (default: from the Hub)"
     )
     parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer of another vocabulary: a folder or a Hub name")
+    parser.add_argument(
+        "--text-model", metavar="NAME", help="config of a text tower of transformers: a folder or a Hub name"
+    )
     options = parser.parse_args()
     settings = read_settings(options.source, options.model)
     checkpoint = open_checkpoint(options.source)
@@ -88,18 +93,25 @@ def plan(checkpoint: Checkpoint, settings: dict[str, Any], options) -> Conversio
     """Finds the model's weights among a checkpoint's and plans their conversion."""
     model_cfg = settings["model_cfg"]
     weights = View(checkpoint, weight_names(checkpoint, options.weights))
-    config = openclip_config(weights.on_meta(), model_cfg)
+    config, items, features_of_source = architecture(weights.on_meta(), model_cfg, options)
     processor, notes = build_processor(config, settings, options)
     return Conversion(
         checkpoint=checkpoint,
         weights=weights,
-        items=hfclip_items,
+        items=items,
         model_class=HFCLIPModel,
         config=config,
-        features=partial(features, model_cfg),
+        features=features_of_source,
         processor=processor,
         notes=notes,
     )
+
+
+def architecture(weights: dict[str, torch.Tensor], model_cfg: dict[str, Any], options) -> tuple:
+    """Config, items and features of `Conversion`; `weights` are on the meta device."""
+    if is_foreign(model_cfg):
+        return foreign_plan(weights, model_cfg, reference_settings(model_cfg, weights), options.text_model)
+    return openclip_config(weights, model_cfg), hfclip_items, partial(features, model_cfg)
 
 
 def weight_names(checkpoint: Checkpoint, chosen: str | None) -> dict[str, str]:
@@ -128,7 +140,7 @@ def weight_names(checkpoint: Checkpoint, chosen: str | None) -> dict[str, str]:
         say(f"{left} tensors beside the weights (such as optimizer states) are left aside.")
     # CustomTextCLIP keeps the text tower below `text.`
     names = {new.removeprefix("text."): old for new, old in names.items()}
-    return {new: old for new, old in names.items() if new not in CONSTANTS}
+    return {new: old for new, old in names.items() if new not in CONSTANTS and not new.endswith(".position_ids")}
 
 
 def features(model_cfg: dict[str, Any], weights, pixel_values, input_ids) -> dict[str, torch.Tensor]:
@@ -174,7 +186,10 @@ def _activation(model_cfg: dict[str, Any], tower_cfg: dict[str, Any]) -> str:
 def build_processor(config: HFCLIPConfig, settings: dict[str, Any], options) -> tuple[Any, list[str]]:
     """Image processor by `preprocess_cfg`, and the checkpoint's tokenizer; notes for the user."""
     text_cfg = settings["model_cfg"]["text_cfg"]
-    image_processor = build_image_processor(config.image_size, settings.get("preprocess_cfg") or {})
+    preprocess = settings.get("preprocess_cfg") or {}
+    if not preprocess and config.vision_config.model_type == "siglip_vision_model":
+        preprocess = SIGLIP_PREPROCESS  # OpenCLIP has it beside the name of the weights, not in the architecture
+    image_processor = build_image_processor(config.image_size, preprocess)
     name = options.tokenizer or text_cfg.get("hf_tokenizer_name")
     folder = options.source if options.source.is_dir() else None
     has_tokenizer = folder and any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "tokenizer_config.json"))  # fmt: skip
@@ -198,13 +213,23 @@ def build_processor(config: HFCLIPConfig, settings: dict[str, Any], options) -> 
             f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.text_config.vocab_size}. Pass the "
             "one that belongs to it with --tokenizer."
         )
-    tokenizer.model_max_length = config.text_config.max_position_embeddings
+    fit_tokenizer(tokenizer, config, text_cfg)
     notes = []
     if text_cfg.get("tokenizer_kwargs"):
         notes.append(
             f"OpenCLIP changes texts before or after this tokenizer: {text_cfg['tokenizer_kwargs']}. Do the same."
         )
     return HFCLIPProcessor(image_processor, tokenizer), notes
+
+
+def fit_tokenizer(tokenizer, config: HFCLIPConfig, text_cfg: dict[str, Any]) -> None:
+    """Texts are cut at the context length; a tower that reads its padding is told the tokenizer's."""
+    is_own = not text_cfg.get("hf_model_name")
+    tokenizer.model_max_length = config.text_config.max_position_embeddings if is_own else text_cfg.get("context_length", 77)  # fmt: skip
+    if not isinstance(tokenizer, HFCLIPTokenizer):
+        tokenizer.init_kwargs["truncation"] = True
+    if config.text_config.model_type == "siglip_text_model":
+        config.text_config.pad_token_id = tokenizer.pad_token_id
 
 
 def build_image_processor(image_size: int, preprocess: dict[str, Any]) -> HFCLIPImageProcessor:

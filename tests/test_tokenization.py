@@ -22,7 +22,8 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, BatchEncoding, CLIPTokenizer, DataCollatorWithPadding, TokenizersBackend
 from transformers.processing_utils import TextKwargs
 
-from hfclip.tokenization_hfclip import BASE_VOCAB, BYTE_SYMBOLS, HFCLIPTokenizer
+from hfclip.bpe_hfclip import BASE_VOCAB, BYTE_SYMBOLS
+from hfclip.tokenization_hfclip import HFCLIPTokenizer
 
 
 SENTENCES = [

@@ -11,6 +11,7 @@ repeat from call to call (the zero-shot pipeline passes them with every image) a
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
@@ -76,9 +77,11 @@ class HFCLIPVisionModelOutput(ModelOutput):
 
 
 def build_tower(config) -> PreTrainedModel:
-    """Our tower for our config types, AutoModel's for all others."""
+    """Our tower for our config types, AutoModel's for all others, and SigLIP's text towers, which AutoModel omits."""
     if config.model_type in TOWERS:
         return TOWERS[config.model_type]._from_config(config)
+    if config.model_type in SIGLIP_TEXT_TOWERS:
+        return getattr(transformers, SIGLIP_TEXT_TOWERS[config.model_type])._from_config(config)
     tower = AutoModel.from_config(config)
     # Parameters that an encoder never uses would have no gradient, an error under data parallelism.
     for name, parameter in tower.named_parameters():
@@ -91,8 +94,8 @@ def tower_width(config, rule: str = "pooler") -> int:
     """Size of a tower's pooled output."""
     if getattr(config, "pooler_is_projected", False):
         return config.projection_dim
-    if rule == "pooler" and getattr(config, "projection_size", None):  # SigLIP's text towers end in a layer of that size
-        return config.projection_size
+    if rule == "pooler" and getattr(config, "projection_size", None):
+        return config.projection_size  # SigLIP's text towers end in a linear layer
     width = getattr(config, "hidden_size", None) or (getattr(config, "hidden_sizes", None) or [None])[-1]
     if width is None:
         raise ValueError(
@@ -563,7 +566,7 @@ class HFCLIPForImageClassification(HFCLIPPreTrainedModel):
         )
 
 
-SIGLIP_TEXT_TOWERS = ("siglip_text_model", "siglip2_text_model")
+SIGLIP_TEXT_TOWERS = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}
 TOWERS = {
     tower.config_class.model_type: tower
     for tower in (HFCLIPTextModel, HFCLIPBagOfWordsModel, HFCLIPVisionModel, HFCLIPResNetModel)

@@ -1,10 +1,9 @@
 """CLIP's tokenizer: a fast byte-pair tokenizer whose ids equal those of OpenAI's `SimpleTokenizer` on any text.
 
-A text goes through four steps: cleaning (ftfy, HTML entities, white space, lower case), splitting into words (OpenAI's
-pattern, run by the same `regex` module), byte-pair encoding of each word (the Rust model of `tokenizers`), start and
-end tokens. Captions repeat their words, so the ids of a word are looked up in a bounded table and Rust is asked for
-new words only; this is several times faster than sending whole texts through a Rust pipeline. Whatever needs more than
-ids (offsets, word ids, overflowing tokens) is built as real `tokenizers.Encoding` objects from the same words.
+Texts become ids in `bpe_hfclip`, by a table of words; here they get start and end tokens, are cut, padded and returned
+as transformers' tokenizers return them. This is several times faster than sending whole texts through a Rust pipeline.
+Whatever needs more than ids (offsets, word ids, overflowing tokens) is built as real `tokenizers.Encoding` objects from
+the same words.
 
 `tokenizer.json` holds all that a Rust pipeline can do, for loaders that know nothing of this class. It cannot hold
 ftfy, the full list of HTML entities, Python's lower case (final sigma) and the character classes of `regex`.
@@ -13,31 +12,20 @@ ftfy, the full list of HTML entities, Python's lower case (final sigma) and the 
 from __future__ import annotations
 
 import difflib
-import gzip
-import html
 import json
 import os
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import regex
 from tokenizers import (
     AddedToken,
     Encoding,
-    PreTokenizedString,
-    Regex,
-    Token,
-    Tokenizer,
-    decoders,
-    normalizers,
-    pre_tokenizers,
     trainers,
 )
 from tokenizers.models import BPE
@@ -46,130 +34,26 @@ from transformers.processing_utils import TextKwargs
 from transformers.tokenization_utils_base import LARGE_INTEGER, TruncationStrategy
 from transformers.utils import PaddingStrategy, TensorType, logging
 
+from .bpe_hfclip import (
+    BASE_VOCAB,
+    BOS,
+    BYTE_SYMBOLS,
+    CONTEXT_LENGTH,
+    EOS,
+    WORD_END,
+    WordIds,
+    build_backend,
+    clean,
+    clean_short,
+    read_openai_merges,
+    read_vocab,
+)
 
-try:
-    import ftfy
-except ImportError:  # a Hub repository's code may run where hfclip, which requires ftfy, is not installed
-    ftfy = None
 
 logger = logging.get_logger(__name__)
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-CONTEXT_LENGTH = 77
-NUM_OPENAI_MERGES = 49152 - 256 - 2
-WORD_END = "</w>"
-# A contraction, letters, one digit, anything else that is not white space: OpenAI's clip/simple_tokenizer.py
-WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-
-# Each byte as a visible character: ASCII and Latin-1 stand for themselves and come first, as in GPT-2's vocabulary.
-BYTE_SYMBOLS = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
-BYTE_SYMBOLS |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in BYTE_SYMBOLS)}
-BASE_VOCAB = [symbol + end for end in ("", WORD_END) for symbol in BYTE_SYMBOLS.values()]
-
 # What a call may name, in the order of their declaration; the base class passes on whatever else it is given.
 _CALL_OPTIONS = tuple(TextKwargs.__annotations__)
-
-_WHITE_SPACE = regex.compile(r"\s+")
-_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-
-def _clean(text: str) -> str:
-    """OpenAI's `whitespace_clean(basic_clean(text)).lower()`."""
-    if ftfy is None:
-        raise ImportError(
-            f"Cleaning {text[:40]!r} as OpenAI did needs ftfy: run `pip install ftfy`, or load the tokenizer with "
-            'clean="none" and accept ids that differ from OpenAI\'s.'
-        )
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return _WHITE_SPACE.sub(" ", text).lower()
-
-
-# ftfy takes about 30 us a text, and the labels of a zero-shot task come again with every image.
-_clean_short = lru_cache(maxsize=2**13)(_clean)
-
-
-class _WordIds(dict):
-    """The words of cleaned text and their ids: a table of pieces of text without spaces, filled on demand.
-
-    Args:
-        model: Rust byte-pair model.
-        special_ids: Start and end token to id. As with OpenAI, they are words among others, hence lower-cased.
-        added: All other added tokens, as they look in cleaned text; they are cut out before it is split into words.
-    """
-
-    MAX_ENTRIES = 2**16
-    MAX_LENGTH = 64  # characters; longer pieces hardly come again
-
-    def __init__(self, model: BPE, special_ids: dict[str, int], added: dict[str, tuple[int, AddedToken]]):
-        super().__init__()
-        self.model, self.special_ids = model, {token.lower(): token_id for token, token_id in special_ids.items()}
-        # OpenAI's pattern ignores case although the text is lower-case: that decides on U+017F and U+0345
-        self.pattern = regex.compile("|".join([*map(regex.escape, self.special_ids), WORD_PATTERN]), regex.IGNORECASE)
-        self.added_ids = {text: token_id for text, (token_id, _) in added.items()}
-        self.tokens = {token_id: token for token, token_id in special_ids.items()}
-        self.tokens |= {token_id: token.content for token_id, token in added.values()}
-        alternatives = [
-            rf"(?<!\w){regex.escape(text)}(?!\w)" if added[text][1].single_word else regex.escape(text)
-            for text in sorted(filter(None, added), key=len, reverse=True)
-        ]
-        self.added_pattern = regex.compile(f"({'|'.join(alternatives)})") if alternatives else None
-
-    def __missing__(self, piece: str) -> tuple[int, ...]:
-        words = self.pattern.findall(piece)
-        if words != [piece]:
-            ids = tuple(chain.from_iterable(self[word] for word in words))
-        elif piece in self.special_ids:
-            ids = (self.special_ids[piece],)
-        else:
-            symbols = piece.encode("utf-8").decode("latin-1").translate(BYTE_SYMBOLS)
-            ids = tuple(token.id for token in self.model.tokenize(symbols))
-        if len(piece) <= self.MAX_LENGTH:
-            if len(self) >= self.MAX_ENTRIES:
-                self.clear()
-            self[piece] = ids
-        return ids
-
-    def __reduce__(self):
-        return dict, ()  # a copied or pickled tokenizer starts anew
-
-    def _parts(self, text: str) -> Iterable[str]:
-        """Text between added tokens at even, added tokens at odd positions."""
-        return self.added_pattern.split(text) if self.added_pattern else (text,)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of cleaned text, without start and end."""
-        ids = []
-        for i, part in enumerate(self._parts(text)):
-            if i % 2:
-                ids.append(self.added_ids[part])
-            else:
-                for piece in part.split(" "):
-                    ids += self[piece]
-        return ids
-
-    def encode_with_offsets(self, text: str) -> Encoding:
-        """The same ids with the place of each in the cleaned text, as Rust reports it."""
-        spans, start = [], 0
-        for i, part in enumerate(self._parts(text)):
-            if i % 2:
-                spans.append((start, start + len(part), self.added_ids[part]))
-            else:
-                matches = self.pattern.finditer(part)
-                spans += [(start + m.start(), start + m.end(), self.special_ids.get(m[0])) for m in matches]
-            start += len(part)
-        pretokenized = PreTokenizedString(text)
-        pretokenized.split(lambda _, whole: [whole[start:end] for start, end, _ in spans])
-        _BYTE_LEVEL.pre_tokenize(pretokenized)
-        known_ids = iter([token_id for _, _, token_id in spans])
-
-        def tokenize(word: str) -> list[Token]:
-            token_id = next(known_ids)
-            if token_id is None:
-                return self.model.tokenize(word)
-            return [Token(token_id, self.tokens[token_id], (0, len(word)))]
-
-        pretokenized.tokenize(tokenize)
-        return pretokenized.to_encoding()
 
 
 class _Layout(NamedTuple):
@@ -260,68 +144,6 @@ def _number(tokens: Iterable[str]) -> dict[str, int]:
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
 
-def _read_vocab(vocab, merges):
-    """Vocabulary and merges, read if they are the paths of `vocab.json` and `merges.txt`."""
-    if not isinstance(vocab, (str, os.PathLike)):
-        return vocab, merges
-    if merges is None:
-        raise ValueError(f"The vocabulary {str(vocab)!r} comes without its merges.txt")
-    return BPE.read_file(str(vocab), str(merges))
-
-
-def _read_openai_merges(path: Path) -> list[tuple[str, str]]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no merges file {str(path)!r}. OpenAI's is clip/bpe_simple_vocab_16e6.txt.gz in "
-            "https://github.com/openai/CLIP."
-        )
-    content = path.read_bytes()
-    try:
-        lines = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8").split("\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is no merges file, gzipped or not: {error}") from error
-    merges = [tuple(line.split()) for line in lines[1 : NUM_OPENAI_MERGES + 1]]  # the first line is a header
-    known = set(BASE_VOCAB)
-    for i, merge in enumerate(merges):
-        if len(merge) != 2 or not known.issuperset(merge):
-            raise ValueError(f"{str(path)!r}, line {i + 2}: expected two tokens made before, found {lines[i + 1]!r}")
-        known.add("".join(merge))
-    if len(merges) < NUM_OPENAI_MERGES:
-        raise ValueError(f"{str(path)!r}: expected a header and {NUM_OPENAI_MERGES} merges, found {len(merges)}")
-    return merges
-
-
-def _build_backend(vocab: dict[str, int], merges: list, bos: str, eos: str, unk: str | None) -> Tokenizer:
-    """The Rust tokenizer that `tokenizer.json` holds: as near to OpenAI's as it gets without Python."""
-    backend = Tokenizer(
-        BPE(vocab=vocab, merges=merges, unk_token=unk, continuing_subword_prefix="", end_of_word_suffix=WORD_END)
-    )
-    replacements = {
-        "[\u02bc\u2018-\u201b]": "'",
-        "[\u201c-\u201f]": '"',
-        "&(amp;)+": "&",  # entities may be escaped twice
-        "&lt;": "<",
-        "&gt;": ">",
-        "&quot;": '"',
-        "&#0*39;": "'",
-        r"\s+": " ",
-    }
-    backend.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFC(),
-            *(normalizers.Replace(Regex(pattern), content) for pattern, content in replacements.items()),
-            normalizers.Lowercase(),
-        ]
-    )
-    pattern = "|".join([regex.escape(bos.lower()), regex.escape(eos.lower()), WORD_PATTERN])
-    split = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, _BYTE_LEVEL])
-    # OpenAI's decode leaves a space behind the last word
-    last, others = decoders.Replace(Regex(WORD_END + r"\z"), ""), decoders.Replace(WORD_END, " ")
-    backend.decoder = decoders.Sequence([decoders.ByteLevel(), last, others])
-    return backend
-
-
 class HFCLIPTokenizer(TokenizersBackend):
     """CLIP's tokenizer: OpenAI's ids between `<|startoftext|>` and `<|endoftext|>`.
 
@@ -372,11 +194,11 @@ class HFCLIPTokenizer(TokenizersBackend):
         if clean not in ("openai", "none"):
             raise ValueError(f'clean must be "openai" or "none", found {clean!r}')
         self.clean = clean
-        self.cache: dict = {}  # `_WordIds` once needed; `datasets` leaves a `cache` out of its fingerprints
-        vocab, merges = _read_vocab(vocab, merges)
+        self.cache: dict = {}  # `WordIds` once needed; `datasets` leaves a `cache` out of its fingerprints
+        vocab, merges = read_vocab(vocab, merges)
         if vocab is None:
             vocab = _number([*BASE_VOCAB, str(bos_token), str(eos_token)])
-        self._tokenizer = _build_backend(vocab, merges or [], str(bos_token), str(eos_token), str(unk_token))
+        self._tokenizer = build_backend(vocab, merges or [], str(bos_token), str(eos_token), str(unk_token))
         if pad_token is not None and self._tokenizer.token_to_id(str(pad_token)) is None:
             kwargs["pad_token"] = pad_token  # a token of its own, which the base class adds to the vocabulary
         if model_max_length is None or model_max_length > LARGE_INTEGER:  # folders without a limit hold 1e30
@@ -410,7 +232,7 @@ class HFCLIPTokenizer(TokenizersBackend):
             FileNotFoundError: there is no such file.
             ValueError: the file is not a header and at least 48,894 merges.
         """
-        merges = _read_openai_merges(Path(path))
+        merges = read_openai_merges(Path(path))
         return cls(vocab=_number([*BASE_VOCAB, *map("".join, merges), BOS, EOS]), merges=merges, **kwargs)
 
     @classmethod
@@ -422,7 +244,7 @@ class HFCLIPTokenizer(TokenizersBackend):
         loading = ("is_local", "local_files_only")
         baked_in = ("post_processor", "tokenizer_truncation", "tokenizer_padding", "_json_truncation", "_json_padding")
         kwargs = {name: value for name, value in kwargs.items() if name not in (*loading, *baked_in)}
-        kwargs["vocab"], kwargs["merges"] = _read_vocab(kwargs.get("vocab"), kwargs.get("merges"))
+        kwargs["vocab"], kwargs["merges"] = read_vocab(kwargs.get("vocab"), kwargs.get("merges"))
         if kwargs["vocab"] is None:
             folder = kwargs.get("name_or_path")
             raise ValueError(f"No tokenizer in {folder!r}: expected tokenizer.json, or vocab.json and merges.txt")
@@ -502,7 +324,7 @@ class HFCLIPTokenizer(TokenizersBackend):
         return type(self)(vocab=vocab, merges=merges[:num_merges], **named, **settings)
 
     def _train_merges(self, text_iterator, vocab_size: int, length: int | None, **kwargs) -> list[tuple[str, str]]:
-        backend = _build_backend({}, [], self.bos_token, self.eos_token, None)
+        backend = build_backend({}, [], self.bos_token, self.eos_token, None)
         if self.clean == "openai":
             backend.normalizer = None
         trainer = trainers.BpeTrainer(
@@ -539,7 +361,7 @@ class HFCLIPTokenizer(TokenizersBackend):
         if text.isascii() and text.isprintable() and "&" not in text:  # ftfy and html.unescape leave it as it is
             text = text.lower().strip()
             return " ".join(text.split()) if "  " in text else text
-        return (_clean_short if len(text) <= 256 else _clean)(text)
+        return (clean_short if len(text) <= 256 else clean)(text)
 
     def _get_padding_truncation_strategies(self, padding=False, truncation=None, pad_to_multiple_of=None, **kwargs):
         if truncation is None:
@@ -609,8 +431,8 @@ class HFCLIPTokenizer(TokenizersBackend):
         batch._make_encodings = make_encodings
         return batch
 
-    def _word_ids(self, split_special_tokens: bool) -> _WordIds:
-        if isinstance(self.cache, _WordIds) and not split_special_tokens:
+    def _word_ids(self, split_special_tokens: bool) -> WordIds:
+        if isinstance(self.cache, WordIds) and not split_special_tokens:
             return self.cache
         special_ids = {self.bos_token: self.bos_token_id, self.eos_token: self.eos_token_id}
         added = {
@@ -619,12 +441,12 @@ class HFCLIPTokenizer(TokenizersBackend):
             if token.content not in special_ids and not (token.special and split_special_tokens)
         }
         if split_special_tokens:
-            return _WordIds(self._tokenizer.model, {}, added)
-        self.cache = words = _WordIds(self._tokenizer.model, special_ids, added)
+            return WordIds(self._tokenizer.model, {}, added)
+        self.cache = words = WordIds(self._tokenizer.model, special_ids, added)
         return words
 
     def _encode_ids(
-        self, texts: Sequence[str], words: _WordIds, layout: _Layout, return_attention_mask: bool, return_tensors
+        self, texts: Sequence[str], words: WordIds, layout: _Layout, return_attention_mask: bool, return_tensors
     ) -> tuple[dict[str, Any] | None, int]:
         """Ids and attention mask from the table of words, and how many texts were cut.
 
@@ -655,7 +477,7 @@ class HFCLIPTokenizer(TokenizersBackend):
             del data["attention_mask"]
         return data, num_cut
 
-    def _make_encodings(self, texts: Sequence[str], words: _WordIds, layout: _Layout) -> list[Encoding]:
+    def _make_encodings(self, texts: Sequence[str], words: WordIds, layout: _Layout) -> list[Encoding]:
         """One Rust encoding a text, cut and padded; what was cut off is in its `overflowing`."""
         if self.clean == "openai":
             encodings = [words.encode_with_offsets(self.clean_text(text)) for text in texts]

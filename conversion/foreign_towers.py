@@ -1,0 +1,451 @@
+"""OpenCLIP's towers from other libraries -> towers that transformers' AutoModel builds.
+
+    visual.trunk. ...    timm's SigLIP ViT             -> siglip_vision_model
+    visual.trunk. ...    any other timm model          -> timm_wrapper (timm has to be installed)
+    transformer. ...     BERT, RoBERTa, XLM-RoBERTa    -> the same model
+    text tower with a bias in its projection, or none  -> siglip_text_model
+    OpenCLIP's own tower beside one of these           -> our own, as in `key_maps`
+
+Each half of a checkpoint becomes a `Tower`: its config, its pooling rule, its tensors under our names, and what it
+computes from the source's own tensors. A tower that ends in the joint space itself gets an identity matrix as its
+projection, which changes no bit of its output.
+"""
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+
+from hfclip import HFCLIPConfig
+
+from .key_maps import (
+    CONVERTIBLE,
+    UNCHANGED,
+    hfclip_items,
+    openclip_text_fields,
+    openclip_vision_fields,
+    reasons_against,
+    text_config,
+    vision_config,
+)
+from .reference import Settings, image_features, text_features
+from .reference_siglip import count_blocks, siglip_image_features
+
+
+Tensors = Mapping[str, Tensor]
+
+# Their settings, all read here or of no bearing on what is computed.
+TIMM = set("timm_model_name timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path".split())
+HUGGING_FACE = set("hf_model_name hf_model_pretrained hf_proj_type hf_pooler_type".split())
+
+# timm's SigLIP ViTs: name -> width, heads, activation. Shapes tell the rest.
+SIGLIP_VITS = {
+    "base": (768, 12, "gelu"),
+    "large": (1024, 16, "gelu"),
+    "so400m": (1152, 16, "gelu"),
+    "giantopt": (1536, 16, "gelu_tanh"),
+}
+# timm's name -> transformers'; pieces that need more than a new name are not here.
+SIGLIP_PIECES = {
+    "patch_embed.proj.": "embeddings.patch_embedding.",
+    "blocks.": "encoder.layers.",
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+    ".attn.proj.": ".self_attn.out_proj.",
+    "attn_pool.proj.": "head.attention.out_proj.",
+    "attn_pool.norm.": "head.layernorm.",
+    "attn_pool.mlp.": "head.mlp.",
+    "attn_pool.latent": "head.probe",
+}
+SIGLIP_NAMES = (
+    r"pos_embed|(patch_embed\.proj|norm|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]))\.(weight|bias)"
+    r"|attn_pool\.(latent|(q|kv|proj|norm|mlp\.fc[12])\.(weight|bias))"
+)
+SIGLIP_PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+
+TEXT_MODELS = ("bert", "roberta", "xlm-roberta")
+# OpenCLIP's pooler -> our rule. `cls_pooler` goes through the model's own pooling layer.
+TEXT_POOLERS = {"mean_pooler": "mean", "cls_pooler": "pooler", "cls_last_hidden_state_pooler": "cls"}
+
+
+@dataclass
+class Tower:
+    """Half a dual encoder.
+
+    config, pooling: for `HFCLIPConfig`.
+    items: the source's tensors -> ours, under our names.
+    features: (the source's tensors, pixel_values or input_ids) -> embeddings in float64, not normalised.
+    """
+
+    config: dict[str, Any] | PreTrainedConfig
+    pooling: str
+    items: Callable[[Tensors], Iterator[tuple[str, Tensor]]]
+    features: Callable[[Tensors, Tensor], Tensor]
+
+
+class Part(Mapping):
+    """Some tensors of a mapping that may be lazy."""
+
+    def __init__(self, tensors: Tensors, names: list[str]):
+        self.tensors, self.names = tensors, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+
+def is_foreign(model_cfg: dict[str, Any]) -> bool:
+    """Whether a tower comes from another library."""
+    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    return bool(vision.get("timm_model_name") or text.get("hf_model_name"))
+
+
+def foreign_plan(
+    weights: Tensors, model_cfg: dict[str, Any], settings: tuple[Settings, Settings], text_model: str | None
+) -> tuple[HFCLIPConfig, Callable, Callable]:
+    """Config, items and features (see `convert.Conversion`) of a checkpoint with a tower from another library.
+
+    Args:
+        weights: on the meta device, in OpenCLIP's names without `text.`.
+        settings: of OpenCLIP's own image tower and own text tower, for `reference`.
+        text_model: folder or Hub name of the text tower's config, if not `hf_model_name`.
+
+    Raises:
+        ValueError: a tower without counterpart, with the reason.
+    """
+    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    is_timm, is_hf = bool(vision.get("timm_model_name")), bool(text.get("hf_model_name"))
+    reasons = reasons_against(model_cfg, CONVERTIBLE | TIMM | HUGGING_FACE)
+    reasons += [reason for reason in (is_timm and against_timm(vision), is_hf and against_text_model(text)) if reason]
+    if not isinstance(model_cfg.get("embed_dim"), int):
+        reasons.append(f"embed_dim {model_cfg.get('embed_dim')!r}: expected a number")
+    if reasons:
+        raise ValueError(f"Not convertible: {'; '.join(reasons)}.")
+    image, words = (Part(weights, names) for names in split_names(weights))
+    image_tower = timm_tower(image, model_cfg) if is_timm else own_image_tower(image, model_cfg, settings[0])
+    if is_hf:
+        text_tower = hugging_face_tower(words, model_cfg, text_model or text["hf_model_name"])
+    elif "text_projection" in words:
+        text_tower = own_text_tower(words, model_cfg, settings[1])
+    else:
+        text_tower = siglip_text_tower(words, model_cfg, settings[1])
+    config = HFCLIPConfig(
+        text_config=text_tower.config,
+        vision_config=image_tower.config,
+        text_pooling=text_tower.pooling,
+        vision_pooling=image_tower.pooling,
+        projection_dim=model_cfg["embed_dim"],
+        logit_bias_init_value=-10.0 if "logit_bias" in weights else None,
+    )
+    return config, partial(items_of, image_tower, text_tower), partial(features_of, image_tower, text_tower)
+
+
+def split_names(weights: Tensors) -> tuple[list[str], list[str]]:
+    """Names of the image tower's and of the text tower's tensors."""
+    image = [name for name in weights if name.startswith("visual.")]
+    return image, [name for name in weights if name not in (*UNCHANGED, *image)]
+
+
+def items_of(image_tower: Tower, text_tower: Tower, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
+    image, words = split_names(weights)
+    yield from image_tower.items(Part(weights, image))
+    yield from text_tower.items(Part(weights, words))
+    for name in UNCHANGED:
+        if name in weights:
+            yield name, weights[name].reshape(())  # OpenCLIP may train them in a list of one
+
+
+def features_of(image_tower: Tower, text_tower: Tower, weights: Tensors, pixel_values, input_ids) -> dict[str, Tensor]:
+    image, words = split_names(weights)
+    return {
+        "image_features": image_tower.features(Part(weights, image), pixel_values),
+        "text_features": text_tower.features(Part(weights, words), input_ids),
+    }
+
+
+def identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
+
+
+# OpenCLIP's own towers
+
+
+def own_image_tower(weights: Tensors, model_cfg: dict[str, Any], settings: Settings) -> Tower:
+    config = vision_config(weights, **openclip_vision_fields(model_cfg))
+    return Tower(config, "pooler", hfclip_items, partial(image_features, settings=settings, dtype=torch.float64))
+
+
+def own_text_tower(weights: Tensors, model_cfg: dict[str, Any], settings: Settings) -> Tower:
+    config = text_config(weights, **openclip_text_fields(model_cfg))
+    return Tower(config, "pooler", hfclip_items, partial(text_features, settings=settings, dtype=torch.float64))
+
+
+# SigLIP
+
+
+def siglip_text_tower(weights: Tensors, model_cfg: dict[str, Any], settings: Settings) -> Tower:
+    """OpenCLIP's text tower of SigLIP: no mask, pooled at the last position, a projection with a bias or none.
+
+    Raises:
+        ValueError: a mask or another pooling; transformers' SigLIP has neither.
+    """
+    fields = openclip_text_fields(model_cfg)
+    if fields["causal"] or fields["pooling"] != "last":
+        raise ValueError(
+            "Not convertible: text_cfg: a projection with a bias, or none, behind a causal mask or another pooling than "
+            f"'last' (found no_causal_mask {not fields['causal']}, pool_type {fields['pooling']!r}). Only SigLIP's text "
+            "tower has it."
+        )
+    own = text_config(weights, **fields)
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    kept += ("max_position_embeddings", "hidden_act", "layer_norm_eps")
+    # SigLIP's tokenizers pad with id 1, SigLIP2's (Gemma's vocabulary) with 0. All end texts with 1.
+    padding = {"pad_token_id": 0 if own["vocab_size"] == 256_000 else 1, "bos_token_id": None, "eos_token_id": 1}
+    config = {"model_type": "siglip_text_model", **{key: own[key] for key in kept}, **padding}
+    config["projection_size"] = model_cfg["embed_dim"]
+    features = partial(text_features, settings=settings, dtype=torch.float64)
+    return Tower(config, "pooler", partial(siglip_text_items, model_cfg["embed_dim"]), features)
+
+
+def siglip_text_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
+    yield from hfclip_items(Part(weights, [name for name in weights if not name.startswith("text_projection")]))
+    like = weights["token_embedding.weight"]
+    if "text_projection.weight" in weights:
+        yield "text_model.head.weight", weights["text_projection.weight"]
+        yield "text_model.head.bias", weights["text_projection.bias"]
+    else:
+        yield "text_model.head.weight", identity(embed_dim, like)
+        yield "text_model.head.bias", torch.zeros(embed_dim, dtype=like.dtype, device=like.device)
+    yield "text_projection.weight", identity(embed_dim, like)
+
+
+def siglip_kind(model_name: str) -> tuple[int, int, str] | None:
+    """Width, heads and activation of timm's SigLIP ViTs with attention pooling; None for other models."""
+    match = re.fullmatch(r"vit_([a-z0-9]+)_patch\d+_siglip_\d+", model_name.partition(".")[0])
+    return SIGLIP_VITS.get(match[1]) if match else None
+
+
+def siglip_image_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
+    """timm's SigLIP ViT with attention pooling.
+
+    Raises:
+        ValueError: names or sizes that are not those of the model.
+    """
+    name = model_cfg["vision_cfg"]["timm_model_name"]
+    width, num_heads, activation = siglip_kind(name)
+    trunk = {key.removeprefix("visual.trunk."): tensor.shape for key, tensor in weights.items()}
+    unknown = [key for key in trunk if not re.fullmatch(SIGLIP_NAMES, key)]
+    if unknown or not {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} <= trunk.keys():
+        raise ValueError(f"The tensors are not those of timm's {name}: unknown {unknown[:5]}, or others are missing.")
+    found, num_channels, patch, _ = trunk["patch_embed.proj.weight"]
+    grid = round(trunk["pos_embed"][1] ** 0.5)
+    image_size = model_cfg["vision_cfg"].get("image_size") or patch * grid
+    if found != width or image_size // patch != grid or model_cfg["embed_dim"] != width:
+        raise ValueError(
+            f"The settings are not those of the weights: {name} has a width of {width}, and {found} in the weights; "
+            f"{image_size} px and a patch of {patch} make {image_size // patch} rows, and {grid} in the weights; "
+            f"embed_dim is {model_cfg['embed_dim']}. Pass the model's own."
+        )
+    config = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": width,
+        "intermediate_size": trunk["blocks.0.mlp.fc1.weight"][0],
+        "num_hidden_layers": count_blocks(weights),
+        "num_attention_heads": num_heads,
+        "num_channels": num_channels,
+        "image_size": image_size,
+        "patch_size": patch,
+        "hidden_act": "gelu_pytorch_tanh" if activation == "gelu_tanh" else "gelu",
+        "layer_norm_eps": 1e-6,
+    }
+    features = partial(siglip_image_features, num_heads=num_heads, activation=activation, dtype=torch.float64)
+    return Tower(config, "pooler", siglip_image_items, features)
+
+
+def siglip_image_items(weights: Tensors) -> Iterator[tuple[str, Tensor]]:
+    for name in weights:
+        rest, tensor = name.removeprefix("visual.trunk."), weights[name]
+        if rest == "pos_embed":
+            # (1, patches, width) -> (patches, width)
+            yield "vision_model.embeddings.position_embedding.weight", tensor.squeeze(0)
+            yield "visual_projection.weight", identity(tensor.shape[-1], tensor)
+        elif rest.startswith("norm."):
+            yield f"vision_model.post_layernorm.{rest.removeprefix('norm.')}", tensor
+        elif match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", rest):
+            # (3 * width, ...) -> three times (width, ...)
+            for part, piece in zip("qkv", tensor.chunk(3)):
+                yield f"vision_model.encoder.layers.{match[1]}.self_attn.{part}_proj.{match[2]}", piece.clone()
+        elif match := re.fullmatch(r"attn_pool\.q\.(weight|bias)", rest):
+            # (width, ...) and (2 * width, ...) -> (3 * width, ...)
+            fused = torch.cat([tensor, weights[f"visual.trunk.attn_pool.kv.{match[1]}"]])
+            yield f"vision_model.head.attention.in_proj_{match[1]}", fused
+        elif not rest.startswith("attn_pool.kv."):
+            for piece, ours in SIGLIP_PIECES.items():
+                rest = rest.replace(piece, ours)
+            yield f"vision_model.{rest}", tensor
+
+
+# Other models of timm
+
+
+def against_timm(vision: dict[str, Any]) -> str | None:
+    """Why an image tower of timm cannot be converted."""
+    name, pool, proj = vision["timm_model_name"], vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
+    if pool in ("abs_attn", "rot_attn"):
+        return f"timm_pool {pool!r}: OpenCLIP's own attention pooling behind a timm model"
+    if proj == "mlp":
+        return "timm_proj 'mlp': a projection of two layers, where CLIP's is a matrix"
+    if siglip_kind(name) and pool == "map" and proj == "none":
+        return None
+    if pool == "map" and proj == "none" and "siglip" in name:
+        return f"timm_model_name {name!r}: none of timm's SigLIP ViTs, {', '.join(SIGLIP_VITS)}"
+    if importlib.util.find_spec("timm") is None:
+        return f"timm_model_name {name!r}: it needs timm (pip install timm), and so will whoever loads the result"
+    return None
+
+
+def timm_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
+    """A tower of timm: `siglip_vision_model` where it is one, the timm model itself where not.
+
+    The source is then computed by timm as well, with the source's own tensors, set up as OpenCLIP does.
+
+    Raises:
+        ValueError: timm does not know the model.
+    """
+    vision = model_cfg["vision_cfg"]
+    name, pool = vision["timm_model_name"], vision.get("timm_pool", "avg")
+    if siglip_kind(name) and pool == "map":
+        return siglip_image_tower(weights, model_cfg)
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}. Another version of timm may have it.")
+    projection = timm_projection(weights)
+    config = {
+        "model_type": "timm_wrapper",
+        "architecture": name,
+        "model_args": {"global_pool": pool} if pool else None,
+        # The wrapper's config has no place of its own for these.
+        "hidden_size": weights[f"{projection}.weight"].shape[1] if projection else model_cfg["embed_dim"],
+        "image_size": vision.get("image_size", 224),
+        "num_channels": 3,
+    }
+    return Tower(config, "pooler", partial(timm_items, model_cfg["embed_dim"]), partial(timm_features, name, pool))
+
+
+def timm_projection(weights: Tensors) -> str | None:
+    """The layer that ends in the joint space: OpenCLIP's, or the classifier of the timm model; None if there is none."""
+    layers = ("visual.head.proj", "visual.trunk.head", "visual.trunk.head.fc")
+    return next((layer for layer in layers if f"{layer}.weight" in weights), None)
+
+
+def timm_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
+    projection = timm_projection(weights)
+    for name in weights:
+        if name == f"{projection}.weight":
+            yield "visual_projection.weight", weights[name]
+        elif name != f"{projection}.bias":
+            yield name.replace("visual.trunk.", "vision_model.timm_model.", 1), weights[name]
+        elif not weights[name].is_meta and weights[name].any():
+            raise ValueError(
+                f"Not convertible: {name!r} is not zero: a projection with a bias, where CLIP's is a matrix."
+            )
+    if projection is None:
+        like = next(weights[name] for name in weights if weights[name].is_floating_point())
+        yield "visual_projection.weight", identity(embed_dim, like)
+
+
+@torch.no_grad()
+def timm_features(name: str, pool: str, weights: Tensors, pixel_values: Tensor) -> Tensor:
+    import timm
+
+    trunk = {key.removeprefix("visual.trunk."): key for key in weights if key.startswith("visual.trunk.")}
+    projection = timm_projection(weights)
+    if projection == "visual.head.proj":
+        model = timm.create_model(name)
+        model.reset_classifier(0, **({"global_pool": pool} if pool else {}))
+    else:
+        classes = len(weights[f"{projection}.weight"]) if projection else 0
+        model = timm.create_model(name, num_classes=classes, global_pool=pool)
+    model.load_state_dict({key: weights[theirs] for key, theirs in trunk.items()})
+    embeds = model.double().eval()(pixel_values.double())
+    if projection == "visual.head.proj":
+        bias = weights[f"{projection}.bias"].double() if f"{projection}.bias" in weights else 0
+        embeds = embeds @ weights[f"{projection}.weight"].double().t() + bias
+    return embeds
+
+
+# Text towers of transformers
+
+
+def against_text_model(text: dict[str, Any]) -> str | None:
+    """Why a text tower of transformers cannot be converted, as far as the settings tell."""
+    projection, pooler = text.get("hf_proj_type", "mlp"), text.get("hf_pooler_type", "mean_pooler")
+    if projection == "mlp":
+        return "hf_proj_type 'mlp' (OpenCLIP's default): a projection of two layers, where CLIP's is a matrix"
+    if pooler is not None and pooler not in TEXT_POOLERS:
+        return f"hf_pooler_type {pooler!r}: none of {', '.join(TEXT_POOLERS)}"
+    return None
+
+
+def hugging_face_tower(weights: Tensors, model_cfg: dict[str, Any], name: str) -> Tower:
+    """BERT, RoBERTa or XLM-RoBERTa; `name` is the folder or the Hub name of its config.
+
+    The source is computed by the same class of transformers, which is OpenCLIP's code too, with the source's tensors.
+
+    Raises:
+        ValueError: no such config, or one of another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The text tower's config cannot be had: {name}. Pass --text-model FOLDER, a folder with its config.json."
+        ) from error
+    if config.model_type not in TEXT_MODELS:
+        why = ": AutoModel builds its decoder as well" if config.is_encoder_decoder else ""
+        raise ValueError(f"Not convertible: a text tower {config.model_type}{why}; expected {', '.join(TEXT_MODELS)}.")
+    pooler = model_cfg["text_cfg"].get("hf_pooler_type", "mean_pooler")
+    if pooler is None:
+        pooler = "cls_pooler" if config.model_type == "bert" else "mean_pooler"
+    features = partial(hugging_face_features, config, TEXT_POOLERS[pooler])
+    return Tower(config, TEXT_POOLERS[pooler], partial(hugging_face_items, model_cfg["embed_dim"]), features)
+
+
+def hugging_face_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
+    for name in weights:
+        if name == "proj.weight":
+            yield "text_projection.weight", weights[name]
+        else:
+            yield name.replace("transformer.", "text_model.", 1), weights[name]
+    if "proj.weight" not in weights:
+        yield "text_projection.weight", identity(embed_dim, weights["transformer.embeddings.word_embeddings.weight"])
+
+
+@torch.no_grad()
+def hugging_face_features(config: PreTrainedConfig, rule: str, weights: Tensors, input_ids: Tensor) -> Tensor:
+    model = AutoModel.from_config(config, add_pooling_layer=rule == "pooler").double().eval()
+    inner = {name.removeprefix("transformer."): name for name in weights if name.startswith("transformer.")}
+    model.load_state_dict({name: weights[theirs] for name, theirs in inner.items()})
+    mask = (input_ids != config.pad_token_id).long()
+    outputs = model(input_ids=input_ids, attention_mask=mask)
+    if rule == "mean":
+        # (batch, seq, width) -> (batch, width)
+        pooled = (outputs.last_hidden_state * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    else:
+        pooled = outputs.pooler_output if rule == "pooler" else outputs.last_hidden_state[:, 0]
+    return pooled @ weights["proj.weight"].double().t() if "proj.weight" in weights else pooled
