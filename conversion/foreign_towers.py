@@ -239,6 +239,11 @@ def siglip_kind(model_name: str) -> tuple[int, int, str] | None:
     return SIGLIP_VITS.get(match[1]) if match else None
 
 
+def is_siglip(vision: dict[str, Any]) -> bool:
+    how = (vision.get("timm_pool"), vision.get("timm_proj"))
+    return how == ("map", "none") and siglip_kind(vision["timm_model_name"]) is not None
+
+
 def siglip_image_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
     """timm's SigLIP ViT with attention pooling.
 
@@ -309,10 +314,8 @@ def against_timm(vision: dict[str, Any]) -> str | None:
         return f"timm_pool {pool!r}: OpenCLIP's own attention pooling behind a timm model"
     if proj == "mlp":
         return "timm_proj 'mlp': a projection of two layers, where CLIP's is a matrix"
-    if siglip_kind(name) and pool == "map" and proj == "none":
+    if is_siglip(vision):
         return None
-    if pool == "map" and proj == "none" and "siglip" in name:
-        return f"timm_model_name {name!r}: none of timm's SigLIP ViTs, {', '.join(SIGLIP_VITS)}"
     if importlib.util.find_spec("timm") is None:
         return f"timm_model_name {name!r}: it needs timm (pip install timm), and so will whoever loads the result"
     return None
@@ -328,7 +331,7 @@ def timm_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
     """
     vision = model_cfg["vision_cfg"]
     name, pool = vision["timm_model_name"], vision.get("timm_pool", "avg")
-    if siglip_kind(name) and pool == "map":
+    if is_siglip(vision):
         return siglip_image_tower(weights, model_cfg)
     import timm
 

@@ -203,7 +203,7 @@ def test_siglip_has_its_own_pixels(tmp_path):
         (dict(timm_pool="abs_attn"), {}, "timm_pool 'abs_attn'"),
         (dict(timm_pool="rot_attn"), {}, "timm_pool 'rot_attn'"),
         (dict(timm_proj="mlp"), {}, "timm_proj 'mlp': a projection of two layers"),
-        (dict(timm_model_name="vit_huge_patch16_siglip_224"), {}, "none of timm's SigLIP ViTs"),
+        (dict(timm_model_name="vit_huge_patch16_siglip_224"), {}, "'vit_huge_patch16_siglip_224'"),
         (dict(timm_model_name="vit_base_patch16_siglip_224"), {}, "has a width of 768, and 48 in the weights"),
         (dict(image_size=64), {}, "make 4 rows, and 3 in the weights"),
     ],
@@ -377,7 +377,7 @@ def test_towers_of_timm_compute_what_they_did(name, tmp_path):
 
 
 @pytest.mark.skipif(not TIMM_IS_INSTALLED, reason="needs timm")
-@pytest.mark.parametrize("name, pool", [("test_vit", "token"), ("test_vit", "avg"), ("test_resnet", "avg")])
+@pytest.mark.parametrize("name, pool", [("test_vit", "token"), ("test_vit", "avg"), ("test_convnext", "avg")])
 def test_the_classifier_of_a_timm_tower_becomes_the_projection_if_its_bias_is_zero(name, pool, tmp_path):
     import timm
 
