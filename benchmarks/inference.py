@@ -79,14 +79,11 @@ def build_folder(folder: str, texts: list[str], merges: Path | None) -> None:
     CLIPModel(config).save_pretrained(folder)
 
 
-def import_time(code: str, rounds: int = 5) -> list[float]:
+def import_time(code: str) -> float:
     """Seconds of a fresh interpreter that runs `code`."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True)
-        times.append(time.perf_counter() - start)
-    return times
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return time.perf_counter() - start
 
 
 @torch.inference_mode()
@@ -152,9 +149,10 @@ def pipeline_row(ours, theirs, photos, labels, num_images: int = 100, their_imag
 
 
 def import_rows() -> list[str]:
-    alone, both = import_time("import transformers"), import_time("import transformers, hfclip")
-    extra = statistics.median(both) - statistics.median(alone)
-    return [f"`import hfclip` costs {extra:.3f} s beyond `import transformers` ({statistics.median(alone):.2f} s)."]
+    rounds = [(import_time("import transformers"), import_time("import transformers, hfclip")) for _ in range(9)]
+    extra = statistics.median(both - alone for alone, both in rounds)
+    alone = statistics.median(alone for alone, _ in rounds)
+    return [f"`import hfclip` costs {extra:.3f} s beyond `import transformers` ({alone:.2f} s)."]
 
 
 def report(rows: list[Row], notes: list[str]) -> str:

@@ -14,6 +14,8 @@ import hashlib
 import json
 import os
 import platform
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +48,7 @@ TOLERANCE = 1e-9  # relative, in float64; two orders of summation differ by abou
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"  # has the vocabulary of OpenAI's nine models
 OPENAI_VOCABULARY = 49408
+MAX_LAYERS = 1000
 
 
 class View(Mapping):
@@ -120,7 +123,6 @@ class Conversion:
     features: Features
     processor: Any = None
     notes: list[str] = field(default_factory=list)
-    base_model: str | None = None
 
 
 def convert(plan: Conversion, out: Path, options: argparse.Namespace) -> None:
@@ -144,9 +146,7 @@ def convert(plan: Conversion, out: Path, options: argparse.Namespace) -> None:
         files = write_weights(folder, layout, plan.items(plan.weights))
         provenance = record(plan, layout, files, prove(plan, files, dtype))
         (folder / "conversion.json").write_text(json.dumps(provenance, indent=2) + "\n")
-        card = model_card(
-            plan.config, name=out.name, provenance=card_lines(provenance), results=[], base_model=plan.base_model
-        )
+        card = model_card(plan.config, name=out.name, provenance=card_lines(provenance), results=[])
         (folder / "README.md").write_text(card)
     for note in plan.notes:
         say(f"NOTE: {note}")
@@ -157,14 +157,16 @@ def convert(plan: Conversion, out: Path, options: argparse.Namespace) -> None:
 
 def publish(out: Path, options: argparse.Namespace) -> None:
     """Sends the folder to the Hub; if that fails, says how to go on."""
-    again = f"{out} holds the model. To publish it: python conversion/push_to_hub.py {out} {options.push_to_hub}"
+    words = ["python", "conversion/push_to_hub.py", str(out), options.push_to_hub]
+    words += ["--private"] if options.private else []
+    words += ["--revision", options.revision] if options.revision else []
+    again = f"{out} holds the model. To publish it: {shlex.join(words)}"
     end_on_interrupt(f"Stopped. {again}")
     try:
-        url = push(out, options.push_to_hub, private=options.private, revision=options.revision)
+        push(out, options.push_to_hub, private=options.private, revision=options.revision)
     except (HubError, ValueError) as error:
         kind = HubError if isinstance(error, HubError) else ValueError
         raise kind(f"{error}\n{again}") from error
-    say(f"Published: {url}")
 
 
 def say(line: str) -> None:
@@ -172,7 +174,14 @@ def say(line: str) -> None:
 
 
 def on_meta(model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model without weights."""
+    """The model without weights.
+
+    Raises:
+        ValueError: more layers than any model has; building them would take for ever.
+    """
+    for part in (config, getattr(config, "text_config", config), getattr(config, "vision_config", config)):
+        if (layers := getattr(part, "num_hidden_layers", 0)) > MAX_LAYERS:
+            raise ValueError(f"{part.model_type}: found {layers} layers, expected at most {MAX_LAYERS}.")
     with torch.device("meta"):
         model = model_class(config)
     return model if dtype is None else model.to(dtype)
@@ -182,8 +191,12 @@ def check_fit(layout: Mapping[str, Tensor], model: PreTrainedModel) -> None:
     """Raises ValueError unless `layout` is exactly the model's state dict, names and shapes."""
     expected = model.state_dict()
     missing, surplus = sorted(expected.keys() - layout.keys()), sorted(layout.keys() - expected.keys())
-    wrong = [name for name in expected.keys() & layout.keys() if expected[name].shape != layout[name].shape]
-    problems = [f"{len(names)} {what}, such as {names[:3]}" for what, names in (("missing", missing), ("left over", surplus)) if names]  # fmt: skip
+    common = expected.keys() & layout.keys()
+    wrong = [name for name in common if expected[name].shape != layout[name].shape]
+    no_floats = [
+        name for name in common if expected[name].is_floating_point() and not layout[name].is_floating_point()
+    ]
+    problems = [f"{len(names)} {what}, such as {names[:3]}" for what, names in (("missing", missing), ("left over", surplus), ("of whole numbers", sorted(no_floats))) if names]  # fmt: skip
     problems += [
         f"{name!r} is {tuple(layout[name].shape)}, expected {tuple(expected[name].shape)}"
         for name in sorted(wrong)[:3]
@@ -197,7 +210,7 @@ def settings_of(path: Path) -> Iterator[None]:
     """Says which file holds a setting that is of the wrong kind, such as a text for a number."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ArithmeticError, RuntimeError, RecursionError) as error:
         raise ValueError(f"{path} has a setting that makes no sense ({type(error).__name__}: {error}).") from error
 
 
@@ -434,7 +447,7 @@ def open_processor(folder: Path) -> tuple[HFCLIPImageProcessor | None, Any]:
     if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         image_processor = HFCLIPImageProcessor.from_pretrained(folder)
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return image_processor, tokenizer
 
 
@@ -451,11 +464,16 @@ def save_processor(image_processor: HFCLIPImageProcessor | None, tokenizer: Any,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def as_path(text: str) -> Path:
+    """A path on the command line; `~` is the home folder also where the shell does not say so."""
+    return Path(text).expanduser()
+
+
 def parser_of(description: str, out_help: str = "the folder to write") -> argparse.ArgumentParser:
     """The arguments that all converters have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="the checkpoint: a file, or a folder that holds one")
-    parser.add_argument("out", type=Path, help=out_help)
+    parser.add_argument("source", type=as_path, help="the checkpoint: a file, or a folder that holds one")
+    parser.add_argument("out", type=as_path, help=out_help)
     parser.add_argument(
         "--dtype",
         choices=["keep", *DTYPES],
@@ -474,6 +492,7 @@ def parser_of(description: str, out_help: str = "the folder to write") -> argpar
 def run(main: Callable[[], None]) -> None:
     """Runs a converter's `main`. Exit codes: 0 done, 1 the Hub refused, 2 wrong use or a bad file, 130 Ctrl-C."""
     transformers.utils.logging.disable_progress_bar()  # the weights have one of their own
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, which tidies up
     try:
         main()
     except HubError as error:

@@ -47,12 +47,17 @@ def main() -> None:
     )
     options = parser.parse_args()
     checkpoint = open_checkpoint(options.source)
-    check_hash(checkpoint, options.any_hash)
-    convert(plan(checkpoint, options.merges), options.out, options)
+    conversion = plan(checkpoint, options.merges)
+    if not check_hash(checkpoint, options.any_hash):
+        conversion.notes.append(
+            "taken for a model as OpenAI built them, with QuickGELU and 64 units a head, which tensors cannot tell. "
+            "OpenCLIP's checkpoints go through convert_openclip.py."
+        )
+    convert(conversion, options.out, options)
 
 
-def check_hash(checkpoint: Checkpoint, any_hash: bool) -> None:
-    """Says whether the file is one that OpenAI published.
+def check_hash(checkpoint: Checkpoint, any_hash: bool) -> bool:
+    """Says and returns whether the file is one that OpenAI published.
 
     Raises:
         ValueError: it bears the name of one and is another, unless `any_hash`.
@@ -68,11 +73,14 @@ def check_hash(checkpoint: Checkpoint, any_hash: bool) -> None:
         )
     else:
         say(f"SHA-256 {found}, none of OpenAI's nine.")
+    return found in known
 
 
 def plan(checkpoint: Checkpoint, merges: str | None) -> Conversion:
     """Finds the architecture of a checkpoint in OpenAI's names and plans its conversion."""
     names = {name: name for name in checkpoint if name.rpartition(".")[2] not in CONSTANTS}
+    if "logit_bias" in names:
+        raise ValueError(f"{checkpoint.path} has a logit_bias, as OpenCLIP's have. Use convert_openclip.py.")
     weights = View(checkpoint, names)
     config = openai_config(weights.on_meta())
     processor, notes = openai_processor(config, merges)

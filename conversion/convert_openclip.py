@@ -199,14 +199,16 @@ def build_processor(config: HFCLIPConfig, settings: dict[str, Any], options) -> 
         return (image_processor if tokenizer is None else HFCLIPProcessor(image_processor, tokenizer)), notes
     try:
         if options.tokenizer or not has_tokenizer:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(hub_name(name, options.tokenizer), trust_remote_code=False)
+        elif name:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         else:
-            tokenizer = (AutoTokenizer if name else HFCLIPTokenizer).from_pretrained(folder)
+            tokenizer = HFCLIPTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         if options.tokenizer:
             raise ValueError(f"--tokenizer: {error}") from error
         return image_processor, [
-            f"NO TOKENIZER was written: {name} cannot be had. Convert again with --tokenizer FOLDER."
+            f"NO TOKENIZER was written: {name} cannot be had ({error}). Convert again with --tokenizer FOLDER."
         ]
     if len(tokenizer) > config.text_config.vocab_size:
         raise ValueError(
@@ -220,6 +222,13 @@ def build_processor(config: HFCLIPConfig, settings: dict[str, Any], options) -> 
             f"OpenCLIP changes texts before or after this tokenizer: {text_cfg['tokenizer_kwargs']}. Do the same."
         )
     return HFCLIPProcessor(image_processor, tokenizer), notes
+
+
+def hub_name(name: str, asked_for: str | None) -> str:
+    """A name that the user gave, or one in the checkpoint's settings, which may not point at files of this machine."""
+    if asked_for is None and Path(name).expanduser().exists():
+        raise ValueError("it is a path in the checkpoint's settings, not a name on the Hub")
+    return name
 
 
 def fit_tokenizer(tokenizer, config: HFCLIPConfig, text_cfg: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ length; their `image_embeds` and `text_embeds` are not normalised.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -24,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer
 
+from conversion.checkpoints import open_checkpoint
 from conversion.convert import (
     View,
+    as_path,
     compare,
     fixed_inputs,
     open_model,
@@ -53,8 +56,8 @@ OF_TRAINING = {"initializer_factor", "attention_dropout", "patch_dropout", "zero
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a folder of an HFCLIPModel (or of transformers' CLIPModel)")
-    parser.add_argument("out", type=Path, help="the folder to write; for `openai` the file, .pt or .safetensors")
+    parser.add_argument("source", type=as_path, help="a folder of an HFCLIPModel (or of transformers' CLIPModel)")
+    parser.add_argument("out", type=as_path, help="the folder to write; for `openai` the file, .pt or .safetensors")
     parser.add_argument("--to", required=True, choices=sorted(EXPORTS), help="for whom")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     options = parser.parse_args()
@@ -70,10 +73,10 @@ def to_openai(options: argparse.Namespace, config: HFCLIPConfig, weights: View) 
     with partial_folder(options.out) as folder:
         require_free(options.out, options.source, options.overwrite)
         (written,) = write_weights(folder, layout, openai_items(weights), max_shard_bytes=math.inf)
-        prove(config, weights, openai_features(WrittenWeights([written]), *fixed_inputs(config)))
         if options.out.suffix == ".pt":
             torch.save(dict(WrittenWeights([written])), folder / "weights.pt")
             written = folder / "weights.pt"
+        prove(config, weights, openai_features(open_checkpoint(written), *fixed_inputs(config)))
         written.replace(options.out)
     say(f"Written: {options.out}")
 
@@ -120,6 +123,8 @@ def to_transformers(options: argparse.Namespace, config: HFCLIPConfig, weights: 
 
 def to_onnx(options: argparse.Namespace, config: HFCLIPConfig, weights: View) -> None:
     """A folder with both towers as ONNX, tokenizer and image processor beside them."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise ValueError("ONNX needs packages that are not here. pip install 'hfclip[onnx]'.")
     model = HFCLIPModel.from_pretrained(options.source, dtype=torch.float32).eval()
     with new_folder(options.out, options.source, options.overwrite) as folder:
         (folder / "onnx").mkdir()
@@ -127,6 +132,9 @@ def to_onnx(options: argparse.Namespace, config: HFCLIPConfig, weights: View) ->
             path = folder / "onnx" / f"{tower.file}.onnx"
             export_tower(tower, torch.cat([inputs, inputs]), path)
             prove_tower(tower, inputs, path)
+        # Scores need the trained scale and bias, which belong to neither tower.
+        config.logit_scale_init_value = model.logit_scale.item()
+        config.logit_bias_init_value = None if model.logit_bias is None else model.logit_bias.item()
         config.save_pretrained(folder)
         save_processor(*open_processor(options.source), folder)
     say(f"Written: {options.out}")
@@ -176,7 +184,7 @@ def openclip_settings(config: HFCLIPConfig) -> dict[str, Any]:
         vision_cfg = {
             "layers": vision.num_hidden_layers,
             "width": vision.hidden_size,
-            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+            "mlp_ratio": mlp_ratio(vision),
             "patch_size": vision.patch_size,
             **({} if vision.pre_layer_norm else {"no_ln_pre": True}),
             **pooling.get(vision.pooling, average_first),
@@ -197,7 +205,7 @@ def openclip_settings(config: HFCLIPConfig) -> dict[str, Any]:
         "width": text.hidden_size,
         "heads": text.num_attention_heads,
         "layers": text.num_hidden_layers,
-        "mlp_ratio": text.intermediate_size / text.hidden_size,
+        "mlp_ratio": mlp_ratio(text),
         "pad_id": text.pad_token_id or 0,
         **({} if text.causal else {"no_causal_mask": True}),
         **pool,
@@ -210,6 +218,12 @@ def openclip_settings(config: HFCLIPConfig) -> dict[str, Any]:
         **({"quick_gelu": True} if text.hidden_act == "quick_gelu" else {}),
         **({} if config.logit_bias_init_value is None else {"init_logit_bias": config.logit_bias_init_value}),
     }
+
+
+def mlp_ratio(tower: Any) -> float:
+    """The smallest ratio from which OpenCLIP, which cuts off decimals, computes the tower's intermediate size."""
+    ratio = tower.intermediate_size / tower.hidden_size
+    return ratio if int(tower.hidden_size * ratio) == tower.intermediate_size else math.nextafter(ratio, math.inf)
 
 
 def _layer_settings(tower: Any) -> dict[str, Any]:
@@ -247,6 +261,17 @@ def as_clip_tokenizer(tokenizer: Any) -> CLIPTokenizer:
 
 
 def image_settings(processor: Any) -> dict[str, Any]:
+    """What other libraries' image processors are told.
+
+    Raises:
+        ValueError: a step that is left out, or another scale of the pixels.
+    """
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+    unusual = [f"{step}=False" for step in steps if getattr(processor, step, True) is False]
+    if abs(processor.rescale_factor - 1 / 255) > 1e-9:
+        unusual.append(f"rescale_factor={processor.rescale_factor}")
+    if unusual:
+        raise ValueError(f"Not to be exported: the image processor has {', '.join(unusual)}.")
     names = ("size", "crop_size", "resample", "image_mean", "image_std")
     return {name: getattr(processor, name) for name in names}
 
@@ -256,10 +281,17 @@ def preprocess_settings(image_processor: HFCLIPImageProcessor | None) -> dict[st
     if image_processor is None:
         return {}
     settings = image_settings(image_processor)
+    interpolation = {3: "bicubic", 2: "bilinear"}.get(int(settings["resample"]))
+    sizes = {*dict(settings["size"]).values(), *dict(settings["crop_size"]).values()} - {None}
+    if interpolation is None or len(sizes) > 1:
+        raise ValueError(
+            f"Not to be exported: the image processor resizes to {settings['size']} by resampling {settings['resample']} and "
+            f"crops {settings['crop_size']}; OpenCLIP knows one size, bicubic (3) and bilinear (2)."
+        )
     return {
         "mean": list(settings["image_mean"]),
         "std": list(settings["image_std"]),
-        "interpolation": {3: "bicubic", 2: "bilinear"}[int(settings["resample"])],
+        "interpolation": interpolation,
         "resize_mode": "shortest" if "shortest_edge" in settings["size"] else "squash",
     }
 
@@ -325,6 +357,9 @@ def export_tower(tower: ImageTower | TextTower, inputs: torch.Tensor, path: Path
         )
     except ImportError as error:
         raise ValueError(f"ONNX needs packages that are not here ({error}). pip install 'hfclip[onnx]'.") from error
+    for graph in (program.model.graph, *program.model.functions.values()):
+        for node in graph:
+            node.metadata_props.clear()  # stack traces, with paths of this machine
     program.save(path)
 
 

@@ -1,6 +1,6 @@
 """Model folders written tensor by tensor, which appear whole or not at all.
 
-    tensors, one at a time -> safetensors files (sharded when large) in `OUT.partial` -> rename to `OUT`
+    tensors, one at a time -> safetensors files (sharded when large) in a folder beside `OUT` -> rename to `OUT`
 
 A conversion never holds more than a tensor or two of the model, so it fits in little memory whatever the model's size.
 """
@@ -38,14 +38,14 @@ def new_folder(path: Path, source: Path, overwrite: bool = False) -> Iterator[Pa
     Raises:
         ValueError: `path` is not free (see `require_free`), or written by another process.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))  # a link stays, what it points at is replaced
     with partial_folder(path) as partial:
         require_free(path, source, overwrite)
         if path.is_file():
             raise ValueError(f"{path} is a file, expected a folder or nothing.")
         yield partial
         if path.exists():
-            replaced = path.with_name(f"{path.name}.replaced")
+            replaced = path.with_name(f".{path.name}.hfclip-replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             path.rename(replaced)
             partial.rename(path)
@@ -56,13 +56,15 @@ def new_folder(path: Path, source: Path, overwrite: bool = False) -> Iterator[Pa
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """`PATH.partial`, empty and for this process alone, until the block ends. What a killed run left there goes first.
+    """A folder beside `path`, empty and for this process alone, until the block ends. What a killed run left there goes first.
 
     Raises:
         ValueError: another process is at it.
     """
-    path = Path(os.path.abspath(path))
-    partial, lock_file = (path.with_name(f"{path.name}.{kind}") for kind in ("partial", "lock"))
+    path = Path(os.path.realpath(path))
+    if not path.name:
+        raise ValueError(f"{path} cannot be written. Choose the name of a new folder.")
+    partial, lock_file = (path.with_name(f".{path.name}.hfclip-{kind}") for kind in ("partial", "lock"))
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_file)
     try:
@@ -87,8 +89,17 @@ def require_free(path: Path, source: Path, overwrite: bool) -> None:
     path, source = path.resolve(), source.resolve()
     if path.exists() and path in (source, *source.parents):
         raise ValueError(f"{path} holds the source, which --overwrite would delete. Choose another name.")
-    if path.is_dir() and any(path.iterdir()) and not any(path.glob("*config.json")):
-        raise ValueError(f"{path} holds no model; --overwrite replaces models only. Choose another name, or empty it.")
+    if path.is_dir() and any(path.iterdir()) and not is_model_folder(path):
+        raise ValueError(
+            f"{path} is no folder of a model, or holds other folders; --overwrite replaces models only. Choose another "
+            "name, or empty it."
+        )
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder holds a model and no folder of another kind."""
+    has_config = any((path / name).is_file() for name in ("config.json", "open_clip_config.json"))
+    return has_config and all(item.name == "onnx" for item in path.iterdir() if item.is_dir())
 
 
 def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:

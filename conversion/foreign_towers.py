@@ -414,7 +414,7 @@ def hugging_face_tower(weights: Tensors, model_cfg: dict[str, Any], name: str) -
         ValueError: no such config, or one of another kind of model.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The text tower's config cannot be had: {name}. Pass --text-model FOLDER, a folder with its config.json."

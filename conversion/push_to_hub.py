@@ -16,8 +16,9 @@ from hfclip.hub import HubError, end_on_interrupt, push
 DESCRIPTION = """Publishes a model folder to the Hugging Face Hub, whole, as one commit.
 
 FOLDER is what training or conversion wrote: config.json, model.safetensors (or its shards), tokenizer, processor and
-the code that travels with them. It is checked before anything is sent. Optimizer states, pickles, hidden files and
-logs are left out. Large files go first; the model becomes visible with the commit at the end, never in part."""
+the code that travels with them. It is checked before anything is sent. Beside these go the model card and other *.md,
+LICENSE, conversion.json, onnx/*.onnx and pictures (*.png, *.jpg); all else in FOLDER is left out, and named. Large files
+go first; the model becomes visible with the commit at the end, never in part."""
 
 EPILOG = """examples:
   python conversion/push_to_hub.py runs/clip/model anna/clip-birds --dry-run    list what would be sent, send nothing
@@ -27,8 +28,8 @@ EPILOG = """examples:
 Log in once with `hf auth login`, or set HF_TOKEN, with a token that may write. A push that broke off, or that was
 stopped with Ctrl-C, is continued by the same command: what was uploaded is not sent again.
 
-exit codes: 0 published (or listed), 1 the Hub refused or was not reached, 2 wrong usage or a folder that is no model,
-130 stopped with Ctrl-C."""
+exit codes: 0 published (or listed, or there already), 1 the Hub refused or was not reached, 2 wrong usage or a folder
+that is no model, 130 stopped with Ctrl-C."""
 
 
 def main() -> int:
@@ -49,7 +50,7 @@ def main() -> int:
     end_on_interrupt("Stopped. The same command continues: what was uploaded is not sent again.")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        url = push(
+        push(
             arguments.folder,
             arguments.repo_id,
             private=arguments.private,
@@ -61,7 +62,6 @@ def main() -> int:
         return fail(error, 1)
     except (ValueError, OSError) as error:
         return fail(error, 2)
-    print(f"Nothing was sent. Without --dry-run: {url}" if arguments.dry_run else f"Published: {url}")
     return 0
 
 

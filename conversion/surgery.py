@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from conversion.convert import (
+    as_path,
     compare,
     features_of,
     fixed_inputs,
@@ -42,8 +43,10 @@ def main() -> None:
     stretch_parser = operations.add_parser("stretch", help="longer texts")
     activation_parser = operations.add_parser("activation", help="another activation function")
     for operation in (resize_parser, stretch_parser, activation_parser):
-        operation.add_argument("source", type=Path, help="a folder of an HFCLIPModel (or of transformers' CLIPModel)")
-        operation.add_argument("out", type=Path, help="the folder to write")
+        operation.add_argument(
+            "source", type=as_path, help="a folder of an HFCLIPModel (or of transformers' CLIPModel)"
+        )
+        operation.add_argument("out", type=as_path, help="the folder to write")
         operation.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     resize_parser.add_argument("--image-size", type=int, required=True, help="side of the images in pixels")
     stretch_parser.add_argument("--length", type=int, default=248, help="new context length (default: 248)")

@@ -275,14 +275,17 @@ def test_overwrite_deletes_no_file_no_foreign_folder_and_no_source(source, tmp_p
     inside = shutil.copytree(tmp_path / "photos", tmp_path / "models") / source.name
     shutil.copyfile(source, inside)
     (tmp_path / "models" / "config.json").write_text("{}")
+    (tmp_path / "project" / ".git").mkdir(parents=True)
+    (tmp_path / "project" / "config.json").write_text("{}")
     for start, out, expected in (
         (source, tmp_path / "file", "is a file"),
-        (source, tmp_path / "photos", "holds no model"),
+        (source, tmp_path / "photos", "is no folder of a model"),
+        (source, tmp_path / "project", "holds other folders"),
         (inside, tmp_path / "models", "holds the source"),
         (source, tmp_path / "file" / "out", "File exists"),
     ):
         assert expected in run_script("convert_openai", start, out, "--overwrite", status=2).error
-    assert left_in(tmp_path) == {"file", "photos", "models", "model.safetensors"}
+    assert left_in(tmp_path) == {"file", "photos", "project", "models", "model.safetensors"}
     assert inside.exists() and (tmp_path / "photos" / "cat.jpg").exists()
 
 
@@ -315,10 +318,10 @@ def test_one_process_at_a_time_and_a_killed_one_leaves_nothing_that_matters(sour
     while "writing" not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
     assert "Another process is writing" in run_script("convert_openai", source, tmp_path / "out", status=2).error
-    assert (tmp_path / "out.partial" / "model.safetensors").is_file()
+    assert (tmp_path / ".out.hfclip-partial" / "model.safetensors").is_file()
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert "out.partial" in left_in(tmp_path) and "out" not in left_in(tmp_path)
+    assert ".out.hfclip-partial" in left_in(tmp_path) and "out" not in left_in(tmp_path)
     run_script("convert_openai", source, tmp_path / "out")
     assert left_in(tmp_path) == {"model.safetensors", "out"}
 
@@ -331,3 +334,28 @@ def test_ctrl_c_leaves_nothing_and_says_so(source, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Interrupted; nothing was written" in err and "Traceback" not in err
     assert left_in(tmp_path) == {"model.safetensors"}
+
+
+def test_rejects_what_openais_checkpoints_never_hold(weights, tmp_path):
+    for changes, expected in (
+        ({"logit_bias": torch.tensor(-10.0)}, "has a logit_bias, as OpenCLIP's have. Use convert_openclip.py"),
+        ({"ln_final.weight": torch.ones(64, dtype=torch.int64)}, "1 of whole numbers, such as"),
+    ):
+        start = save(tmp_path / "changed.safetensors", {**weights, **changes})
+        assert expected in run_script("convert_openai", start, tmp_path / "out", status=2).error
+    assert left_in(tmp_path) == {"changed.safetensors"}
+
+
+def test_files_beside_the_output_stay(source, tmp_path):
+    for name in ("out.partial", "out.replaced", "out.lock"):
+        (tmp_path / name).write_text("mine")
+    run_script("convert_openai", source, tmp_path / "out")
+    run_script("convert_openai", source, tmp_path / "out", "--overwrite")
+    assert left_in(tmp_path) == {"model.safetensors", "out", "out.partial", "out.replaced", "out.lock"}
+
+
+def test_a_link_to_a_folder_stays_one(source, tmp_path):
+    run_script("convert_openai", source, tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    run_script("convert_openai", source, tmp_path / "link", "--overwrite")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "model.safetensors").is_file()

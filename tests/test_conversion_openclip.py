@@ -1,6 +1,7 @@
 """OpenCLIP's checkpoints become model folders by the command line, with all settings of its towers that have a
 counterpart; the others are refused by name."""
 
+import io
 import json
 from functools import partial
 
@@ -120,6 +121,27 @@ def test_rejects_a_tokenizer_that_is_too_large_and_says_one_that_is_not_there(go
     settings["text_cfg"]["hf_tokenizer_name"] = "nobody/no-tokenizer"
     write_json(model, settings)
     assert "NO TOKENIZER was written: nobody/no-tokenizer" in convert().out
+
+
+def test_code_beside_a_tokenizer_is_not_run(golden, tmp_path, monkeypatch):
+    weights, settings, _ = golden
+    folder, canary = tmp_path / "evil", tmp_path / "ran"
+    folder.mkdir()
+    save(folder / "open_clip_model.safetensors", weights)
+    settings = {**settings, "text_cfg": {**settings["text_cfg"], "hf_tokenizer_name": "someone/tokenizer"}}
+    write_json(folder / "open_clip_config.json", {"model_cfg": settings})
+    write_json(
+        folder / "tokenizer_config.json", {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["tok.T", None]}}
+    )
+    (folder / "tok.py").write_text(f"open({str(canary)!r}, 'w')\nclass T: pass\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
+    assert "NO TOKENIZER was written" in run_script("convert_openclip", folder, tmp_path / "out").out
+    assert not canary.exists()
+    # Nor are files of this machine read because a checkpoint's settings name them.
+    settings["text_cfg"]["hf_tokenizer_name"] = str(folder)
+    model = write_json(tmp_path / "model.json", settings)
+    result = run_script("convert_openclip", folder / "open_clip_model.safetensors", tmp_path / "x", "--model", model)
+    assert "it is a path in the checkpoint's settings" in result.out and not canary.exists()
 
 
 def test_push_to_hub_publishes_and_says_how_to_go_on_when_refused(golden, data_dir, tmp_path):

@@ -20,9 +20,10 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from training_utils import command, pairs, write_recipe, write_tar
 
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer, hub
 from hfclip.hub import check_folder, model_card
 from training import pretrain
 from training.config import UsageError, parse_arguments
@@ -84,10 +85,13 @@ def environment(server: HubServer, tmp_path: Path, **more: str) -> dict[str, str
 
 
 # The script with a hundredth of the waits between attempts, hfclip's and huggingface_hub's, and for a silent server.
+# Unless asked to COMPARE, it takes the tensors for the model's: that needs torch, seconds of imports in each process.
 IMPATIENT = """
 import os, runpy, sys, time
 import hfclip.hub
 sleep, hfclip.hub._SILENCE = time.sleep, float(os.environ.get("SILENCE", 60))
+if "COMPARE" not in os.environ:
+    hfclip.hub._check_tensors = lambda *_: None
 time.sleep = lambda seconds: sleep(seconds / 100)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -159,7 +163,7 @@ print(json.dumps(logits))
 def test_a_pushed_model_opens_by_name_where_hfclip_is_missing(saved, server, tmp_path, name, arguments, revision):
     pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.jpg")
-    out, _ = push(server, saved[name], *arguments)
+    out, _ = push(server, saved[name], *arguments, COMPARE="1")
     assert f"Published: {server.url}/{REPO}" in out
     assert server.repositories[REPO].private == ("--private" in arguments)
 
@@ -192,7 +196,8 @@ def test_dry_run_lists_and_sends_nothing(folder, server):
     assert server.requests == []
     listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
     assert listed == set(contents(folder)) - {"optimizer.pt"}
-    assert "optimizer.pt (pickled)" in err and f"{len(listed)} files" in out
+    assert "no part of the model: optimizer.pt" in err and f"{len(listed)} files" in out
+    assert f"Nothing was sent. It would be published at {server.url}/{REPO}" in out
 
 
 def test_files_above_the_size_of_a_part_travel_in_parts(folder, server):
@@ -206,7 +211,8 @@ def test_an_unchanged_folder_makes_no_second_commit(folder, server):
     push(server, folder)
     server.requests.clear()
     out, _ = push(server, folder)
-    assert server.asked("^PUT|/commit/") == [] and "Published:" in out
+    assert server.asked("^PUT|/commit/") == [] and "Published:" not in out
+    assert f"Nothing changed: {server.url}/{REPO} has all this already." in out
     assert len(server.repositories[REPO].messages) == 2
 
 
@@ -215,7 +221,8 @@ def test_weights_of_an_earlier_model_go_and_other_files_stay(saved, folder, serv
     earlier = {"model.safetensors": b"old", "model-00009-of-00009.safetensors": b"old", "notes.md": b"mine"}
     repository.commit("main", {name: server.store(content) for name, content in earlier.items()}, "earlier")
     server.fail("/commit/", lose_answer=True)  # the deletions must not be asked for twice
-    push(server, folder)
+    out, _ = push(server, folder)
+    assert "Published:" in out  # by the commit whose answer was lost
     assert server.files(REPO) == {"notes.md": b"mine", **contents(folder)}
     assert len(repository.messages) == 3
 
@@ -431,7 +438,7 @@ def drop_weights(folder: Path) -> None:
 def link_out(folder: Path) -> None:
     outside = folder.parent / "outside.txt"
     outside.write_text("private")
-    (folder / "notes.txt").symlink_to(outside)
+    (folder / "notes.md").symlink_to(outside)
 
 
 def swap_shards(folder: Path) -> None:
@@ -439,6 +446,24 @@ def swap_shards(folder: Path) -> None:
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(content)
+
+
+def edit_index(folder: Path, **files) -> None:
+    path = folder / "model.safetensors.index.json"
+    weight_map = json.loads(path.read_text())["weight_map"]
+    edit_json(path, weight_map={**weight_map, **files})
+
+
+def weights_outside(folder: Path) -> None:
+    shutil.copy(min(folder.glob("model-*.safetensors")), folder.parent / "outside.safetensors")
+    edit_index(folder, logit_scale="../outside.safetensors")
+
+
+def save_weights(folder: Path, change) -> None:
+    """All tensors after `change` in one file."""
+    tensors = HFCLIPModel.from_pretrained(folder).state_dict()
+    drop_weights(folder)
+    save_file(change(tensors), folder / "model.safetensors")
 
 
 def pickle_weights(folder: Path) -> None:
@@ -454,7 +479,53 @@ BROKEN = {
     "no-code": (lambda f: (f / "modeling_hfclip_resnet.py").unlink(), "found no modeling_hfclip_resnet.py"),
     "code-elsewhere": (
         lambda f: edit_json(f / "config.json", auto_map={"AutoConfig": "x/y--c.C", "AutoModel": "x/y--m.M"}),
-        "names code of another repository",
+        "found 'x/y--c.C' in auto_map, expected code in this folder",
+    ),
+    "code-outside": (
+        lambda f: edit_json(f / "config.json", auto_map={"AutoConfig": "../c.C", "AutoModel": "m.M"}),
+        "found '../c.C' in auto_map",
+    ),
+    "code-number": (
+        lambda f: edit_json(f / "config.json", auto_map={"AutoConfig": 7, "AutoModel": "m.M"}),
+        "found '7' in auto_map",
+    ),
+    "code-nested": (
+        lambda f: edit_json(f / "tokenizer_config.json", auto_map={"AutoTokenizer": [["a.B"], {"c": 1}]}),
+        """found "['a.B']" in auto_map""",
+    ),
+    "code-list": (lambda f: edit_json(f / "processor_config.json", auto_map=[1]), "found '1' in auto_map"),
+    "auto-map-number": (lambda f: edit_json(f / "config.json", auto_map=7), "found auto_map with nothing"),
+    "code-latin": (
+        lambda f: (f / "modeling_hfclip.py").write_bytes("# Köln".encode("latin-1")),
+        "modeling_hfclip.py: found no text in UTF-8",
+    ),
+    "other-class": (
+        lambda f: edit_json(f / "config.json", architectures=["CLIPModel"]),
+        "'CLIPModel' is no class of hfclip",
+    ),
+    "config-of-no-model": (
+        lambda f: edit_json(f / "config.json", projection_dim="wide"),
+        "config.json: found no config of a model",
+    ),
+    "other-width": (
+        lambda f: edit_json(f / "config.json", projection_dim=24),
+        "found weights that are not those of HFCLIPModel in config.json: 2 tensors of another shape, such as "
+        "text_projection.weight [16, 32] for [24, 32]",
+    ),
+    "one-tensor": (
+        lambda f: save_weights(f, lambda t: {"logit_scale": t["logit_scale"]}),
+        "tensors missing, such as text_model.",
+    ),
+    "left-over-tensor": (
+        lambda f: save_weights(f, lambda t: {**t, "text_model.more": torch.zeros(1)}),
+        "1 tensors left over, such as text_model.more",
+    ),
+    "shard-outside": (weights_outside, "found '../outside.safetensors' in weight_map"),
+    "shard-number": (lambda f: edit_index(f, logit_scale=3), "found '3' in weight_map"),
+    "shards-nested": (lambda f: edit_index(f, logit_scale=["a"]), """found "['a']" in weight_map"""),
+    "index-list": (
+        lambda f: edit_json(f / "model.safetensors.index.json", weight_map=["a"]),
+        """found "['a']" in weight_map""",
     ),
     "no-weights": (drop_weights, "found no weights"),
     "pickles": (pickle_weights, "found only pickled weights, pytorch_model.bin"),
@@ -470,8 +541,8 @@ BROKEN = {
         ),
         "found a tokenizer_class of hfclip without AutoTokenizer",
     ),
-    "link-out": (link_out, "notes.txt: found a link to"),
-    "broken-link": (lambda f: (f / "notes.txt").symlink_to(f / "nothing"), "notes.txt: found a link to"),
+    "link-out": (link_out, "notes.md: found a link to"),
+    "broken-link": (lambda f: (f / "notes.md").symlink_to(f / "nothing"), "notes.md: found a link to"),
     "card": (lambda f: (f / "README.md").write_text("---\n[:\n---\n"), "README.md: its metadata"),
 }
 
@@ -489,19 +560,44 @@ def test_rejects_a_folder_that_is_no_whole_model(folder, name):
 def test_leaves_out_what_is_not_the_model_and_says_so(folder, caplog):
     expected = check_folder(folder)
     assert set(expected) == set(folder.iterdir())
+    parts = ["LICENSE", "notes.md", ".gitattributes", "conversion.json", "onnx/vision_model.onnx", "figures/curve.png"]
     junk = [".git/config", ".cache/a", ".env", "trainer_state/optimizer.pt", "checkpoint-10/config.json", "rng.pth"]
-    junk += ["old.safetensors", "__pycache__/a.pyc", "half.tmp"]
-    for name in junk:
+    junk += ["old.safetensors", "__pycache__/a.pyc", "half.tmp", "train.log", "events.out.tfevents.17.host.1.0"]
+    junk += ["id_rsa", "credentials.json", "optimizer.npz", "rng.npy", "core.1234", "train.py", "notes.txt"]
+    junk += ["model-00009-of-00009.safetensors", "figures/credentials.json", "onnx/notes.md"]
+    for name in parts + junk:
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("junk")
-    (folder / "figures").mkdir()
-    (folder / "figures" / "curve.svg").write_text("<svg/>")
+        (folder / name).write_text("something")
+    (folder / "images").symlink_to(folder.parent)
     with caplog.at_level(logging.WARNING, logger="hfclip.hub"):
         found = check_folder(folder)
-    assert set(found) - set(expected) == {folder / "figures" / "curve.svg"}
-    assert set(expected) <= set(found)
-    for name in junk:
-        assert name.split("/")[0] + " (" in caplog.text
+    assert set(found) == {*expected, *(folder / name for name in parts)}
+    left_out = caplog.messages[-1].partition(": ")[2].split(", ")
+    whole = (".git/", ".cache/", "trainer_state/", "checkpoint-10/", "__pycache__/")  # folders are named, not listed
+    assert set(left_out) == {name.split("/")[0] if name.startswith(whole) else name for name in junk} | {"images"}
+
+
+def test_a_tower_that_transformers_renames_while_saving_is_left_to_it(saved, tmp_path, caplog):
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    vision = dict(model_type="dinov2", image_size=28, patch_size=14, **sizes)
+    text = HFCLIPConfig.from_pretrained(saved["vit"]).text_config
+    shutil.copytree(saved["vit"], tmp_path, dirs_exist_ok=True)
+    drop_weights(tmp_path)
+    HFCLIPModel(HFCLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path)
+    check_folder(tmp_path)
+    assert not caplog.messages
+    tensors = load_file(tmp_path / "model.safetensors")
+    for tower in ("text_model.", "vision_model."):
+        others = {name: tensor for name, tensor in tensors.items() if not name.startswith(tower)}
+        save_file(others, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=f"tensors missing, such as {tower}"):
+            check_folder(tmp_path)
+
+
+def test_says_that_a_tower_which_cannot_be_built_here_was_not_compared(folder, caplog):
+    edit_json(folder / "config.json", vision_config={"model_type": "a_tower_of_tomorrow"})
+    assert folder / "config.json" in check_folder(folder)
+    assert "were not compared with the model, which cannot be built here" in caplog.text
 
 
 def test_a_tower_of_its_own_needs_no_processor(saved, tmp_path):
@@ -515,6 +611,24 @@ def test_wrong_usage_ends_with_status_two(folder, server):
     assert "found no weights" in error_of(err) and server.requests == []
     _, err = push(server, folder, "--private", "--public", status=2)
     assert "not allowed with" in err
+
+
+@pytest.mark.parametrize("revision", ["", "a b", "../x", "x/../y", "/x", "x/", "x.lock", "-x", "a//b", "a~1", "x\n"])
+def test_rejects_a_revision_that_is_no_name_of_a_branch(folder, revision):
+    with pytest.raises(ValueError, match="revision: found"):
+        hub.push(folder, REPO, revision=revision, dry_run=True)
+
+
+@pytest.mark.parametrize("revision", ["main", "step-500", "v1.0", "user/try_2", "refs/pr/1"])
+def test_a_revision_may_be_any_name_of_a_branch(folder, revision, capsys):
+    assert hub.push(folder, REPO, revision=revision, dry_run=True).endswith(f"/{REPO}/tree/{revision}")
+
+
+def test_an_unusable_folder_or_revision_ends_with_status_two_before_any_request(folder, server):
+    assert "revision: found ''" in error_of(push(server, folder, "--revision", "", status=2)[1])
+    edit_json(folder / "config.json", projection_dim=24)
+    _, err = push(server, folder, status=2, COMPARE="1")
+    assert "2 tensors of another shape" in error_of(err) and server.requests == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

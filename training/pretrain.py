@@ -425,7 +425,7 @@ def publish(run: Run, results: dict[str, float]) -> None:
     try:
         card = model_card(run.core.config, name=repo_id, provenance=provenance, results=as_eval_results(run, results))
         (folder / "README.md").write_text(card, encoding="utf-8")
-        print(f"Published: {push(folder, repo_id)}")
+        push(folder, repo_id)
     except (HubError, ValueError, OSError) as error:
         leave(f"error: {error}\n{again}", status=1)
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -38,14 +38,27 @@ from safetensors import SafetensorError, safe_open
 from .model_card import model_card, renamed
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".distcp"}
-TEMPORARY = {".tmp", ".lock", ".part", ".incomplete"}
-NOT_THE_MODEL = {"__pycache__", "trainer_state", "trainer_state.json", "training_args.json", "runs", "logs", "wandb"}
+# What is published beside the weights and the code; all else is left out, since a run's folder may hold anything.
+PARTS = re.compile(
+    r"(config|generation_config|processor_config|preprocessor_config|conversion|open_clip_config)\.json"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|(merges|vocab)\.txt"
+    r"|(tokenizer|spiece|sentencepiece|sentencepiece\.bpe)\.model"
+    r"|\.gitattributes|(LICEN[CS]E|NOTICE)(\.md|\.txt|-[\w.-]+)?|[\w-][\w.-]*\.md"
+    r"|onnx/[\w-][\w.-]*\.onnx(_data|\.data)?|((assets|figures|images)/)?[\w-][\w. -]*\.(png|jpe?g)"
+)
+FOLDERS = {"onnx", "assets", "figures", "images"}
+# Names that git takes; a name that it does not would be an HTTP error of any kind.
+BRANCH = re.compile(r"(?!.*(\.\.|//|/\.|\.lock(/|$)))\w[\w./-]*(?<![./])", re.ASCII)
 
 # Seconds between attempts, for the requests that huggingface_hub does not repeat itself.
 _WAITS = (1.0, 2.0, 4.0)
@@ -72,7 +85,7 @@ def push(
     dry_run: bool = False,
     token: str | None = None,
 ) -> str:
-    """Publishes a model folder as one commit and returns its URL. Prints what is sent.
+    """Publishes a model folder as one commit and returns its URL. Prints what is sent, and what came of it.
 
     Large files go first; nothing is visible before the commit at the end. The same call continues a push that broke
     off. A new repository or branch is created. Weight files of an earlier model that the new one would not replace
@@ -89,17 +102,24 @@ def push(
         token: None takes the one of `hf auth login` or HF_TOKEN.
 
     Raises:
-        ValueError: the folder is no model that can be published (see `check_folder`), or `repo_id` is malformed.
+        ValueError: the folder is no model that can be published (see `check_folder`), or `repo_id` or `revision` is
+            malformed.
         HubError: the Hub refused, or was not reached. The branch is unchanged then.
     """
     folder = Path(folder)
-    files = check_folder(folder)
     validate_repo_id(repo_id)
+    if revision is not None and not BRANCH.fullmatch(revision):
+        raise ValueError(
+            f"revision: found {revision!r}, expected the name of a branch: letters, digits, '.', '_', '-' and '/'."
+        )
+    files = check_folder(folder)
     branch, message = revision or "main", commit_message or f"Model of hfclip: {folder.resolve().name}"
     contents: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in files}
     if dry_run:
         _print_plan(f"Would send to {repo_id} ({branch})", _with_card(contents, folder, repo_id, has_card=False))
-        return _url(HfApi().endpoint + "/" + repo_id, revision)
+        address = _url(HfApi().endpoint + "/" + repo_id, revision)
+        print(f"Nothing was sent. It would be published at {address}")
+        return address
 
     api = HfApi(token=token)
     with _explained("looking for the token", repo_id, token):
@@ -120,8 +140,10 @@ def push(
             )
         contents = _with_card(contents, folder, repo_id, has_card="README.md" in _names(info))
         _print_plan(f"Sending to {url} ({branch})", contents)
-        _upload_and_commit(api, repo_id, branch, contents, info, message, secret)
-    return _url(str(url), revision)
+        changed = _upload_and_commit(api, repo_id, branch, contents, info, message, secret)
+    address = _url(str(url), revision)
+    print(f"Published: {address}" if changed else f"Nothing changed: {address} has all this already.", flush=True)
+    return address
 
 
 def end_on_interrupt(message: str) -> None:
@@ -140,7 +162,8 @@ def end_on_interrupt(message: str) -> None:
 
 def _upload_and_commit(
     api: HfApi, repo_id: str, branch: str, contents: dict[str, Path | bytes], info: Any, message: str, secret: str
-) -> None:
+) -> bool:
+    """Whether the branch changed: it does not where it has all files already."""
     operations = _additions(contents)
     with _explained(f"uploading to {repo_id}", repo_id, secret):
         # Repeats failed requests itself. Not `upload_folder`: with Xet it makes several commits.
@@ -163,7 +186,7 @@ def _upload_and_commit(
         return api.create_commit(repo_id, current, commit_message=message, revision=branch, parent_commit=info.sha)
 
     with _explained(f"committing to {repo_id}", repo_id, secret):
-        _patiently(commit)
+        return _patiently(commit).oid != info.sha
 
 
 def _find_branch(api: HfApi, repo_id: str, branch: str) -> Any:
@@ -311,14 +334,16 @@ def _redacted(text: str, secret: str | None) -> str:
 
 
 def check_folder(folder: str | os.PathLike) -> list[Path]:
-    """The files of `folder` that are sent: the small ones by name, then the weights. Logs what is left out, and why.
+    """The files of `folder` that are sent: the small ones by name, then the weights. Logs what is left out.
 
-    Hidden files, trainer state, logs, pickles and weights that the model does not read are left out.
+    Sent are the weights that the model reads, the code that travels with it, and what a model's folder is known to
+    hold (`PARTS`). Links that lead out of the folder are refused: what they show may not be meant to be seen.
 
     Raises:
         ValueError: the folder is no whole hfclip model: no or unreadable config.json, another `model_type`, weights
-            missing, truncated or pickled only, shards that the index does not match, code of `auto_map` missing, a
-            dual encoder without tokenizer or processor, links that lead out of the folder, an unreadable README.md.
+            missing, truncated or pickled only, shards that the index does not match, tensors that the model does not
+            have or other ones than it has, code of `auto_map` missing, a dual encoder without tokenizer or processor,
+            links that lead out of the folder, an unreadable README.md.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -333,17 +358,17 @@ def check_folder(folder: str | os.PathLike) -> list[Path]:
             f"{folder}: found a model of type {model_type!r}, expected one of hfclip. Open it with "
             "`HFCLIPModel.from_pretrained` and save model and processor to a new folder."
         )
-    weights = _check_weights(folder)
-    _check_code(folder, config)
+    shapes = _check_weights(folder)
+    code = _check_code(folder, config)
     if _is_dual_encoder(config):
         _check_processor(folder)
     if (folder / "README.md").is_file():
         _check_card(folder / "README.md")
-    files: list[Path] = []
-    left_out: list[str] = []
-    _collect(folder, folder, weights, files, left_out)
+    _check_tensors(folder, config, {name: shape for file in shapes.values() for name, shape in file.items()})
+    weights = shapes.keys() | ({INDEX} if WEIGHTS not in shapes else set())
+    files, left_out = _sort_out(folder, weights | code)
     if left_out:
-        logger.warning("Left out: %s", ", ".join(left_out))
+        logger.warning("Left out, as no part of the model: %s", ", ".join(left_out))
     return sorted(files, key=lambda path: (path.name in weights, path.relative_to(folder).as_posix()))
 
 
@@ -354,15 +379,15 @@ def _is_dual_encoder(config: dict) -> bool:
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: found no readable JSON ({error}). Save the model again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: found a {type(content).__name__}, expected a JSON object. Save the model again.")
     return content
 
 
-def _check_weights(folder: Path) -> set[str]:
-    """Names of the weight files, index included, after opening each."""
+def _check_weights(folder: Path) -> dict[str, dict[str, list[int]]]:
+    """The weight files, each with the shapes of the tensors that are read from it."""
     whole, index = folder / WEIGHTS, folder / INDEX
     if whole.is_file() and index.is_file():
         raise ValueError(
@@ -370,37 +395,44 @@ def _check_weights(folder: Path) -> set[str]:
             "from_pretrained would read the first."
         )
     if whole.is_file():
-        _tensor_names(whole)
-        return {WEIGHTS}
+        return {WEIGHTS: _shapes(whole)}
     if not index.is_file():
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
         raise ValueError(
             f"{folder}: found {'only pickled weights, ' + ', '.join(pickled) if pickled else 'no weights'}, expected "
             f"{WEIGHTS} (or {INDEX} and its shards). Open the model and save it with `save_pretrained`."
         )
-    shard_of = _read_json(index).get("weight_map") or {}
-    shards = sorted(set(shard_of.values()))
+    shard_of = _read_json(index).get("weight_map")
+    named = list(shard_of.values()) if isinstance(shard_of, dict) else [shard_of]
+    if strange := [name for name in named if not (isinstance(name, str) and SHARD.fullmatch(name))]:
+        raise ValueError(
+            f"{index}: found {str(strange[0])[:80]!r} in weight_map, expected a shard such as "
+            "'model-00001-of-00002.safetensors' for each tensor. Save the model again."
+        )
+    shards = sorted(set(named))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing or not shards:
         raise ValueError(
             f"{index}: names {len(shards)} shards, found without {', '.join(missing) or 'any of them'}. Copy the "
             "missing files, or save the model again."
         )
+    shapes = {}
     for shard in shards:
-        expected = {name for name, file in shard_of.items() if file == shard}
-        if lacking := expected - _tensor_names(folder / shard):
+        found, expected = _shapes(folder / shard), {name for name, file in shard_of.items() if file == shard}
+        if lacking := expected - found.keys():
             raise ValueError(
                 f"{folder / shard}: lacks {min(lacking)} and {len(lacking) - 1} more tensors that {INDEX} expects "
                 "there. Index and shards are of different saves: save the model again."
             )
-    return {INDEX, *shards}
+        shapes[shard] = {name: found[name] for name in expected}
+    return shapes
 
 
-def _tensor_names(path: Path) -> set[str]:
-    """Names in a safetensors file; opening compares the file's length with its header."""
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Of all tensors in a safetensors file; opening compares the file's length with its header."""
     try:
         with safe_open(path, framework="np") as file:
-            return set(file.keys())
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: found {path.stat().st_size} bytes that are no whole safetensors file ({error}). Copy it again, "
@@ -408,23 +440,69 @@ def _tensor_names(path: Path) -> set[str]:
         ) from error
 
 
-def _check_code(folder: Path, config: dict) -> None:
-    """The code that `auto_map` names, and what it imports, lies in the folder."""
-    auto_map = config.get("auto_map") or {}
-    if "AutoConfig" not in auto_map or not any(name.startswith("AutoModel") for name in auto_map):
+def _check_tensors(folder: Path, config: dict, found: dict[str, list[int]]) -> None:
+    """The tensors are those of the config's model. Towers of transformers are left to it: it renames while saving."""
+    from .configuration_hfclip import TOWER_CONFIGS
+
+    towers = {tower: config.get(f"{tower}_config") for tower in ("vision", "text")}
+    types = {tower: str(part.get("model_type", "")) for tower, part in towers.items() if isinstance(part, dict)}
+    foreign = tuple(f"{tower}_model." for tower, kind in types.items() if kind and kind not in TOWER_CONFIGS)
+    try:
+        model = _on_meta(folder, config)
+    except Exception as error:  # a damaged config makes transformers raise anything
+        if not foreign:
+            raise ValueError(
+                f"{folder / 'config.json'}: found no config of a model ({_one_line(str(error))})."
+            ) from error
+        reason = _one_line(str(error))
+        logger.warning("The tensors were not compared with the model, which cannot be built here (%s).", reason)
+        return
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    ignored = type(model)._keys_to_ignore_on_load_unexpected or ()  # the model's own has its towers' added
+    missing = [tower for tower in foreign if not any(name.startswith(tower) for name in found)]
+    missing += sorted(name for name in expected.keys() - found.keys() if not name.startswith(foreign))
+    surplus = sorted(name for name in found.keys() - expected.keys() if not name.startswith(foreign))
+    surplus = [name for name in surplus if not any(re.search(pattern, name) for pattern in ignored)]
+    common = sorted(name for name in expected.keys() & found.keys() if not name.startswith(foreign))
+    differing = [f"{name} {found[name]} for {expected[name]}" for name in common if found[name] != expected[name]]
+    problems = (("missing", missing), ("left over", surplus), ("of another shape", differing))
+    if said := [f"{len(names)} tensors {what}, such as {names[0]}" for what, names in problems if names]:
         raise ValueError(
-            f"{folder / 'config.json'}: found auto_map with {sorted(auto_map) or 'nothing'}, expected AutoConfig and "
+            f"{folder}: found weights that are not those of {type(model).__name__} in config.json: "
+            f"{'; '.join(said)}. Save the model again."
+        )
+
+
+def _on_meta(folder: Path, config: dict) -> "PreTrainedModel":
+    """The config's model without weights."""
+    import torch
+
+    from . import modeling_hfclip as modeling
+
+    default = {"hfclip": modeling.HFCLIPModel, **modeling.TOWERS}[config["model_type"]].__name__
+    (architecture,) = config.get("architectures") or [default]
+    if (model_class := getattr(modeling, architecture, None)) is None:
+        raise ValueError(f"architectures: {architecture!r} is no class of hfclip")
+    with torch.device("meta"):
+        return model_class(model_class.config_class.from_pretrained(folder))
+
+
+def _check_code(folder: Path, config: dict) -> set[str]:
+    """The files of code that `auto_map` names, and what they import, all in the folder."""
+    names = list(config["auto_map"]) if isinstance(config.get("auto_map"), dict) else []
+    if "AutoConfig" not in names or not any(name.startswith("AutoModel") for name in names):
+        raise ValueError(
+            f"{folder / 'config.json'}: found auto_map with {', '.join(names) or 'nothing'}, expected AutoConfig and "
             "AutoModel: without them nobody can open the model. Save it with hfclip's `save_pretrained`."
         )
     configs = [config, *(_read_json(path) for path in folder.glob("*processor_config.json"))]
     if (folder / "tokenizer_config.json").is_file():
         configs.append(_read_json(folder / "tokenizer_config.json"))
     waiting = {reference for part in configs for reference in _references(part)}
-    foreign = sorted(reference for reference in waiting if "--" in reference)
-    if foreign:
+    if foreign := sorted(reference for reference in waiting if not re.fullmatch(r"\w+\.\w+", reference)):
         raise ValueError(
-            f"{folder}: auto_map names code of another repository, {foreign[0]}, expected code in this folder. Open "
-            "the model with hfclip and save it again."
+            f"{folder}: found {foreign[0]!r} in auto_map, expected code in this folder, as `module.Class`. Open the "
+            "model with hfclip and save it again."
         )
     modules, seen = {reference.split(".")[0] for reference in waiting}, set()
     while modules:
@@ -435,16 +513,20 @@ def _check_code(folder: Path, config: dict) -> None:
                 f"{folder}: found no {file.name}, which auto_map or its code needs. Save the model again."
             )
         seen.add(name)
-        imported = re.findall(r"^\s*from \.(\w+) import", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        modules |= set(imported) - seen
+        try:
+            source = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: found no text in UTF-8 ({error}). Save the model again.") from error
+        modules |= set(re.findall(r"^\s*from \.(\w+) import", source, flags=re.MULTILINE)) - seen
+    return {f"{name}.py" for name in seen}
 
 
 def _references(part: Any) -> Iterator[str]:
     """All `module.Class` of all auto_maps in a config, nested ones included."""
     for key, value in part.items() if isinstance(part, dict) else ():
         if key == "auto_map":
-            for reference in value.values():
-                yield from filter(None, reference if isinstance(reference, list) else [reference])
+            for reference in value.values() if isinstance(value, dict) else [value]:
+                yield from map(str, filter(None, reference if isinstance(reference, list) else [reference]))
         else:
             yield from _references(value)
 
@@ -477,36 +559,21 @@ def _check_card(path: Path) -> None:
         raise ValueError(f"{path}: its metadata, between the lines of `---`, cannot be read ({error}).") from error
 
 
-def _collect(here: Path, folder: Path, weights: set[str], files: list[Path], left_out: list[str]) -> None:
-    """Sorts all below `here` into the two lists. Refuses links that lead out: what they show may not be meant to."""
-    for path in sorted(here.iterdir()):
-        relative = path.relative_to(folder)
-        reason = _why_left_out(relative, weights)
-        if reason is None and path.is_symlink():
-            if not (path.exists() and path.resolve().is_relative_to(folder.resolve())):
-                raise ValueError(
-                    f"{path}: found a link to {os.readlink(path)}, expected files of {folder} only. Copy the folder "
-                    "with its links followed (`cp -rL`), or delete the link."
-                )
-            reason = "a link to a folder" if path.is_dir() else None
-        if reason is not None:
-            left_out.append(f"{relative.as_posix()} ({reason})")
-        elif path.is_dir():
-            _collect(path, folder, weights, files, left_out)
-        else:
+def _sort_out(folder: Path, own: set[str]) -> tuple[list[Path], list[str]]:
+    """The files to send, `own` and `PARTS`, and the names of all else. Refuses links that lead out."""
+    folders = {folder / name for name in FOLDERS if (folder / name).is_dir() and not (folder / name).is_symlink()}
+    paths = {*folder.iterdir(), *(path for inner in folders for path in inner.iterdir())} - folders
+    files, left_out = [], []
+    for path in sorted(paths):
+        name = path.relative_to(folder).as_posix()
+        part = name in own or PARTS.fullmatch(name)
+        if part and path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(folder.resolve())):
+            raise ValueError(
+                f"{path}: found a link to {os.readlink(path)}, expected files of {folder} only. Copy the folder with "
+                "its links followed (`cp -rL`), or delete the link."
+            )
+        if part and path.is_file():
             files.append(path)
-
-
-def _why_left_out(relative: Path, weights: set[str]) -> str | None:
-    name, suffix = relative.name, relative.suffix
-    if name.startswith("."):
-        return "hidden"
-    if name in NOT_THE_MODEL or re.fullmatch(r"checkpoint-\d+", name):
-        return "of a training run or a cache"
-    if suffix in TEMPORARY:
-        return "temporary"
-    if suffix in PICKLED:
-        return "pickled"
-    if (suffix == ".safetensors" or name == INDEX) and relative.as_posix() not in weights:
-        return "not read by this model"
-    return None
+        else:
+            left_out.append(name)
+    return files, left_out

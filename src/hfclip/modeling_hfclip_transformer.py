@@ -80,8 +80,9 @@ def asks_for_all_positions(config: PreTrainedConfig, kwargs: dict) -> bool:
 class PackedTexts:
     """Where the real tokens of a padded batch lie: flat (num_tokens, ...) tensors <-> (batch, length, ...) tensors.
 
-    The flat list is filled up to a multiple of 64 with tokens from behind the pooled ones, as far as there are any:
-    kernels are chosen and cached by shape, and numbers of tokens would hardly ever repeat.
+    The flat list is filled up to a round number with tokens from behind the pooled ones, as far as there are any:
+    kernels are chosen and cached by shape, and numbers of tokens would hardly ever repeat. Round are multiples of 64,
+    and of larger powers of two for longer lists: at most 16 numbers between one power of two and the next.
     """
 
     index: torch.Tensor  # (num_tokens,) place of each packed token in the flattened (batch * length) layout
@@ -98,7 +99,8 @@ class PackedTexts:
         if attention_mask is not None and not bool(attention_mask[:, : len(order)].bool()[real].all()):
             return None
         taken = real.flatten().clone()
-        taken[(~taken).nonzero().flatten()[: -int(real.sum()) % 64]] = True
+        num_real = int(real.sum())
+        taken[(~taken).nonzero().flatten()[: -num_real % max(64, 2 ** num_real.bit_length() // 32)]] = True
         index = taken.nonzero().flatten()
         rows = torch.arange(len(pooled), device=pooled.device)
         last = taken.cumsum(dim=0)[rows * len(order) + pooled] - 1
