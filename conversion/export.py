@@ -340,7 +340,7 @@ class TextTower(torch.nn.Module):
 
 def export_tower(tower: ImageTower | TextTower, inputs: torch.Tensor, path: Path) -> None:
     dynamic = {0: torch.export.Dim("batch", min=1)}
-    if isinstance(tower, TextTower) and not tower.model.config.text_config.reads_padding:
+    if isinstance(tower, TextTower) and not getattr(tower.model.config.text_config, "reads_padding", False):
         dynamic[1] = torch.export.Dim("length", min=2, max=inputs.shape[1])
         inputs = inputs[
             :-3, : inputs.shape[1] // 2 + 1
@@ -383,7 +383,7 @@ def variants(tower: ImageTower | TextTower, inputs: torch.Tensor) -> Iterable[to
         yield from (
             inputs,
             inputs[:1, : max(3, inputs.shape[1] // 4)]
-            if not tower.model.config.text_config.reads_padding
+            if not getattr(tower.model.config.text_config, "reads_padding", False)
             else inputs[:1],
         )
     else:

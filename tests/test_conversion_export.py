@@ -73,6 +73,18 @@ def test_onnx_of_a_tower_that_reads_its_padding(data_dir, tmp_path):
     assert relative(torch.from_numpy(found), expected) < ONNX
 
 
+def test_onnx_of_a_bag_of_words(tmp_path):
+    text = dict(model_type="hfclip_bag_of_words", hidden_size=32, vocab_size=100, eos_token_id=99)
+    vision = dict(model_type="hfclip_resnet", depths=(1, 1, 1, 1), stem_width=8, image_size=32, projection_dim=16)
+    model = HFCLIPModel(HFCLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    model.save_pretrained(tmp_path / "ours")
+    run_script("export", tmp_path / "ours", tmp_path / "out", "--to", "onnx")
+    ids = np.array([[5, 7, 99], [1, 99, 0]])
+    (found,) = onnx_session(tmp_path / "out" / "onnx" / "text_model.onnx").run(None, {"input_ids": ids})
+    with torch.no_grad():
+        assert relative(torch.from_numpy(found), model.encode_text(torch.from_numpy(ids), normalize=False)) < ONNX
+
+
 @pytest.mark.parametrize("to", ["openai", "openclip", "transformers", "onnx"])
 def test_rejects_folders_that_are_no_whole_model(to, data_dir, tmp_path):
     weights, _, _ = read_golden(data_dir / "golden" / "openai_vit_tiny.safetensors")

@@ -170,6 +170,7 @@ class HFCLIPBagOfWordsConfig(HFCLIPBaseConfig):
     model_type = "hfclip_bag_of_words"
     base_config_key = "text_config"
     pooler_is_projected = False
+    reads_padding = False
 
     vocab_size: int = 49408
     hidden_size: int = 512
