@@ -85,6 +85,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self._files = files
         self._entries = entries
         self._intact: set[Span] = set()
+        self._sha256: str | None = None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -123,6 +124,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def sha256(self) -> str:
         """SHA-256 of the file in hexadecimal; for shards, of their sorted hexadecimal digests written one after the
         other. Shows a bar for files above 100 MB."""
+        if self._sha256 is not None:
+            return self._sha256
         digests = []
         size = sum(file.stat().st_size for file in self._files)
         with tqdm(total=size, desc="SHA-256", unit="B", unit_scale=True, disable=size <= 100 * 10**6) as bar:
@@ -133,7 +136,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                         digest.update(piece)
                         bar.update(len(piece))
                 digests.append(digest.hexdigest())
-        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+        several = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+        self._sha256 = digests[0] if len(digests) == 1 else several
+        return self._sha256
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

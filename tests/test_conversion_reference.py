@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from test_key_maps import GOLDEN
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -30,14 +31,6 @@ from transformers import (
 from conversion.reference import Recorder, Settings, image_features, text_features, unread
 
 
-GOLDEN = [
-    "openai_resnet_tiny",
-    "openai_vit_tiny",
-    "openclip_resnet_tiny",
-    "openclip_vit_gelu_tiny",
-    "openclip_vit_quickgelu_tiny",
-    "openclip_vit_siglip_head_tiny",
-]
 # Two float32 implementations of the same sums: 2e-5 is some hundred units in the last place.
 FLOAT32 = 2e-5
 # The same in float64, with more than a thousandfold margin; a wrong formula is off by far more than 1e-3.

@@ -21,6 +21,7 @@ from hub_server import HubServer
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_auto import CAPTIONS, VISIONS
 from training_utils import command, pairs, write_recipe, write_tar
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer, hub
@@ -32,14 +33,6 @@ from training.config import UsageError, parse_arguments
 SCRIPT = Path(__file__).resolve().parents[1] / "conversion" / "push_to_hub.py"
 TOKEN = "hf_ThisIsTheSecretOfTheTests"
 REPO = "anna/clip-birds"
-CAPTIONS = ["a photo of a cat", "a photo of a dog", "two small birds on a branch", "a red car, parked"]
-VISIONS = {
-    "vit": dict(
-        model_type="hfclip_vit", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        image_size=32, patch_size=8,
-    ),
-    "resnet": dict(model_type="hfclip_resnet", depths=(1, 1, 1, 1), stem_width=8, image_size=32),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
