@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -25,6 +26,13 @@ QUICKSTART = "quickstart"
 # Flags that say what is trained, or on what: a run that is not the quickstart any more.
 NAMES_A_RUN = ("data.train",) + tuple(
     f"model.{origin}" for origin in ("preset", "config", "checkpoint", "vision_checkpoint", "text_checkpoint")
+)
+SHORT_FLAGS = {"run.stop_after": ("--stop-after",), "run.profile": ("--profile",)}
+# Asked for out of habit. The answer is why there is none.
+ACCUMULATION = ("gradient_accumulation_steps", "accumulation_steps", "gradient_accumulation", "accum_freq")
+NO_ACCUMULATION = (
+    " The gradients of small contrastive batches do not add up to that of the large one: each pair would meet only the "
+    "negatives of its own small batch. optim.micro_batch_size saves the same memory and is exact."
 )
 
 
@@ -96,9 +104,9 @@ class ModelConfig:
 class DataConfig:
     """The pairs to learn from, and how they are read."""
 
-    train: str = "scenes"
+    train: str | dict = "scenes"
     """The built-in "scenes"; WebDataset tars (`{0..7}.tar`, glob, folder; local, hf://, https://, s3://); a parquet or
-    image folder; or a data set's name on the Hub."""
+    image folder; or a data set's name on the Hub. A mapping of such names to weights mixes them."""
     split: str = "train"
     """Split of a data set that `datasets` loads."""
     image_key: str | None = None
@@ -116,6 +124,9 @@ class DataConfig:
     """Where remote shards and the indices of shards are kept."""
     max_bad_in_a_row: int = 50
     """So many unusable samples in one place of the batch, one after the other, end the run."""
+    phases: list[dict] = field(default_factory=list)
+    """Cheaper parts of the run that come before the full resolution (CLIPA, FLIP), each a mapping of `epochs` and of
+    some of `image_size`, `text_length`, `patch_dropout`."""
 
     def __post_init__(self):
         _require(bool(self.train), "data.train", self.train, "a path, a URL, a name on the Hub or 'scenes'")
@@ -133,6 +144,11 @@ class OptimConfig:
     """CLIP's symmetric cross-entropy, or SigLIP's sigmoid loss. Both see the global batch."""
     batch_size: int = 256
     """Pairs per step over all processes together (the paper: 32,768)."""
+    micro_batch_size: int | None = None
+    """Pairs that a process embeds at a time. Fewer than its share of the batch: the towers run twice and the memory is
+    that of so few pairs, with the gradient of the whole batch (gradient cache). null: all at once."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How processes see each other's embeddings: all at once, or passed round, never held together."""
     epochs: float = 32.0
     """Passes over the data; each drops the last incomplete batch."""
     steps: int | None = None
@@ -147,6 +163,14 @@ class OptimConfig:
     """Decay of the second moment. null: 0.98 for transformers, 0.999 for the ResNets."""
     eps: float | None = None
     """Adam's epsilon. null: 1e-6 for transformers, 1e-8 for the ResNets."""
+    layer_decay: float = 1.0
+    """Each block of a tower learns at so many times the rate of the block above it. 1: all at the same rate."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Of AdamW's two moments. bfloat16 halves them, rounded stochastically (the paper's half-precision statistics)."""
+    text_weights: Literal["float32", "bfloat16"] = "float32"
+    """Of the text tower while it trains. bfloat16 halves them, rounded stochastically after each step (the paper)."""
+    ema_decay: float | None = None
+    """Keeps a moving average of the weights with this decay per step, which is evaluated and saved too. null: none."""
     max_grad_norm: float | None = None
     """Gradients are scaled down to this norm. null: not."""
     max_logit_scale: float = 100.0
@@ -154,7 +178,12 @@ class OptimConfig:
 
     def __post_init__(self):
         _require(self.batch_size >= 2, "optim.batch_size", self.batch_size, "at least 2: one pair has no negatives")
+        micro = self.micro_batch_size
+        _require(micro is None or micro >= 1, "optim.micro_batch_size", micro, "null or at least 1")
         _require(0 < self.epochs < math.inf, "optim.epochs", self.epochs, "above 0")
+        _require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "above 0, at most 1")
+        ema = self.ema_decay
+        _require(ema is None or 0 < ema < 1, "optim.ema_decay", ema, "null or between 0 and 1")
         _require(self.steps is None or self.steps >= 1, "optim.steps", self.steps, "null or at least 1")
         _require(0 < self.lr < math.inf, "optim.lr", self.lr, "above 0")
         _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
@@ -164,6 +193,23 @@ class OptimConfig:
         norm = self.max_grad_norm
         _require(norm is None or 0 < norm < math.inf, "optim.max_grad_norm", norm, "null or above 0")
         _require(1 <= self.max_logit_scale < math.inf, "optim.max_logit_scale", self.max_logit_scale, "at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class DistillConfig:
+    """A trained CLIP as teacher: the student's similarities learn to follow the teacher's (arXiv:2311.17049)."""
+
+    teacher: str | None = None
+    """An hfclip or transformers CLIP folder or Hub name, run beside the student. null: none."""
+    embeddings: str | None = None
+    """Stored embeddings of the teacher instead, made by `training/embed.py` for data.train. null: none."""
+    weight: float = 1.0
+    """Share of the loss that follows the teacher, 0 to 1; the rest is optim.loss."""
+
+    def __post_init__(self):
+        if self.teacher is not None and self.embeddings is not None:
+            raise UsageError("distill: teacher and embeddings are both set, expected one of them. Unset the other.")
+        _require(0 <= self.weight <= 1, "distill.weight", self.weight, "0 to 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -182,6 +228,14 @@ class RunConfig:
     """Steps between checkpoints. null: one after each epoch. 0: at the end only."""
     keep_checkpoints: int = 3
     """The newest so many are kept."""
+    keep_every_hours: float | None = None
+    """Beside the newest, one checkpoint of every so many hours is kept for good. null: none."""
+    stop_after: float | None = None
+    """Minutes after which the run saves and ends with status 0, to be resumed: for jobs with a time limit."""
+    profile: int = 0
+    """Steps that are traced, after three to warm up, into profile/ of the run folder."""
+    max_silence: float = 45.0
+    """Seconds without a sign of life from any process after which all of them end."""
     trackers: list[str] = field(default_factory=list)
     """Accelerate trackers beside metrics.jsonl: tensorboard, wandb, trackio ..."""
     max_bad_steps: int = 20
@@ -198,6 +252,11 @@ class RunConfig:
             self.save_every is None or self.save_every >= 0, "run.save_every", self.save_every, "null or 0 or more"
         )
         _require(self.keep_checkpoints >= 1, "run.keep_checkpoints", self.keep_checkpoints, "at least 1")
+        hours, minutes = self.keep_every_hours, self.stop_after
+        _require(hours is None or 0 < hours < math.inf, "run.keep_every_hours", hours, "null or above 0")
+        _require(minutes is None or 0 < minutes < math.inf, "run.stop_after", minutes, "null or above 0, in minutes")
+        _require(self.profile >= 0, "run.profile", self.profile, "0 or more")
+        _require(5 <= self.max_silence < math.inf, "run.max_silence", self.max_silence, "5 or more, in seconds")
         _require(self.max_bad_steps >= 1, "run.max_bad_steps", self.max_bad_steps, "at least 1")
         if self.push_to_hub is not None:
             try:
@@ -234,6 +293,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
+    distill: DistillConfig
     run: RunConfig
     eval: EvalConfig
 
@@ -326,7 +386,8 @@ def _parser() -> argparse.ArgumentParser:
         options = {"nargs": "?", "const": "true"} if hint is bool else {}
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
         metavar = "{" + ",".join(choices) + "}" if choices else _describe(hint).upper()
-        groups[name.split(".")[0]].add_argument(f"--{name}", dest=name, metavar=metavar, help=text, **options)
+        flags = [f"--{name}", *SHORT_FLAGS.get(name, ())]
+        groups[name.split(".")[0]].add_argument(*flags, dest=name, metavar=metavar, help=text, **options)
     return parser
 
 
@@ -354,7 +415,7 @@ def _field_docstrings(section: type) -> dict[str, str]:
 def _from_command_line(text: str, hint: Any, name: str) -> Any:
     """Text of an argument -> the value that YAML would give; words stay text for settings that take text."""
     takes_text = str in (hint, *typing.get_args(hint)) or hint == list[str]
-    if takes_text and text != "null" and not text.startswith("{"):
+    if takes_text and text != "null" and not (dict in typing.get_args(hint) and re.fullmatch(r"\{.*\}", text, re.S)):
         return text
     try:
         return yaml.safe_load(text)
@@ -371,6 +432,8 @@ def _cast(value: Any, hint: Any, name: str) -> Any:
         if option == list[str] and isinstance(value, str):
             return [word.strip() for word in value.split(",") if word.strip()]
         if option == list[str] and isinstance(value, list) and all(isinstance(word, str) for word in value):
+            return value
+        if option == list[dict] and isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
             return value
         if option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:  # YAML reads 1e-3 as text
@@ -389,7 +452,7 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
     names = {type(None): "null", str: "text", int: "int", float: "number", bool: "true or false", dict: "mapping"}
-    return names.get(hint, "list of text")
+    return names.get(hint, "list of mappings" if hint == list[dict] else "list of text")
 
 
 def _check_names(given: dict, known: dict, what: str, prefix: str = "") -> None:
@@ -400,6 +463,8 @@ def _check_names(given: dict, known: dict, what: str, prefix: str = "") -> None:
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
     """The hint that follows an unknown name."""
+    if name.lstrip("-").rsplit(".", 1)[-1] in ACCUMULATION:
+        return NO_ACCUMULATION
     close = [k for k in known if k.endswith("." + name.lstrip("-"))] or difflib.get_close_matches(name, known, n=1)
     return (
         f" Did you mean {prefix + close[0]!r}?"
