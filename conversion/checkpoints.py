@@ -41,6 +41,7 @@ FOLDER_FILES = (
     "model.safetensors.index.json",
     "open_clip_model.safetensors",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
     "open_clip_pytorch_model.bin",
 )
 # First bytes of files that are often taken for checkpoints, what they are, and what to do.
@@ -83,24 +84,24 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.format = format
         self.scalars = scalars
         self._files = files
-        self._entries = entries
+        self.entries = entries
         self._intact: set[Span] = set()
         self._sha256: str | None = None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self.entries
 
     def shape(self, name: str) -> torch.Size:
-        return torch.Size(self._entries[name].shape)
+        return torch.Size(self.entries[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entries[name].dtype
+        return self.entries[name].dtype
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Reads a tensor.
@@ -109,7 +110,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             KeyError: no tensor of this name.
             CheckpointError: the file is shorter than when it was opened, or its bytes do not fit its checksum.
         """
-        entry = self._entries[name]
+        entry = self.entries[name]
         if 0 in entry.shape:
             return torch.empty(entry.shape, dtype=entry.dtype)
         itemsize = entry.dtype.itemsize
@@ -141,6 +142,30 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return self._sha256
 
 
+class View(Mapping[str, torch.Tensor]):
+    """Some tensors of a mapping under other names, read when asked for: `names` maps the new names to the old."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
+        self.tensors, self.names = tensors, names
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def on_meta(self) -> dict[str, torch.Tensor]:
+        """Shapes and dtypes of a checkpoint's tensors; nothing is read."""
+        shape, dtype = self.tensors.shape, self.tensors.dtype
+        return {new: torch.empty(shape(old), dtype=dtype(old), device="meta") for new, old in self.names.items()}
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a checkpoint file, or a folder with one under a usual name (`FOLDER_FILES`); reads no tensor data.
 
@@ -155,11 +180,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if not path.is_file():
             raise CheckpointError("no such file; expected a checkpoint file or a folder with one.")
     with errors_of(path):
-        if path.name.endswith(".index.json"):
-            return open_shards(path)
-        if check_kind(path) == "zip":
-            return open_zip(path)
-        return Checkpoint(path, "safetensors", [path], *read_safetensors(path))
+        return open_shards(path) if path.name.endswith(".index.json") else open_file(path)
+
+
+def open_file(path: Path) -> Checkpoint:
+    if check_kind(path) == "zip":
+        return open_zip(path)
+    return Checkpoint(path, "safetensors", [path], *read_safetensors(path))
 
 
 @contextmanager
@@ -390,21 +417,24 @@ def open_shards(index: Path) -> Checkpoint:
             raise ValueError("weight_map is empty")
     except Exception as error:  # no JSON, no such key, values of other types, nested beyond measure
         raise CheckpointError(f"no index of shards ({type(error).__name__}: {error}).") from error
-    unsafe = [name for name in names if not re.fullmatch(r"[^/\\:\0]+\.safetensors", str(name))]
+    suffix, kind = (".bin", "torch") if index.name.endswith(".bin.index.json") else (".safetensors", "safetensors")
+    unsafe = [name for name in names if not re.fullmatch(rf"[^/\\:\0]+\{suffix}", str(name))]
     if unsafe:
-        raise CheckpointError(f"the index names {unsafe[:3]}; expected plain names of .safetensors files.")
+        raise CheckpointError(f"the index names {unsafe[:3]}; expected plain names of {suffix} files.")
     files = [index.parent / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(f"the index names shards that are missing: {missing[:5]}; download them too.")
     entries: dict[str, Entry] = {}
-    values: dict[str, str] = {}
+    scalars: dict[str, Any] = {}
     for file in files:
         with errors_of(file):
-            found, metadata = read_safetensors(file)
-        wrong = found.keys() ^ {name for name, shard in weight_map.items() if shard == file.name}
+            shard = open_file(file)
+            if shard.format != kind:
+                raise CheckpointError(f"a {shard.format} file, expected {kind} as its name says; download it again.")
+        wrong = shard.keys() ^ {name for name, holder in weight_map.items() if holder == file.name}
         if wrong:
             raise CheckpointError(f"the index and {file.name} disagree on {sorted(wrong)[:5]}; download both again.")
-        entries |= found
-        values |= metadata
-    return Checkpoint(index, "safetensors", files, entries, values)
+        entries |= shard.entries
+        scalars |= shard.scalars
+    return Checkpoint(index, kind, files, entries, scalars)

@@ -5,8 +5,7 @@
         -> proof: embeddings of fixed inputs, by the written model and by `reference` from the source's own tensors
         -> conversion.json, model card -> renamed into place -> Hub, if asked for
 
-Anything that fails on the way leaves no folder behind. Both sides of the proof compute in float64, so a difference that
-is more than rounding shows whatever its size.
+Anything that fails on the way leaves no folder behind.
 """
 
 import argparse
@@ -26,77 +25,26 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import cpu_offload, init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import hfclip
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
-from hfclip.configuration_hfclip import TOWER_CONFIGS
-from hfclip.hub import HubError, end_on_interrupt, push
+from hfclip.hub import HubError, check_target, end_on_interrupt, push
 from hfclip.model_card import model_card
 
-from .checkpoints import Checkpoint, open_checkpoint
-from .folder import WrittenWeights, new_folder, num_bytes, write_weights
+from .checkpoints import Checkpoint, View, open_checkpoint
+from .folder import WrittenWeights, new_folder, num_bytes, require_free, write_weights
+from .proof import Rounded, compare, differences, features_of, fixed_inputs, rounded, show, streamed
 from .reference import Recorder, unread
 
 
-TOLERANCE = 1e-9  # relative, in float64; two orders of summation differ by about 1e-15
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"  # has the vocabulary of OpenAI's nine models
 OPENAI_VOCABULARY = 49408
 MAX_LAYERS = 1000
-
-
-class View(Mapping):
-    """Some tensors of a checkpoint under other names: `names` maps the new ones to the old."""
-
-    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]):
-        self.checkpoint, self.names = checkpoint, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.checkpoint[self.names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def on_meta(self) -> dict[str, Tensor]:
-        """Shapes and dtypes, without reading a tensor."""
-        old = self.names
-        return {
-            new: torch.empty(self.checkpoint.shape(old[new]), dtype=self.checkpoint.dtype(old[new]), device="meta")
-            for new in self
-        }
-
-
-class Rounded(Mapping):
-    """Tensors as they are in another floating point dtype."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype):
-        self.tensors, self.dtype = tensors, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        return rounded(self.tensors[name], self.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-
-def rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`tensor` in `dtype` if it is floating point; as it is for None."""
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 Items = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]]
@@ -132,8 +80,6 @@ def convert(plan: Conversion, out: Path, options: argparse.Namespace) -> None:
         ValueError: tensors missing, left over or of the wrong shape; a result that differs from its source; an output
             folder that exists; too little space.
     """
-    if options.push_to_hub:
-        validate_repo_id(options.push_to_hub)
     dtype = DTYPES.get(options.dtype)
     model = on_meta(plan.model_class, plan.config, dtype)
     layout = {name: rounded(tensor, dtype) for name, tensor in plan.items(plan.weights.on_meta())}
@@ -146,13 +92,30 @@ def convert(plan: Conversion, out: Path, options: argparse.Namespace) -> None:
         files = write_weights(folder, layout, plan.items(plan.weights))
         provenance = record(plan, layout, files, prove(plan, files, dtype))
         (folder / "conversion.json").write_text(json.dumps(provenance, indent=2) + "\n")
-        card = model_card(plan.config, name=out.name, provenance=card_lines(provenance), results=[])
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card_of(plan, out, options.push_to_hub, provenance), encoding="utf-8")
     for note in plan.notes:
         say(f"NOTE: {note}")
     say(f"Written: {out}")
     if options.push_to_hub:
         publish(out, options)
+
+
+def prove(plan: Conversion, files: list[Path], dtype: torch.dtype | None) -> dict[str, dict[str, float]]:
+    """Compares what source and result compute, and returns the differences by name.
+
+    Raises:
+        ValueError: above `TOLERANCE`, a value that is not finite, or a tensor of the source that took part in nothing.
+    """
+    say("Comparing with the source ...")
+    inputs = fixed_inputs(plan.config)
+    source = Recorder(plan.weights)
+    expected = plan.features(source if dtype is None else Rounded(source, dtype), *inputs)
+    if idle := unread(source):
+        raise ValueError(f"{len(idle)} tensors of the source take part in nothing, such as {idle[:3]}.")
+    found = features_of(streamed(plan.model_class, plan.config, WrittenWeights(files)), *inputs)
+    if dtype is not None:
+        show("What rounding changes", differences(found, plan.features(plan.weights, *inputs)))
+    return compare(found, expected)
 
 
 def publish(out: Path, options: argparse.Namespace) -> None:
@@ -177,11 +140,17 @@ def on_meta(model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype 
     """The model without weights.
 
     Raises:
-        ValueError: more layers than any model has; building them would take for ever.
+        ValueError: more layers than any model has, which would take for ever to build, or a negative
+            `initializer_factor`, with which no weights can be drawn.
     """
     for part in (config, getattr(config, "text_config", config), getattr(config, "vision_config", config)):
         if (layers := getattr(part, "num_hidden_layers", 0)) > MAX_LAYERS:
             raise ValueError(f"{part.model_type}: found {layers} layers, expected at most {MAX_LAYERS}.")
+        if not (factor := getattr(part, "initializer_factor", 1.0)) >= 0:
+            raise ValueError(
+                f"{part.model_type}: found initializer_factor {factor}, expected a number from 0. It has no bearing on "
+                "trained weights: set it to 1.0 in config.json."
+            )
     with torch.device("meta"):
         model = model_class(config)
     return model if dtype is None else model.to(dtype)
@@ -247,119 +216,6 @@ def describe(config: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Proof
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def fixed_inputs(config: Any) -> tuple[Tensor | None, Tensor | None]:
-    """An image of noise and three texts, the same on every run: (1, channels, side, side), (3, context).
-
-    The texts have no, some and as many as possible tokens in front of their end. None for a tower that is not there.
-    """
-    generator = torch.Generator().manual_seed(0)
-    vision = getattr(config, "vision_config", config if hasattr(config, "image_size") else None)
-    text = getattr(config, "text_config", config if hasattr(config, "vocab_size") else None)
-    pixel_values = input_ids = None
-    if vision is not None:
-        pixel_values = torch.randn(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size, generator=generator)  # fmt: skip
-    if text is not None:
-        length, end = text.max_position_embeddings, text.eos_token_id
-        words = range(end) if end is not None and end >= 4 else [token for token in (0, 1, 2, 3) if token != end]
-        if text.model_type not in TOWER_CONFIGS:
-            # RoBERTa has two positions more than places, BERT no end; both leave the padding out wherever it is.
-            length, end = min(length, 64), text.vocab_size - 1 if end is None else end
-            words = [token for token in words if token != text.pad_token_id]
-        chosen = torch.randint(len(words), (3, length), generator=generator)
-        input_ids = torch.tensor(words)[chosen]
-        for row, position in zip(input_ids, (1, length // 2, length - 1)):
-            row[position] = end
-            row[position + 1 :] = getattr(text, "pad_token_id", 0) or 0
-    return pixel_values, input_ids
-
-
-def prove(plan: Conversion, files: list[Path], dtype: torch.dtype | None) -> dict[str, dict[str, float]]:
-    """Compares what source and result compute, and returns the differences by name.
-
-    Raises:
-        ValueError: above `TOLERANCE`, a value that is not finite, or a tensor of the source that took part in nothing.
-    """
-    say("Comparing with the source ...")
-    inputs = fixed_inputs(plan.config)
-    source = Recorder(plan.weights)
-    expected = plan.features(source if dtype is None else Rounded(source, dtype), *inputs)
-    if idle := unread(source):
-        raise ValueError(f"{len(idle)} tensors of the source take part in nothing, such as {idle[:3]}.")
-    found = features_of(streamed(plan.model_class, plan.config, WrittenWeights(files)), *inputs)
-    if dtype is not None:
-        say("\nWhat rounding changes:")
-        show(differences(found, plan.features(plan.weights, *inputs)))
-    return compare(found, expected)
-
-
-def compare(
-    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE
-) -> dict[str, dict[str, float]]:
-    """Prints and returns the differences of embeddings by name.
-
-    Raises:
-        ValueError: one is larger than `tolerance` relative to the largest value, or not finite.
-    """
-    values = differences(found, expected)
-    say("\nSource against result, embeddings of fixed inputs:")
-    show(values)
-    wrong = [name for name in expected if not values[name]["relative"] <= tolerance]
-    if wrong:
-        raise ValueError(
-            f"The result does not compute what the source does: {', '.join(wrong)} differ by more than {tolerance:g}. "
-            "Nothing was written. The checkpoint's settings may not be what its config says."
-        )
-    return values
-
-
-def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    return {name: difference(found[name], expected[name]) for name in expected}
-
-
-def show(values: dict[str, dict[str, float]]) -> None:
-    for name, numbers in values.items():
-        say(f"  {name:<28} largest difference {numbers['absolute']:.1e}, relative {numbers['relative']:.1e}")
-
-
-def difference(found: Tensor, expected: Tensor) -> dict[str, float]:
-    """The largest absolute difference, and that as a share of the largest value; NaN where a value is not finite."""
-    absolute = (found - expected).abs().max().item()
-    return {"absolute": absolute, "relative": absolute / max(expected.abs().max().item(), 1e-30)}
-
-
-def streamed(model_class: type[PreTrainedModel], config: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The model in float64, each block of which takes its weights when it computes and lets them go afterwards."""
-    with init_empty_weights(include_buffers=False):  # what no file holds, such as position ids, has to be there
-        model = model_class(config).double().eval()
-    modules = list(model._no_split_modules)
-    if "TimmWrapperModel" in modules:  # its inner modules keep buffers where accelerate does not look: all at once
-        model.load_state_dict(weights, assign=True)
-        return model.double()
-    return cpu_offload(model, torch.device("cpu"), offload_buffers=True, state_dict=weights, preload_module_classes=modules)  # fmt: skip
-
-
-@torch.no_grad()
-def features_of(model: PreTrainedModel, pixel_values: Tensor | None, input_ids: Tensor | None) -> dict[str, Tensor]:
-    """Embeddings by an hfclip model, not normalised, named as `Conversion.features` names them."""
-    features = {}
-    if pixel_values is not None and hasattr(model, "get_image_features"):
-        features["image_features"] = model.get_image_features(pixel_values.double()).pooler_output
-    elif pixel_values is not None:
-        outputs = model(pixel_values=pixel_values.double())
-        features["image_features"] = outputs.get("image_embeds", outputs.get("pooler_output"))
-    if input_ids is not None and hasattr(model, "get_text_features"):
-        features["text_features"] = model.get_text_features(input_ids).pooler_output
-    elif input_ids is not None:
-        outputs = model(input_ids=input_ids)
-        features["text_features"] = outputs.get("text_embeds", outputs.get("pooler_output"))
-    return features
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Record
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -385,16 +241,24 @@ def record(
     }
 
 
-def card_lines(provenance: dict[str, Any]) -> dict[str, str]:
-    """The part of the record that a reader of the model card wants."""
+def card_of(plan: Conversion, out: Path, repo_id: str | None, provenance: dict[str, Any]) -> str:
+    """The model card, with the part of the record that its reader wants."""
     worst = max(values["relative"] for values in provenance["differences"].values())
     source = provenance["source"]
-    return {
+    lines = {
         "Converted from": f"`{source['file']}` ({source['format']})",
         "SHA-256 of the source": f"`{source['sha256']}`",
         "Largest relative difference of embeddings": f"{worst:.1e} (float64, fixed inputs)",
         "Stored as": ", ".join(provenance["dtypes"]),
     }
+    return model_card(
+        plan.config,
+        name=repo_id or ".",
+        title=None if repo_id else out.name,
+        provenance=lines,
+        results=[],
+        has_processor=isinstance(plan.processor, HFCLIPProcessor),
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -487,6 +351,24 @@ def parser_of(description: str, out_help: str = "the folder to write") -> argpar
     hub.add_argument("--private", action="store_true", default=None, help="create the repository as a private one")
     hub.add_argument("--revision", help="branch to publish on (default: main)")
     return parser
+
+
+def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line of a converter, refused before any work where it cannot end well.
+
+    Raises:
+        ValueError: an output that is not free (see `require_free`), or settings of the Hub that make no sense.
+    """
+    options = parser.parse_args()
+    if options.push_to_hub is not None:
+        check_target(options.push_to_hub, options.revision)
+    elif alone := [name for name in ("private", "revision") if getattr(options, name) is not None]:
+        raise ValueError(
+            f"Found --{' and --'.join(alone)} without --push-to-hub. Say where to publish, --push-to-hub REPO, or leave "
+            f"{'them' if len(alone) > 1 else 'it'} out."
+        )
+    require_free(options.out, options.source, options.overwrite)
+    return options
 
 
 def run(main: Callable[[], None]) -> None:

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from conversion.checkpoints import Checkpoint, open_checkpoint
-from conversion.convert import Conversion, View, convert, openai_processor, parser_of, run, say
+from conversion.checkpoints import Checkpoint, View, open_checkpoint
+from conversion.convert import Conversion, convert, openai_processor, options_of, parser_of, run, say
 from conversion.key_maps import CONSTANTS, hfclip_items, openai_config
 from conversion.reference import Settings, image_features, text_features
 from hfclip import HFCLIPModel
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--any-hash", action="store_true", help="accept a file under a published name with another SHA-256"
     )
-    options = parser.parse_args()
+    options = options_of(parser)
     checkpoint = open_checkpoint(options.source)
     conversion = plan(checkpoint, options.merges)
     if not check_hash(checkpoint, options.any_hash):

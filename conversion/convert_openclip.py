@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import AutoTokenizer
 
-from conversion.checkpoints import Checkpoint, open_checkpoint
-from conversion.convert import Conversion, View, convert, openai_processor, parser_of, run, say, settings_of
+from conversion.checkpoints import Checkpoint, View, open_checkpoint
+from conversion.convert import Conversion, convert, openai_processor, options_of, parser_of, run, say, settings_of
 from conversion.foreign_towers import SIGLIP_PREPROCESS, foreign_plan, is_foreign
 from conversion.key_maps import CONSTANTS, hfclip_items, openclip_config
 from conversion.reference import Settings, image_features, text_features
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument(
         "--text-model", metavar="NAME", help="config of a text tower of transformers: a folder or a Hub name"
     )
-    options = parser.parse_args()
+    options = options_of(parser)
     settings = read_settings(options.source, options.model)
     checkpoint = open_checkpoint(options.source)
     with settings_of(options.model or options.source / CONFIG):

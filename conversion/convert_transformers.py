@@ -21,8 +21,8 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from conversion.checkpoints import Checkpoint, open_checkpoint
-from conversion.convert import Conversion, View, convert, parser_of, run, settings_of
+from conversion.checkpoints import Checkpoint, View, open_checkpoint
+from conversion.convert import Conversion, convert, options_of, parser_of, run, settings_of
 from conversion.reference import Settings, image_features, text_features
 from hfclip import (
     HFCLIPImageProcessor,
@@ -50,8 +50,7 @@ FILES = ["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"]
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    options = parser.parse_args()
+    options = options_of(parser_of(__doc__))
     folder = options.source if options.source.exists() else fetch(str(options.source))
     with settings_of(folder / "config.json"):
         conversion = plan(folder)

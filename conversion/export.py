@@ -25,20 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer
 
-from conversion.checkpoints import open_checkpoint
-from conversion.convert import (
-    View,
-    as_path,
-    compare,
-    features_of,
-    fixed_inputs,
-    open_model,
-    open_processor,
-    run,
-    save_processor,
-    say,
-    streamed,
-)
+from conversion.checkpoints import View, open_checkpoint
+from conversion.convert import as_path, open_model, open_processor, run, save_processor, say
 from conversion.convert_openai import features as openai_features
 from conversion.convert_openclip import CONFIG
 from conversion.convert_openclip import features as openclip_features
@@ -46,6 +34,7 @@ from conversion.convert_transformers import defaults_of
 from conversion.convert_transformers import features as transformers_features
 from conversion.folder import WrittenWeights, new_folder, partial_folder, require_free, write_weights
 from conversion.key_maps import openai_config, openai_items, openclip_config
+from conversion.proof import compare, features_of, fixed_inputs, streamed
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from hfclip.configuration_hfclip import TRANSFORMERS_MODEL_TYPES
 
@@ -62,6 +51,7 @@ def main() -> None:
     parser.add_argument("--to", required=True, choices=sorted(EXPORTS), help="for whom")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     options = parser.parse_args()
+    require_free(options.out, options.source, options.overwrite, is_file=options.to == "openai")
     EXPORTS[options.to](options, *open_model(options.source))
 
 
@@ -72,7 +62,7 @@ def to_openai(options: argparse.Namespace, config: HFCLIPConfig, weights: View) 
     layout = dict(openai_items(weights.on_meta()))
     require_same(config, openai_config(layout), "openai/CLIP")
     with partial_folder(options.out) as folder:
-        require_free(options.out, options.source, options.overwrite)
+        require_free(options.out, options.source, options.overwrite, is_file=True)
         (written,) = write_weights(folder, layout, openai_items(weights), max_shard_bytes=math.inf)
         if options.out.suffix == ".pt":
             torch.save(dict(WrittenWeights([written])), folder / "weights.pt")
@@ -136,7 +126,10 @@ def to_onnx(options: argparse.Namespace, config: HFCLIPConfig, weights: View) ->
         # Scores need the trained scale and bias, which belong to neither tower.
         config.logit_scale_init_value = model.logit_scale.item()
         config.logit_bias_init_value = None if model.logit_bias is None else model.logit_bias.item()
-        config.save_pretrained(folder)
+        # The folder has no weights that code could open; save_pretrained would bring it and name it in auto_map.
+        for part in (config, config.text_config, config.vision_config):
+            vars(part).pop("auto_map", None)
+        config.to_json_file(folder / "config.json")
         save_processor(*open_processor(options.source), folder)
     say(f"Written: {options.out}")
 

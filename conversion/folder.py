@@ -8,6 +8,7 @@ A conversion never holds more than a tensor or two of the model, so it fits in l
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,8 +42,6 @@ def new_folder(path: Path, source: Path, overwrite: bool = False) -> Iterator[Pa
     path = Path(os.path.realpath(path))  # a link stays, what it points at is replaced
     with partial_folder(path) as partial:
         require_free(path, source, overwrite)
-        if path.is_file():
-            raise ValueError(f"{path} is a file, expected a folder or nothing.")
         yield partial
         if path.exists():
             replaced = path.with_name(f".{path.name}.hfclip-replaced")
@@ -82,18 +81,46 @@ def partial_folder(path: Path) -> Iterator[Path]:
         lock.release()
 
 
-def require_free(path: Path, source: Path, overwrite: bool) -> None:
-    """Raises ValueError if `path` exists and is not to be replaced, or holds the source or something that is no model."""
-    if path.exists() and not overwrite:
+def require_free(path: Path, source: Path, overwrite: bool, is_file: bool = False) -> None:
+    """Raises ValueError unless a folder (or a file, if `is_file`) can be written at `path`.
+
+    It cannot where something is that is not to be replaced, or that holds the source or is no model, and where this
+    user may not write.
+    """
+    if os.path.exists(path):  # False where this user may not look
+        require_replaceable(path, source, overwrite, is_file)
+    require_writable(path.resolve().parent)
+
+
+def require_replaceable(path: Path, source: Path, overwrite: bool, is_file: bool) -> None:
+    if not overwrite:
         raise ValueError(f"{path} exists already. Choose another name, or pass --overwrite to replace it.")
     path, source = path.resolve(), source.resolve()
-    if path.exists() and path in (source, *source.parents):
-        raise ValueError(f"{path} holds the source, which --overwrite would delete. Choose another name.")
+    if path.is_file() and not is_file:
+        raise ValueError(f"{path} is a file, expected a folder or nothing. Choose another name.")
+    if path in (source, *source.parents) or source in path.parents:
+        raise ValueError(
+            f"{path} holds the source or a part of it, which --overwrite would delete. Choose another name."
+        )
     if path.is_dir() and any(path.iterdir()) and not is_model_folder(path):
         raise ValueError(
             f"{path} is no folder of a model, or holds other folders; --overwrite replaces models only. Choose another "
             "name, or empty it."
         )
+
+
+def require_writable(folder: Path) -> None:
+    """Raises ValueError unless files can be made in `folder`, or in what is there of the way to it."""
+    while not os.path.exists(folder):
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # tried out: permissions alone do not tell
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{folder} is not writable ({error.strerror}). Choose another place for the output, or change its "
+            "permissions."
+        ) from error
 
 
 def is_model_folder(path: Path) -> bool:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from hfclip import HFCLIPConfig
 
+from .checkpoints import View
 from .key_maps import (
     CONVERTIBLE,
     UNCHANGED,
@@ -89,25 +90,6 @@ class Tower:
     features: Callable[[Tensors, Tensor], Tensor]
 
 
-class Part(Mapping):
-    """Some tensors of a mapping that may be lazy."""
-
-    def __init__(self, tensors: Tensors, names: list[str]):
-        self.tensors, self.names = tensors, dict.fromkeys(names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-
 def is_foreign(model_cfg: dict[str, Any]) -> bool:
     """Whether a tower comes from another library."""
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
@@ -135,7 +117,7 @@ def foreign_plan(
         reasons.append(f"embed_dim {model_cfg.get('embed_dim')!r}: expected a number")
     if reasons:
         raise ValueError(f"Not convertible: {'; '.join(reasons)}.")
-    image, words = (Part(weights, names) for names in split_names(weights))
+    image, words = halves(weights)
     image_tower = timm_tower(image, model_cfg) if is_timm else own_image_tower(image, model_cfg, settings[0])
     if is_hf:
         text_tower = hugging_face_tower(words, model_cfg, text_model or text["hf_model_name"])
@@ -154,26 +136,27 @@ def foreign_plan(
     return config, partial(items_of, image_tower, text_tower), partial(features_of, image_tower, text_tower)
 
 
-def split_names(weights: Tensors) -> tuple[list[str], list[str]]:
-    """Names of the image tower's and of the text tower's tensors."""
-    image = [name for name in weights if name.startswith("visual.")]
-    return image, [name for name in weights if name not in (*UNCHANGED, *image)]
+def halves(weights: Tensors) -> tuple[View, View]:
+    """The image tower's and the text tower's tensors."""
+    image = {name: name for name in weights if name.startswith("visual.")}
+    words = {name: name for name in weights if name not in image and name not in UNCHANGED}
+    return View(weights, image), View(weights, words)
 
 
 def items_of(image_tower: Tower, text_tower: Tower, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
-    image, words = split_names(weights)
-    yield from image_tower.items(Part(weights, image))
-    yield from text_tower.items(Part(weights, words))
+    image, words = halves(weights)
+    yield from image_tower.items(image)
+    yield from text_tower.items(words)
     for name in UNCHANGED:
         if name in weights:
             yield name, weights[name].reshape(())  # OpenCLIP may train them in a list of one
 
 
 def features_of(image_tower: Tower, text_tower: Tower, weights: Tensors, pixel_values, input_ids) -> dict[str, Tensor]:
-    image, words = split_names(weights)
+    image, words = halves(weights)
     return {
-        "image_features": image_tower.features(Part(weights, image), pixel_values),
-        "text_features": text_tower.features(Part(weights, words), input_ids),
+        "image_features": image_tower.features(image, pixel_values),
+        "text_features": text_tower.features(words, input_ids),
     }
 
 
@@ -222,7 +205,7 @@ def siglip_text_tower(weights: Tensors, model_cfg: dict[str, Any], settings: Set
 
 
 def siglip_text_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
-    yield from hfclip_items(Part(weights, [name for name in weights if not name.startswith("text_projection")]))
+    yield from hfclip_items(View(weights, {name: name for name in weights if not name.startswith("text_projection")}))
     like = weights["token_embedding.weight"]
     if "text_projection.weight" in weights:
         yield "text_model.head.weight", weights["text_projection.weight"]
@@ -399,7 +382,7 @@ def against_text_model(text: dict[str, Any]) -> str | None:
     """Why a text tower of transformers cannot be converted, as far as the settings tell."""
     projection, pooler = text.get("hf_proj_type", "mlp"), text.get("hf_pooler_type", "mean_pooler")
     if projection == "mlp":
-        return "hf_proj_type 'mlp' (OpenCLIP's default): a projection of two layers, where CLIP's is a matrix"
+        return "hf_proj_type 'mlp' (OpenCLIP's default): two layers with GELU between them, where CLIP's is one matrix"
     if pooler is not None and pooler not in TEXT_POOLERS:
         return f"hf_pooler_type {pooler!r}: none of {', '.join(TEXT_POOLERS)}"
     return None

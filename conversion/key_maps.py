@@ -9,7 +9,7 @@ right there), and scalars that a checkpoint does not train (`input_resolution` .
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,15 +67,7 @@ def hfclip_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, 
     is_vit = _is_vit(state_dict)
     tables = {**TEXT, **(VIT if is_vit else {}), **{name: name for name in UNCHANGED}}
     names = [name for name in state_dict if name not in CONSTANTS]
-    unknown = [
-        name
-        for name in names
-        if name not in tables
-        and name not in TRANSPOSED
-        and _block_name(name, TRANSFORMERS) is None
-        and (is_vit or not name.startswith("visual."))
-    ]
-    if unknown:
+    if unknown := _unknown(names, {*tables, *TRANSPOSED}, TRANSFORMERS, () if is_vit else ("visual.",)):
         raise ValueError(
             f"{len(unknown)} tensors have names that neither OpenAI's nor OpenCLIP's CLIP has, such as {unknown[:5]}. "
             "Strip prefixes such as `module.`, and pass the model's weights only."
@@ -106,15 +98,7 @@ def openai_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, 
     tables = {ours: theirs for theirs, ours in {**TEXT, **VIT, **{name: name for name in UNCHANGED}}.items()}
     transposed = {ours: theirs for theirs, ours in TRANSPOSED.items()}
     prefixes = {ours: theirs for theirs, ours in TRANSFORMERS.items()}
-    unknown = [
-        name
-        for name in state_dict
-        if name not in tables
-        and name not in transposed
-        and _block_name(name, prefixes) is None
-        and (is_vit or not name.startswith("vision_model."))
-    ]
-    if unknown:
+    if unknown := _unknown(state_dict, {*tables, *transposed}, prefixes, () if is_vit else ("vision_model.",)):
         raise ValueError(f"OpenAI's CLIP has no counterpart for {len(unknown)} tensors, such as {unknown[:5]}.")
     for name in state_dict:
         if name in tables:
@@ -125,6 +109,15 @@ def openai_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, 
             yield from _block_to_openai(*block, state_dict, name)
         else:
             yield "visual." + name.removeprefix("vision_model."), state_dict[name]
+
+
+def _unknown(names: Iterable[str], known: set[str], blocks: dict[str, str], resnet: tuple[str, ...]) -> list[str]:
+    """The names in no table, of no transformer block, and of no ResNet, whose prefix is all that changes."""
+    return [
+        name
+        for name in names
+        if name not in known and _block_name(name, blocks) is None and not name.startswith(resnet)
+    ]
 
 
 def _block_name(name: str, prefixes: dict[str, str]) -> tuple[str, str] | None:

@@ -8,7 +8,7 @@
 time for images of another size: the same embeddings, with no interpolation left to do, and an image processor to match.
 `stretch` keeps the first positions of the text tower and interpolates the others (arXiv:2403.15378, section 3.1); texts
 within the kept positions keep their embeddings, longer ones want fine-tuning. `activation` prints how far the
-embeddings move.
+embeddings move. Each tensor is stored in the precision that the source stores it in.
 """
 
 import argparse
@@ -20,19 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from conversion.convert import (
-    as_path,
-    compare,
-    features_of,
-    fixed_inputs,
-    open_model,
-    open_processor,
-    run,
-    save_processor,
-    say,
-    settings_of,
-)
-from conversion.folder import new_folder
+from conversion.checkpoints import View
+from conversion.convert import as_path, on_meta, open_model, open_processor, run, save_processor, say, settings_of
+from conversion.folder import new_folder, require_free, write_weights
+from conversion.proof import compare, features_of, fixed_inputs
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 
 
@@ -56,9 +47,10 @@ def main() -> None:
     activation_parser.add_argument("--to", required=True, choices=["quick_gelu", "gelu"], help="the new one")
     options = parser.parse_args()
 
-    open_model(options.source)  # from_pretrained would draw missing weights at random
+    require_free(options.out, options.source, options.overwrite)
+    config, weights = open_model(options.source)
     with settings_of(options.source / "config.json"):
-        model = HFCLIPModel.from_pretrained(options.source, dtype="auto").eval()
+        model = HFCLIPModel.from_pretrained(options.source, dtype=torch.float64).eval()
     if options.operation == "resize":
         changed = resize(model, options.image_size)
     elif options.operation == "stretch":
@@ -66,13 +58,28 @@ def main() -> None:
     else:
         changed = swap_activation(model, options.to)
     with new_folder(options.out, options.source, options.overwrite) as folder:
-        changed.save_pretrained(folder)
+        save_model(changed, folder, weights, config.dtype)
         save_fitting_processor(options.source, changed.config, folder)
     say(f"Written: {options.out}")
 
 
+def save_model(model: HFCLIPModel, folder: Path, source: View, dtype: torch.dtype | None) -> None:
+    """Config, code and weights, each tensor in the dtype that it has in the source.
+
+    `dtype` is what the source's config says of all; where it says nothing, it is theirs if they have one.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in source.on_meta().items()}
+    used = {found for found in dtypes.values() if found.is_floating_point}
+    tensors = model.state_dict()
+    layout = {name: torch.empty_like(tensor, dtype=dtypes[name], device="meta") for name, tensor in tensors.items()}
+    if dtype is None and len(used) == 1:
+        (dtype,) = used
+    on_meta(HFCLIPModel, model.config, dtype).save_pretrained(folder, state_dict={})
+    write_weights(folder, layout, tensors.items())
+
+
 def resize(model: HFCLIPModel, image_size: int) -> HFCLIPModel:
-    """The model with the position embeddings of another resolution.
+    """The model, in float64, with the position embeddings of another resolution.
 
     Raises:
         ValueError: a size that the patch (or the ResNet's stride) does not divide, or a tower that is not ours.
@@ -85,18 +92,18 @@ def resize(model: HFCLIPModel, image_size: int) -> HFCLIPModel:
         name, side = "vision_model.attnpool.positional_embedding", 32
     else:
         raise ValueError(f"resize: found an image tower {vision.model_type}, expected hfclip_vit or hfclip_resnet.")
-    config, dtype = with_tower(model.config, vision_config=type(vision)(**fields)), model.dtype
-    holder = model.double().vision_model.get_submodule(name.split(".")[1])
+    config = with_tower(model.config, vision_config=type(vision)(**fields))
+    holder = model.vision_model.get_submodule(name.split(".")[1])
     with torch.no_grad():
         positions = holder.positions(image_size // side, image_size // side)
     changed = rebuilt(model, config, {name: positions})
     pixel_values, _ = fixed_inputs(config)
     compare(*(features_of(m, pixel_values, None) for m in (changed, model)))  # the old one interpolates at run time
-    return changed.to(dtype)
+    return changed
 
 
 def stretch(model: HFCLIPModel, length: int, keep: int) -> HFCLIPModel:
-    """The model with a longer text context: `keep` positions as they are, the others interpolated linearly.
+    """The model, in float64, with a longer text context: `keep` positions as they are, the others interpolated linearly.
 
     Raises:
         ValueError: a context that is not longer, positions to keep outside of it, or a tower that is not ours.
@@ -117,9 +124,8 @@ def stretch(model: HFCLIPModel, length: int, keep: int) -> HFCLIPModel:
     _, input_ids = fixed_inputs(model.config)
     within = input_ids[:, :keep].clone()
     within[:, -1] = text.eos_token_id
-    before, after = (features_of(m, None, within) for m in (model.double(), changed.double()))
-    compare(after, before)
-    return changed.to(positions.dtype)
+    compare(*(features_of(m, None, within) for m in (changed, model)))
+    return changed
 
 
 def stretched(positions: torch.Tensor, length: int, keep: int) -> torch.Tensor:
@@ -131,13 +137,12 @@ def stretched(positions: torch.Tensor, length: int, keep: int) -> torch.Tensor:
     places = keep + torch.arange(length - keep, dtype=torch.float64) * (old - keep) / (length - keep)
     left = places.floor().long().clamp(max=old - 2)
     share = (places - left)[:, None]
-    rows = positions.double()
-    between = rows[left] * (1 - share) + rows[left + 1] * share
-    return torch.cat([rows[:keep], between]).to(positions.dtype)
+    between = positions[left] * (1 - share) + positions[left + 1] * share
+    return torch.cat([positions[:keep], between])
 
 
 def swap_activation(model: HFCLIPModel, activation: str) -> HFCLIPModel:
-    """The model with another activation in both towers. Prints how far the embeddings move."""
+    """The model, in float64, with another activation in both towers. Prints how far the embeddings move."""
     config, towers = HFCLIPConfig.from_dict(model.config.to_dict()), []
     for part in ("text_config", "vision_config"):
         tower = getattr(config, part)
@@ -148,12 +153,12 @@ def swap_activation(model: HFCLIPModel, activation: str) -> HFCLIPModel:
         raise ValueError(f"activation: both towers have {activation} already; nothing to change.")
     changed = rebuilt(model, config, {})
     inputs = fixed_inputs(config)
-    before, after = (features_of(m.double(), *inputs) for m in (model, changed))
+    before, after = (features_of(m, *inputs) for m in (model, changed))
     say(f"WARNING: {'; '.join(towers)}. The weights were trained with the old one; embeddings move:")
     for name in before:
         cosine = torch.cosine_similarity(before[name], after[name]).min().item()
         say(f"  {name:<16} cosine with the old ones at least {cosine:.4f}")
-    return changed.to(model.config.dtype or torch.float32)
+    return changed
 
 
 def with_tower(config: HFCLIPConfig, **towers) -> HFCLIPConfig:
@@ -162,7 +167,7 @@ def with_tower(config: HFCLIPConfig, **towers) -> HFCLIPConfig:
 
 def rebuilt(model: HFCLIPModel, config: HFCLIPConfig, replaced: dict[str, torch.Tensor]) -> HFCLIPModel:
     """A model of `config` with the weights of `model`, some of them replaced."""
-    changed = HFCLIPModel(config).to(next(model.parameters()).dtype).eval()
+    changed = HFCLIPModel(config).double().eval()
     changed.load_state_dict({**model.state_dict(), **replaced})
     return changed
 

@@ -101,6 +101,63 @@ def write_archive(path: Path, program: bytes, records: Mapping[str, bytes] | Non
     return path
 
 
+def small_archive(path: Path) -> Path:
+    torch.save({"a": torch.arange(64.0), "b": torch.ones(3)}, path)
+    return path
+
+
+# Tensors, and what a checkpoint must give back of them
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal in dtype, shape and every bit (not-a-number and minus zero included)."""
+    if found.dtype != expected.dtype or found.shape != expected.shape:
+        return False
+    # () -> (1,), as views of another item size need a dimension
+    views = [torch.atleast_1d(tensor).contiguous().view(torch.uint8) for tensor in (found, expected)]
+    return torch.equal(*views)
+
+
+def assert_same(checkpoint, expected: dict[str, torch.Tensor]) -> None:
+    assert list(checkpoint) == list(expected) and len(checkpoint) == len(expected)
+    for name, tensor in expected.items():
+        found = checkpoint[name]
+        assert same(found, tensor), name
+        assert (checkpoint.shape(name), checkpoint.dtype(name)) == (tensor.shape, tensor.dtype), name
+        assert found.is_contiguous() and found.device.type == "cpu", name
+
+
+def all_kinds() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(3, 5, generator=generator)
+    dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
+    dtypes += [torch.int8, torch.int16, torch.int32, torch.complex64, torch.uint16, torch.float8_e4m3fn]
+    tensors = {str(dtype).removeprefix("torch."): noise.to(dtype) for dtype in dtypes}
+    special = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
+    return tensors | {
+        "special": special,
+        "scalar": torch.tensor(7),
+        "empty": torch.empty(0, 4),
+        "one": special[:1].clone(),
+    }
+
+
+def views() -> dict[str, torch.Tensor]:
+    """Tensors that share a storage, start within it, or lie in it in another order."""
+    base = torch.arange(60.0).reshape(3, 4, 5)
+    return {
+        "base": base,
+        "again": base,
+        "row": base[1],
+        "transposed": base.permute(2, 0, 1),
+        "stepped": base[:, ::2, 1::3],
+        "expanded": base[0, 0, :1].expand(7, 1),
+        "scalar": base[2, 3, 4],
+        "empty": base[:, 4:],
+        "parameter": torch.nn.Parameter(base[0]),
+    }
+
+
 # Running the converters
 
 

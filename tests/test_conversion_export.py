@@ -55,6 +55,7 @@ def test_onnx_takes_any_batch_and_any_length(ours, tmp_path):
         (found,) = text.run(["text_embeds"], {"input_ids": batch.numpy()})
         assert relative(torch.from_numpy(found[: len(ids)]), tensors["outputs/text_features"][: len(found)]) < ONNX
     assert AutoImageProcessor.from_pretrained(tmp_path / "out").crop_size["height"] == pixels.shape[-1]
+    assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()  # there are no weights to open
     config = HFCLIPConfig.from_pretrained(tmp_path / "out")
     assert abs(config.logit_scale_init_value - tensors["weights/logit_scale"].item()) < 1e-6
     for file in (tmp_path / "out" / "onnx").iterdir():
@@ -119,6 +120,9 @@ def test_rejects_outputs_that_exist_and_suffixes_that_are_no_file(ours, tmp_path
     assert (
         "holds the source" in run_script("export", folder, folder, "--to", "openclip", "--overwrite", status=2).error
     )
+    weights = folder / "model.safetensors"
+    error = run_script("export", folder, weights, "--to", "openai", "--overwrite", status=2).error
+    assert "holds the source or a part of it" in error
     assert left_in(tmp_path) == {"out.pt"} and (tmp_path / "out.pt").read_text() == "mine"
     run_script("export", folder, tmp_path / "out.pt", "--to", "openai", "--overwrite")
     assert "logit_scale" in torch.load(tmp_path / "out.pt")

@@ -3,10 +3,13 @@ by what goes wrong."""
 
 import hashlib
 import json
+import os
+import re
 import resource
 import shutil
 import signal
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +24,8 @@ from conversion_utils import (
     save_torchscript,
     start_script,
 )
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 from test_auto import WITHOUT_HFCLIP
 from test_auto import run as run_python
@@ -126,7 +131,7 @@ def test_record_and_card_tell_the_truth_and_no_path(source, tmp_path):
     # float64 on both sides: some units in the last place, and not the zero of a comparison with itself.
     assert all(0 < values["relative"] < 1e-12 for values in record["differences"].values())
     assert record["command"] == "convert_openai.py model.safetensors out"
-    assert digests[0] in card and "Largest relative difference" in card
+    assert card.count("\n# out\n") == 1 and digests[0] in card and "Largest relative difference" in card
     assert str(tmp_path) not in text + card and str(ROOT) not in text + card
 
 
@@ -146,6 +151,23 @@ def test_openais_vocabulary_gets_openais_tokenizer(weights, data_dir, tmp_path):
     result = run_script("convert_openai", source, tmp_path / "three")
     assert "NO TOKENIZER was written" in result.out and "--merges" in result.out
     assert not (tmp_path / "three" / "tokenizer.json").exists()
+
+
+def test_the_snippets_of_the_card_run_in_the_folder(weights, data_dir, tmp_path, monkeypatch):
+    weights["token_embedding.weight"] = torch.randn(49408, 64) / 50
+    source, merges = save(tmp_path / "model.pt", weights), data_dir / "bpe_simple_vocab_16e6.txt.gz"
+    run_script("convert_openai", source, tmp_path / "bare")
+    run_script("convert_openai", source, tmp_path / "whole", "--merges", merges)
+    for name, count in (("bare", 1), ("whole", 2)):
+        monkeypatch.chdir(tmp_path / name)
+        Image.new("RGB", (40, 50), "red").save("picture.jpg")
+        card = ModelCard.load("README.md")
+        snippets, found = re.findall("```python\n(.*?)```", card.text, flags=re.DOTALL), {}
+        assert len(snippets) == count
+        for snippet in snippets:
+            exec(snippet, found)
+        assert found.get("probabilities", found.get("image_embeds")).shape == ((1, 2) if name == "whole" else (1, 48))
+        assert (card.data.pipeline_tag is None) == (name == "bare") == ("pipelines need both" in card.text)
 
 
 def test_a_converted_folder_opens_where_hfclip_is_missing(data_dir, tmp_path):
@@ -268,6 +290,59 @@ def test_an_output_that_exists_is_kept_unless_overwrite_is_asked_for(weights, so
     assert left_in(tmp_path) == {"model.safetensors", "other.pt", "nan.pt", "out"}
 
 
+def test_the_output_is_looked_at_before_the_source(tmp_path):
+    """None of these sources could be read."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out.pt").write_text("mine")
+    absent, out = tmp_path / "absent", tmp_path / "out"
+    for script, *arguments in (
+        ("convert_openai", absent, out),
+        ("convert_openclip", absent, out),
+        ("convert_transformers", absent, out),
+        ("surgery", "resize", absent, out, "--image-size", 64),
+        ("export", absent, out, "--to", "onnx"),
+        ("export", absent, tmp_path / "out.pt", "--to", "openai"),
+    ):
+        result = run_script(script, *arguments, status=2)
+        assert "exists already" in result.error and result.out == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")
+def test_a_place_where_nothing_can_be_written_is_called_so(source, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o555)
+    user = os.geteuid()
+    if user == 0:  # root may write everywhere
+        os.seteuid(65534)
+    try:
+        for out in ("out", "more/out"):
+            error = run_script("convert_openai", source, tmp_path / "closed" / out, status=2).error
+            assert "is not writable (Permission denied). Choose another place" in error
+    finally:
+        os.seteuid(user)
+    assert not any((tmp_path / "closed").iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can make files")
+def test_a_file_system_without_new_files_is_not_taken_for_a_lock(source):
+    assert "/proc is not writable" in run_script("convert_openai", source, "/proc/out", status=2).error
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--private"], "Found --private without --push-to-hub"),
+        (["--revision", "v1"], "Found --revision without --push-to-hub"),
+        (["--private", "--revision", "v1"], "Found --private and --revision without --push-to-hub"),
+        (["--push-to-hub", "no//name"], "no//name"),
+        (["--push-to-hub", ""], "Repo id must use"),
+        (["--push-to-hub", "me/clip", "--revision", "a b"], "revision: found 'a b'"),
+    ],
+)
+def test_rejects_settings_of_the_hub_that_make_no_sense_before_any_work(arguments, expected, source, tmp_path):
+    result = run_script("convert_openai", source, tmp_path / "out", *arguments, status=2)
+    assert expected in result.error and result.out == "" and left_in(tmp_path) == {"model.safetensors"}
+
+
 def test_overwrite_deletes_no_file_no_foreign_folder_and_no_source(source, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "photos").mkdir()
@@ -282,7 +357,7 @@ def test_overwrite_deletes_no_file_no_foreign_folder_and_no_source(source, tmp_p
         (source, tmp_path / "photos", "is no folder of a model"),
         (source, tmp_path / "project", "holds other folders"),
         (inside, tmp_path / "models", "holds the source"),
-        (source, tmp_path / "file" / "out", "File exists"),
+        (source, tmp_path / "file" / "out", "file is not writable (Not a directory)"),
     ):
         assert expected in run_script("convert_openai", start, out, "--overwrite", status=2).error
     assert left_in(tmp_path) == {"file", "photos", "project", "models", "model.safetensors"}

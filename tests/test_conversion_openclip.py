@@ -167,6 +167,7 @@ def test_push_to_hub_publishes_and_says_how_to_go_on_when_refused(golden, data_d
         files = server.files("anna/clip")
     sent = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "README.md"}
     assert sent.items() <= files.items() and b'name = "anna/clip"' in files["README.md"]
+    assert files["README.md"] == (tmp_path / "out" / "README.md").read_bytes()
     error = run_script("convert_openclip", *arguments, "--push-to-hub", "no//name", status=2).error
     assert "no//name" in error
     arguments = arguments[:4]  # without a tokenizer the folder is no model to publish, and stays

@@ -1,5 +1,6 @@
 """Surgery changes what it says and nothing else; processors follow, and what does not fit is refused."""
 
+import json
 import shutil
 
 import pytest
@@ -72,6 +73,26 @@ def test_resize_keeps_the_stored_precision(dtype, data_dir, tmp_path):
     assert AutoModel.from_pretrained(tmp_path / "new", dtype="auto").dtype == getattr(torch, dtype)
 
 
+@pytest.mark.parametrize(
+    "operation",
+    [("resize", "--image-size", 64), ("stretch", "--length", 24, "--keep", 5), ("activation", "--to", "gelu")],
+)
+def test_a_source_of_two_precisions_keeps_both(operation, data_dir, tmp_path):
+    weights, _, _ = read_golden(data_dir / "golden" / "openai_vit_tiny.safetensors")
+    weights |= {name: weights[name].half() for name in weights if "visual" in name or name == "positional_embedding"}
+    run_script("convert_openai", save(tmp_path / "model.pt", weights), tmp_path / "old")
+    name, *settings = operation
+    run_script("surgery", name, tmp_path / "old", tmp_path / "new", *settings)
+    old, new = (load_file(tmp_path / part / "model.safetensors") for part in ("old", "new"))
+    assert {tensor.dtype for tensor in old.values()} == {torch.float16, torch.float32}
+    assert {key: tensor.dtype for key, tensor in new.items()} == {key: tensor.dtype for key, tensor in old.items()}
+    changed = {key for key in old if old[key].shape != new[key].shape}
+    assert len(changed) == (name != "activation")
+    assert_same_tensors(*({k: v for k, v in part.items() if k not in changed} for part in (new, old)))
+    configs = [json.loads((tmp_path / part / "config.json").read_text())["dtype"] for part in ("old", "new")]
+    assert configs == ["float32", "float32"]
+
+
 def test_stretch_follows_long_clip(folder, tmp_path):
     process = start_script("surgery", "stretch", folder, tmp_path / "long")
     out, err = process.communicate(timeout=120)
@@ -134,6 +155,10 @@ def test_rejects_what_does_not_fit(folder, tmp_path):
     cut = shutil.copytree(folder, tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
     (tmp_path / "exists").mkdir()
+    negative = shutil.copytree(folder, tmp_path / "negative")
+    config = json.loads((negative / "config.json").read_text())
+    config["vision_config"]["initializer_factor"] = -1.0
+    (negative / "config.json").write_text(json.dumps(config))
     for *arguments, expected in (
         ("resize", folder, tmp_path / "out", "--image-size", 50, "a multiple of the patch"),
         ("resize", folder, tmp_path / "out", "--image-size", 0, "image_size=0"),
@@ -142,10 +167,18 @@ def test_rejects_what_does_not_fit(folder, tmp_path):
         ("resize", folder, folder, "--image-size", 64, "--overwrite", "holds the source"),
         ("resize", cut, tmp_path / "out", "--image-size", 64, "no complete safetensors file"),
         ("resize", tmp_path / "none", tmp_path / "out", "--image-size", 64, "found no config.json"),
+        (
+            "resize",
+            negative,
+            tmp_path / "out",
+            "--image-size",
+            64,
+            "hfclip_vit: found initializer_factor -1.0, expected a",
+        ),
         ("stretch", folder, tmp_path / "out", "--length", 77, "more than 77 in all"),
         ("stretch", folder, tmp_path / "out", "--keep", 0, "1 to 75 positions to keep"),
         ("stretch", folder, tmp_path / "out", "--keep", 76, "1 to 75 positions to keep"),
         ("stretch", tmp_path / "other", tmp_path / "out", "expected a causal hfclip_text tower"),
     ):
         assert expected in run_script("surgery", *arguments, status=2).error
-    assert left_in(tmp_path) == {"other", "cut", "exists"}
+    assert left_in(tmp_path) == {"other", "cut", "exists", "negative"}

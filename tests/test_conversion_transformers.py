@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conversion_utils import relative, run_script, save, start_script
+from conversion_utils import assert_same_tensors, relative, run_script, save, start_script
 from safetensors.torch import load_file
 from test_conversion_openai import FLOAT32, left_in
 from test_conversion_openclip import CLIPA
@@ -157,6 +157,21 @@ def test_shards_and_old_eos_convert(tmp_path):
     assert_equal_embeddings(converted, model)
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert record["notes"] and record["source"]["file"] == "model.safetensors.index.json"
+
+
+def test_pickled_shards_convert(theirs, tmp_path):
+    model = CLIPModel.from_pretrained(theirs)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="1MB")
+    for file in (tmp_path / "theirs").glob("*.safetensors"):
+        save(file.with_suffix(".bin"), load_file(file))
+        file.unlink()
+    index = tmp_path / "theirs" / "model.safetensors.index.json"
+    (tmp_path / "theirs" / "pytorch_model.bin.index.json").write_text(
+        index.read_text().replace(".safetensors", ".bin")
+    )
+    index.unlink()
+    run_script("convert_transformers", tmp_path / "theirs", tmp_path / "out")
+    assert_same_tensors(load_file(tmp_path / "out" / "model.safetensors"), model.state_dict())
 
 
 def test_old_config_dicts_replace_the_configs(theirs, tmp_path):

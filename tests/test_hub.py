@@ -401,11 +401,13 @@ def test_the_trainer_publishes_and_names_the_command_where_it_cannot(server, tmp
     assert {"held-out pairs"} == {found.dataset_name for found in card.data.eval_results}
 
 
-def test_the_trainer_asks_for_a_token_before_it_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "get_token", lambda: None)  # a developer may be logged in
-    config, _ = parse_arguments(["--config", str(write_recipe(tmp_path, run={"push_to_hub": REPO}))])
-    with pytest.raises(UsageError, match="run.push_to_hub: found no token"):
-        pretrain.build(config, None)
+def test_the_trainer_asks_for_a_token_before_it_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("training.publish.get_token", lambda: None)  # a developer may be logged in
+    recipe = write_recipe(tmp_path, run={"push_to_hub": REPO})
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(recipe)])
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main()
+    assert "run.push_to_hub: found no token" in capsys.readouterr().err and not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match="run.push_to_hub: "):
         parse_arguments(["--config", str(write_recipe(tmp_path, run={"push_to_hub": "a/b/c"}))])
 
@@ -638,6 +640,9 @@ def test_the_card_says_what_it_was_given_and_nothing_else():
         "tags": ["clip", "hfclip", "custom_code"],
     }
     assert "| Whole model | joint space of 512 dimensions | 151,277,313 |" in bare.text  # as OpenAI's ViT-B/32
+    lacking = ModelCard(model_card(config, name=".", title="Birds", provenance={}, results=[], has_processor=False))
+    assert "pipeline_tag" not in lacking.data.to_dict() and "pipeline(" not in lacking.text
+    assert "# Birds" in lacking.text and 'name = "."  # this folder' in lacking.text
     assert "## Where" not in bare.text and "## Evaluation" not in bare.text
 
     result = EvalResult("zero-shot-image-classification", "cifar10", "CIFAR-10 | test", "accuracy", 0.875)
@@ -654,10 +659,11 @@ def test_the_card_says_what_it_was_given_and_nothing_else():
     assert "| CIFAR-10 \\| test | accuracy | 0.875 |" in card.text
 
 
-def test_the_snippets_of_a_card_get_the_name_of_the_repository(folder, server):
+@pytest.mark.parametrize("name", ["runs/clip/model", "."])
+def test_the_snippets_of_a_card_get_the_name_of_the_repository(folder, server, name):
     config = HFCLIPConfig.from_pretrained(folder)
-    (folder / "README.md").write_text(model_card(config, name="runs/clip/model", provenance={}, results=[]))
+    (folder / "README.md").write_text(model_card(config, name=name, provenance={}, results=[]))
     push(server, folder)
     card = server.files(REPO)["README.md"].decode()
-    assert card.count('name = "anna/clip-birds"  # this repository') == 2 and "runs/clip/model" not in card
-    assert "runs/clip/model" in (folder / "README.md").read_text()  # the folder's own stays
+    assert card.count('name = "anna/clip-birds"  # this repository') == 2 and f'"{name}"' not in card
+    assert card.count("  # this ") == 2 and f'name = "{name}"' in (folder / "README.md").read_text()  # its own stays

@@ -4,16 +4,25 @@
 A checkpoint is written next to its place, flushed to disk, and renamed: a folder of that name is whole, or was damaged
 later. `trainer_state/state.json` lists every file with size and CRC-32: damage is found before a run starts from it.
 Nothing random needs saving: data, crops and dropout are functions of (seed, step, rank).
+
+While it is written a folder is `.tmp-<name>`, and one that is being replaced is `.old-<name>`: a killed process leaves
+them behind, and the next one puts back or removes them.
 """
 
 import json
 import os
 import re
 import shutil
+import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers.utils import logging
 
 from hfclip import HFCLIPModel, HFCLIPProcessor
@@ -29,19 +38,29 @@ FIXED_ON_RESUME = (
     "data.train",
     "data.split",
     "data.max_samples",
+    "data.phases",
     "optim.loss",
     "optim.batch_size",
     "run.seed",
 )
 HARMLESS_ON_RESUME = ("data.num_workers", "data.cache_dir", "data.max_bad_in_a_row")
-STATE_FILE = Path("trainer_state/state.json")
-OPTIMIZER_FILE = Path("trainer_state/optimizer.pt")
+STATE_FOLDER = "trainer_state"
+STATE_FILE = f"{STATE_FOLDER}/state.json"
 
 
-def save_model(folder: Path, model: HFCLIPModel, processor: HFCLIPProcessor) -> None:
-    """Writes weights, config, tokenizer, image processor and code so that `folder` appears at once or not at all."""
-    with _Replacing(folder) as temporary:
-        _write_model(temporary, model, processor)
+def save_model(
+    folder: Path, model: HFCLIPModel, processor: HFCLIPProcessor, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Writes weights, config, tokenizer, image processor and code so that `folder` appears at once or not at all.
+
+    Args:
+        state_dict: all weights, where `model` itself holds but a shard of them.
+
+    Raises:
+        UsageError: if it cannot be written, because the disk is full for instance.
+    """
+    with _replacing(folder) as temporary:
+        _write_model(temporary, model, processor, state_dict)
 
 
 def save_checkpoint(
@@ -49,28 +68,61 @@ def save_checkpoint(
     step: int,
     model: HFCLIPModel,
     processor: HFCLIPProcessor,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
+    states: dict[str, Any],
     about: dict,
+    *,
     keep: int,
+    keep_every_hours: float | None = None,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Writes `checkpoint-<step>` and removes all but the newest `keep`.
+    """Writes `checkpoint-<step>`, then removes older ones.
 
     Args:
-        optimizer, scaler: put back by `restore`.
+        states: state dicts by name ("optimizer", "scaler" ...), given back by `load_states`.
         about: JSON values that say what the run was, given back by `read_state`.
+        keep: the newest so many stay.
+        keep_every_hours: of the others, one of every so many hours stays for good.
+        state_dict: all weights, where `model` itself holds but a shard of them.
+
+    Raises:
+        UsageError: if it cannot be written, because the disk is full for instance. Older ones are as they were.
     """
     folder = run_folder / f"checkpoint-{step}"
-    with _Replacing(folder) as temporary:
-        _write_model(temporary, model, processor)
-        (temporary / STATE_FILE).parent.mkdir()
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
-        torch.save(state, temporary / OPTIMIZER_FILE)
-        state = {"step": step, **about, "files": {name: _fingerprint(temporary / name) for name in _files(temporary)}}
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for old in list_checkpoints(run_folder)[:-keep]:
-        shutil.rmtree(old)
+    with _replacing(folder) as temporary:
+        _write_model(temporary, model, processor, state_dict)
+        (temporary / STATE_FOLDER).mkdir()
+        for name, state in states.items():
+            _write_tensors(temporary / STATE_FOLDER / f"{name}.pt", state)
+        files = {name: _fingerprint(temporary / name) for name in _files(temporary)}
+        state = {"step": step, "saved_at": time.time(), **about, "files": files}
+        text = json.dumps({**state, "checksum": _checksum(state)}, indent=1)
+        (temporary / STATE_FILE).write_text(text, encoding="utf-8")
+    for old in _superfluous(list_checkpoints(run_folder), keep, keep_every_hours):
+        _remove(old)
     return folder
+
+
+def load_states(checkpoint: Path) -> dict[str, Any]:
+    """The `states` of `save_checkpoint` by name, tensors on the CPU."""
+    files = sorted((checkpoint / STATE_FOLDER).glob("*.pt"))
+    return {file.stem: torch.load(file, map_location="cpu", weights_only=True) for file in files}
+
+
+def save_offending_batch(run_folder: Path, step: int, rank: int, batch: dict) -> Path:
+    """Keeps what a rank was fed in the step that ended a run, for `torch.load`: `offending/step-<step>-rank-<rank>.pt`.
+
+    Raises:
+        UsageError: if it cannot be written.
+    """
+    file = run_folder / "offending" / f"step-{step}-rank-{rank}.pt"
+    temporary = file.with_name(f".tmp-{file.name}")
+    with _told_if_not_written(file, temporary):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write_tensors(temporary, batch)
+        _flush(temporary)
+        os.replace(temporary, file)
+        _flush(file.parent)
+    return file
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
@@ -84,43 +136,52 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """What `save_checkpoint` was told `about` the run, after comparing every file with its record.
+    """What `save_checkpoint` was told `about` the run, `step` and `saved_at` (seconds since 1970), after comparing
+    every file with its record.
 
     Raises:
         UsageError: if the folder is no checkpoint of a run, or a file is missing or damaged.
     """
     try:
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        files = state.pop("files")
+        checksum, files = state.pop("checksum"), state["files"]
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{checkpoint} has no readable {STATE_FILE}: not a checkpoint to resume from.") from error
+    if checksum != _checksum(state):
+        raise UsageError(f"{checkpoint / STATE_FILE} is damaged: {checkpoint.name} cannot be resumed.")
     for name, expected in files.items():
         path = checkpoint / name
         found = _fingerprint(path) if path.is_file() else None
         if found != expected:
             raise UsageError(f"{path} is {'damaged' if found else 'missing'}: {checkpoint.name} cannot be resumed.")
+    del state["files"]
     return state
 
 
 def newest_checkpoint(run_folder: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is whole, and its state. Damaged ones are set aside as `damaged-...`, and named."""
+    """The newest checkpoint that is whole, and its state. Damaged ones are set aside as `damaged-...`, and named.
+
+    Raises:
+        UsageError: if there are checkpoints, and all of them are damaged.
+    """
+    _tidy(run_folder)
+    damaged = {}
     for checkpoint in reversed(list_checkpoints(run_folder)):
         try:
-            return checkpoint, read_state(checkpoint)
+            found = checkpoint, read_state(checkpoint)
         except UsageError as error:
-            aside = run_folder / f"damaged-{checkpoint.name}"
-            print(f"WARNING: {error} Setting it aside as {aside.name} and looking for an older one.", flush=True)
+            damaged[checkpoint] = error
+            continue
+        for other, error in damaged.items():
+            aside = run_folder / f"damaged-{other.name}"
+            print(f"WARNING: {error} Setting it aside as {aside.name} and taking an older one.", flush=True)
             shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
+            os.replace(other, aside)
+        return found
+    if damaged:
+        told = "\n".join(map(str, damaged.values()))
+        raise UsageError(f"{told}\nNo checkpoint is left to go on from. Move them away to start from the beginning.")
     return None
-
-
-def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
-    """Puts back what `save_checkpoint` kept of optimizer and scaler."""
-    state = torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler is not None and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
 
 
 def find_resumed(run_folder: Path, resume: str | None) -> tuple[Path, dict] | None:
@@ -176,36 +237,97 @@ def check_settings(saved: dict, config: Config) -> list[str]:
     return changes
 
 
-def _write_model(folder: Path, model: HFCLIPModel, processor: HFCLIPProcessor) -> None:
+def _write_model(
+    folder: Path, model: HFCLIPModel, processor: HFCLIPProcessor, state_dict: dict[str, Tensor] | None
+) -> None:
     logging.disable_progress_bar()  # of save_pretrained, which would break into the training's
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=None if state_dict is None else dict(state_dict))  # which it empties
         processor.save_pretrained(folder)
     finally:
         logging.enable_progress_bar()
 
 
-class _Replacing:
+def _write_tensors(path: Path, value: Any) -> None:
+    try:
+        with open(path, "wb") as file:  # given the path, torch would not say why it could not write
+            torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends without an exception."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.temporary = folder, folder.with_name(f".tmp-{folder.name}")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.temporary, ignore_errors=True)  # of a run that was killed while saving
-        self.temporary.mkdir(parents=True)
-        return self.temporary
-
-    def __exit__(self, exception_type, *_) -> None:
-        if exception_type is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            return
-        for path in [*self.temporary.rglob("*"), self.temporary]:
+    temporary, old = (folder.with_name(f".{kind}-{folder.name}") for kind in ("tmp", "old"))
+    with _told_if_not_written(folder, temporary):
+        _tidy(folder.parent)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        os.replace(self.temporary, self.folder)
-        _flush(self.folder.parent)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _told_if_not_written(target: Path, temporary: Path) -> Iterator[None]:
+    """Removes `temporary` if the block fails, and turns errors of the disk into a `UsageError`."""
+    try:
+        yield
+    except BaseException as error:
+        there = next(path for path in target.absolute().parents if path.exists())
+        free = shutil.disk_usage(there).free
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif temporary.exists():
+            temporary.unlink()
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        raise UsageError(
+            f"{target} could not be written: {error}. {free / 2**20:.0f} MiB are free on that disk. What was saved "
+            "before is as it was: make room there, and go on with --resume auto."
+        ) from error
+
+
+def _tidy(parent: Path) -> None:
+    """Puts right what a process left that was killed while it replaced or removed a folder."""
+    for path in parent.glob(".*-*"):
+        match = re.fullmatch(r"\.(tmp|old)-(checkpoint-\d+|model)", path.name)
+        if match and match[1] == "old" and not (parent / match[2]).exists():
+            os.replace(path, parent / match[2])
+        elif match:
+            shutil.rmtree(path)
+
+
+def _superfluous(checkpoints: list[Path], keep: int, keep_every_hours: float | None) -> Iterator[Path]:
+    """Those of `checkpoints`, oldest first, that are neither among the newest nor to stay for good."""
+    stayed_at = None
+    for checkpoint in checkpoints[:-keep]:
+        saved_at = _saved_at(checkpoint) if keep_every_hours else None
+        if saved_at is None or stayed_at is not None and abs(saved_at - stayed_at) < keep_every_hours * 3600:
+            yield checkpoint
+        else:
+            stayed_at = saved_at
+
+
+def _saved_at(checkpoint: Path) -> float | None:
+    try:
+        return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["saved_at"]
+    except (OSError, ValueError, KeyError):  # damaged: not to stay for good
+        return None
+
+
+def _remove(folder: Path) -> None:
+    """At once, as far as the name goes: half a checkpoint is never seen."""
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    os.replace(folder, temporary)
+    shutil.rmtree(temporary)
 
 
 def _flush(path: Path) -> None:
@@ -227,3 +349,8 @@ def _fingerprint(path: Path) -> list[int]:
         while block := file.read(1 << 22):
             checksum, size = zlib.crc32(block, checksum), size + len(block)
     return [size, checksum]
+
+
+def _checksum(state: dict) -> int:
+    """CRC-32 of JSON values, the same before and after they were written."""
+    return zlib.crc32(json.dumps(json.loads(json.dumps(state)), sort_keys=True).encode())

@@ -170,7 +170,8 @@ class OptimConfig:
     text_weights: Literal["float32", "bfloat16"] = "float32"
     """Of the text tower while it trains. bfloat16 halves them, rounded stochastically after each step (the paper)."""
     ema_decay: float | None = None
-    """Keeps a moving average of the weights with this decay per step, which is evaluated and saved too. null: none."""
+    """Keeps a moving average of the weights with this decay per step. It is what evaluations measure and what the final
+    model is; checkpoints hold both. null: none."""
     max_grad_norm: float | None = None
     """Gradients are scaled down to this norm. null: not."""
     max_logit_scale: float = 100.0
@@ -226,6 +227,9 @@ class RunConfig:
     """Steps between lines of metrics.jsonl."""
     save_every: int | None = None
     """Steps between checkpoints. null: one after each epoch. 0: at the end only."""
+    shard_weights: bool = False
+    """Weights, gradients and moments are split over the processes (FSDP2) instead of held by each; for models that do
+    not fit. The same numbers, more traffic."""
     keep_checkpoints: int = 3
     """The newest so many are kept."""
     keep_every_hours: float | None = None

@@ -1,43 +1,57 @@
 """From raw samples to batches on each rank: order, decoding, crops, captions and their tokens.
 
-The order is a pure function: step s of the run uses positions s * B ... s * B + B - 1 of an endless sequence of
-epochs, `shuffled` says which sample lies at a position, and rank r of W takes the r-th slice of the batch. Nothing
-else decides what a step sees, so a run continues at any step, with any number of workers or processes.
+The order is a pure function: `Order` says which sample lies in which slot of which step, and rank r of W fills the
+r-th slice of the slots. Nothing else decides what a step sees, so a run continues at any step, with any number of
+workers or processes. Every sample is read by its index, whichever shard it lies in: no rank has shards of its own that
+could run out before another's, all ranks have the same number of steps, and one shard is enough for all.
 
-    StepSampler -> (epoch, position) -> PairDataset: source, decode, crop -> Collate: tokens, counts -> batch
+    StepSampler -> Place -> PairDataset: source, decode, crop -> Collate: tokens, counts -> batch
 """
 
+import bisect
 import hashlib
 import os
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from hfclip.image_processing_hfclip import random_square_crop
 
 from .config import Config, UsageError
-from .sources import BadSample, Source
+from .phases import Phases
+from .sources import BadSample, MixtureSource, Source
+
+
+if TYPE_CHECKING:
+    from .distillation import StoredEmbeddings
 
 
 # What can be wrong with a sample; batch["counts"] holds how often each was met, and last how many captions were cut.
 PROBLEMS = (
     "missing image",
     "missing caption",
+    "empty image",
     "empty caption",
+    "not an image",
     "unreadable image",
+    "too large image",
     "unreadable caption",
     "truncated shard",
+    "unreadable shard",
 )
+SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # of image files, damaged ones too
 COUNTED = (*(f"skipped: {problem}" for problem in PROBLEMS), "truncated captions")
 
 
-def shuffled(position: int, length: int, seed: int, epoch: int) -> int:
-    """The sample at `position` of an epoch: a bijection of range(length) that looks random.
+def shuffled(position: int, length: int, *key: int) -> int:
+    """What comes to `position` in the order that `key` names: a bijection of range(length) that looks random.
 
     A Feistel network over the smallest even number of bits that holds `length`; values outside are sent round again.
     Unlike a stored permutation it costs no memory at any length, in any number of workers.
@@ -46,16 +60,16 @@ def shuffled(position: int, length: int, seed: int, epoch: int) -> int:
     mask = (1 << half) - 1
     while True:
         left, right = position >> half, position & mask
-        for key in _round_keys(seed, epoch):
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+        for round_key in _round_keys(key):
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
         position = left << half | right
         if position < length:
             return position
 
 
-@lru_cache(maxsize=8)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=48).digest()
+@lru_cache(maxsize=64)
+def _round_keys(key: tuple[int, ...]) -> tuple[int, ...]:
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=48).digest()
     return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, 48, 8))
 
 
@@ -66,91 +80,194 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+class Order:
+    """Which sample lies in a slot of a step, and which ones stand in for it if it cannot be used.
+
+    Samples are numbered through all sources, one source after the other. One source is a mixture of one.
+
+    - Shares: of a batch of B, source i fills B * w_i slots, rounded up or down and never further away, where w_i is its
+      share of all weights. Whether up or down goes in rounds of 4,096 steps, spread evenly over them; over a round the
+      shares are exact to the nearest sample.
+    - Epochs: each source goes round epochs of its own, each in another order, whatever the others do. An epoch is as
+      many steps as are sure to have a sample for each slot; the few samples that are left over then wait, as those of
+      the last incomplete batch do where there is one source. So no batch holds a sample twice.
+    - Stand-ins: a slot takes the source's p-th sample of the epoch, and if that is unusable the one m places further on,
+      where m is the most that the source has in a batch, and so on round the epoch. The slots of a batch differ in
+      p modulo m, so that no batch holds a sample twice here either.
+
+    Raises:
+        UsageError: if a source has fewer samples than it must give to one batch, or gives less than one to a round.
+    """
+
+    ROUND = 4096
+
+    def __init__(self, names: list[str], lengths: list[int], weights: list[float], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.starts = np.cumsum([0, *lengths]).tolist()
+        # The points slot * ROUND + phase, with another phase in each step of a round, sample the line 0 ... B * ROUND,
+        # which is cut up among the sources. Bit-reversed, phases are spread evenly however many steps are looked at.
+        phases = np.array([int(f"{i:012b}"[::-1], 2) for i in range(self.ROUND)])
+        cuts = np.rint(np.cumsum([0, *weights]) / sum(weights) * batch_size * self.ROUND).astype(np.int64)
+        self.cuts = -((phases[:, None] - cuts) // self.ROUND)  # (step of the round, source + 1): first slot of each
+        counts = np.diff(self.cuts, axis=1)
+        self.taken = np.concatenate([np.zeros_like(counts[:1]), counts.cumsum(axis=0)])
+        self.most = counts.max(axis=0).tolist()
+        for name, length, most in zip(names, lengths, self.most, strict=True):
+            self._check(name, length, most)
+        self.epoch_steps = [self._epoch_steps(source) for source in range(len(lengths))]
+
+    def _check(self, name: str, length: int, most: int) -> None:
+        if most == 0:
+            raise UsageError(
+                f"data.train: {name!r} has so small a share of the weights that it would give less than one pair to "
+                f"{self.ROUND} batches. Raise its weight or leave it out."
+            )
+        if length < most:
+            raise UsageError(
+                f"{name!r} has {length} usable pairs, expected at least {most}, its part of one batch of "
+                f"{self.batch_size}. Lower optim.batch_size, or its weight in a mixture, or add data."
+            )
+
+    def _epoch_steps(self, source: int) -> int:
+        """The most steps in a row that never take more than the source has, wherever they begin."""
+
+        def most_taken(steps: int) -> int:
+            return int((self._taken(np.arange(self.ROUND) + steps, source) - self.taken[:-1, source]).max())
+
+        length = self.lengths[source]
+        enough = (length // int(self.taken[-1, source]) + 1) * self.ROUND  # these take more than there is
+        return bisect.bisect_right(range(enough + 1), length, key=most_taken) - 1
+
+    def _taken(self, step, source: int):
+        """How many samples of a source all steps before `step` have."""
+        return step // self.ROUND * self.taken[-1, source] + self.taken[step % self.ROUND, source]
+
+    def __call__(self, step: int, slot: int) -> Iterator[int]:
+        """The sample of a slot, then its stand-ins, each once."""
+        slot = shuffled(slot, self.batch_size, self.seed, step)  # else each rank would have sources of its own
+        cuts = self.cuts[step % self.ROUND]
+        source = int(np.searchsorted(cuts, slot, side="right")) - 1
+        epoch = step // self.epoch_steps[source]
+        before = self._taken(step, source) - self._taken(epoch * self.epoch_steps[source], source)
+        position, most, length = int(before + slot - cuts[source]), self.most[source], self.lengths[source]
+        row = range(position % most, length, most)
+        for attempt in range(len(row)):
+            place = row[(position // most + attempt) % len(row)]
+            yield self.starts[source] + shuffled(place, length, self.seed, epoch, source)
+
+
 def rank_slice(batch_size: int, rank: int, num_ranks: int) -> range:
     """The slots of the global batch that a rank fills; slices differ by one where the batch does not divide."""
     return range(batch_size * rank // num_ranks, batch_size * (rank + 1) // num_ranks)
 
 
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """For each step from `start` to `stop`, this rank's places `(epoch, position)` in the data."""
+class Place(NamedTuple):
+    """A slot of a step, and the size and length that its phase asks for; None: as the model has them."""
 
-    def __init__(self, start: int, stop: int, batch_size: int, steps_per_epoch: int, slots: range):
-        self.start, self.stop = start, stop
-        self.batch_size, self.steps_per_epoch, self.slots = batch_size, steps_per_epoch, slots
+    step: int
+    slot: int
+    image_size: int | None = None
+    text_length: int | None = None
+
+
+class StepSampler(Sampler[list[Place]]):
+    """For each step from `start` to `stop`, the places that this rank fills."""
+
+    def __init__(self, start: int, stop: int, slots: range, phases: Phases | None = None):
+        self.start, self.stop, self.slots, self.phases = start, stop, slots, phases
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Place]]:
         for step in range(self.start, self.stop):
-            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            yield [(epoch, step_of_epoch * self.batch_size + slot) for slot in self.slots]
+            phase = self.phases and self.phases.at(step)
+            sizes = (phase.image_size, phase.text_length) if phase else ()
+            yield [Place(step, slot, *sizes) for slot in self.slots]
 
 
 class PairDataset(Dataset):
-    """Decoded, cropped pairs by place `(epoch, position)`.
+    """Decoded, cropped pairs by `Place`.
 
-    In the place of an unusable sample comes the one that the following batch of the epoch has in the same slot, and so
-    on round the epoch: all batches stay full, on all ranks, and no batch holds a sample twice.
+    An unusable sample is replaced by its stand-in (`Order`): all batches stay full, on all ranks, and no batch holds a
+    sample twice. It is counted where its own place comes up, not where it would have stood in for another, so that
+    an epoch counts each unusable sample that has a place in it once, whatever the ranks and workers.
     """
 
     def __init__(self, source: Source, config: Config, image_size: int):
-        self.source, self.image_size = source, image_size
-        self.batch_size, self.seed = config.optim.batch_size, config.run.seed
-        self.max_bad = config.data.max_bad_in_a_row
-        self.length = min(len(source), config.data.max_samples or len(source))
-        if self.length < self.batch_size:
-            raise UsageError(
-                f"{config.data.train!r} has {self.length} usable pairs, expected at least one batch of "
-                f"{self.batch_size}. Lower optim.batch_size or add data."
-            )
+        self.source, self.image_size, self.seed = source, image_size, config.run.seed
+        self.max_bad, batch_size = config.data.max_bad_in_a_row, config.optim.batch_size
+        if isinstance(source, MixtureSource):
+            names, lengths, weights = source.names, source.lengths, source.weights
+        else:
+            names, weights = [str(config.data.train)], [1.0]
+            lengths = [min(len(source), config.data.max_samples or len(source))]
+        self.order = Order(names, lengths, weights, batch_size, self.seed)
+        self.steps_per_epoch = sum(lengths) // batch_size
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.length // self.batch_size
-
-    def __getitem__(self, place: tuple[int, int]) -> dict:
-        """`image` (3, size, size) uint8, `caption`, `problems`: indices into `PROBLEMS` met on the way here.
+    def __getitem__(self, place: Place) -> dict:
+        """`image` (3, size, size) uint8, `caption`, `sample` (its index in the source), `text_length`, `problems`: index
+        into `PROBLEMS` of what is wrong with the sample of this place, if anything.
 
         A place with no usable sample within reach gives `failure`, a message, instead of an image: an exception in a
         worker process would end this rank alone, before the others can save.
         """
-        epoch, position = place
-        slots = range(position % self.batch_size, self.length, self.batch_size)
-        column, problems = position // self.batch_size, []
-        for attempt in range(min(self.max_bad, len(slots))):
-            index = shuffled(slots[(column + attempt) % len(slots)], self.length, self.seed, epoch)
+        place, found = Place(*place), []
+        for index, _ in zip(self.order(place.step, place.slot), range(self.max_bad), strict=False):
             try:
-                return {**self._load(index, place), "problems": problems}
+                example = self._load(index, place)
+                return {**example, "sample": index, "text_length": place.text_length, "problems": found[:1]}
             except BadSample as bad:
-                problems.append(PROBLEMS.index(bad.kind))
-        kinds = {PROBLEMS[problem] for problem in problems}
-        failure = (
-            f"Sample {index} and the {len(problems) - 1} tried before it are unusable ({', '.join(sorted(kinds))})"
-        )
-        return {"failure": f"{failure}. Mend the data, or raise data.max_bad_in_a_row.", "problems": problems}
+                found.append(PROBLEMS.index(bad.kind))
+        kinds = ", ".join(sorted({PROBLEMS[problem] for problem in found}))
+        failure = f"Sample {index} and the {len(found) - 1} tried before it are unusable ({kinds})"
+        return {"failure": f"{failure}. Mend the data, or raise data.max_bad_in_a_row.", "problems": found[:1]}
 
-    def _load(self, index: int, place: tuple[int, int]) -> dict:
+    def _load(self, index: int, place: Place) -> dict:
         # Seeded by the place, not by the process: the same whatever the number of workers and ranks.
-        rng = np.random.default_rng([self.seed, *place])
+        rng = np.random.default_rng([self.seed, place.step, place.slot])
         image, captions = self.source[index]
         captions = [caption.strip() for caption in captions if caption.strip()]
         if not captions:
             raise BadSample("empty caption")
+        if image == b"":
+            raise BadSample("empty image")
         caption = captions[rng.integers(len(captions))]
         try:
-            return {"image": random_square_crop(image, self.image_size, rng), "caption": caption}
+            return {"image": random_square_crop(image, place.image_size or self.image_size, rng), "caption": caption}
         except ValueError as error:
-            raise BadSample("unreadable image") from error
+            raise BadSample(_image_problem(image, error)) from error
+
+
+def _image_problem(image: bytes, error: ValueError) -> str:
+    if isinstance(error.__cause__, UnidentifiedImageError) and not image.startswith(SIGNATURES):
+        return "not an image"
+    return "too large image" if "PIL.Image.MAX_IMAGE_PIXELS" in str(error) else "unreadable image"
 
 
 class Collate:
     """Examples -> batch: `pixel_values` uint8 (local_batch, 3, size, size), `input_ids` and `attention_mask` padded to
     the longest caption, `group_id` where captions are grouped, and `counts` (see `COUNTED`); or `failure`, a message.
+
+    Args:
+        pad_to_max: Pad to the context, or to the phase's text length, instead.
+        group: Give `group_id`.
+        sort_by_length: Pairs with the longest captions first, so that micro-batches hold texts of similar length. The
+            pairs of a batch are a set: neither the loss nor its gradient depends on their order.
+        stored: A teacher's embeddings of the data (`StoredEmbeddings`): the batch gets `teacher_image_embeds` and
+            `teacher_text_embeds`, (local_batch, teacher_dim).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, pad_to_max: bool, group: bool):
-        self.tokenizer, self.group = tokenizer, group
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        pad_to_max: bool,
+        group: bool,
+        sort_by_length: bool = False,
+        stored: "StoredEmbeddings | None" = None,
+    ):
+        self.tokenizer, self.group, self.sort_by_length, self.stored = tokenizer, group, sort_by_length, stored
         self.padding = "max_length" if pad_to_max else "longest"
 
     def __call__(self, examples: list[dict]) -> dict:
@@ -162,20 +279,28 @@ class Collate:
         if failures:
             return {"failure": failures[0], "counts": counts}
         captions = [example["caption"] for example in examples]
-        tokens = self.tokenizer(captions, truncation=True, padding=self.padding, return_tensors="pt")
-        counts[-1] = self._num_truncated(captions, tokens["attention_mask"])
+        limit = examples[0].get("text_length") or self.tokenizer.model_max_length
+        tokens = self.tokenizer(captions, truncation=True, max_length=limit, padding=self.padding, return_tensors="pt")
+        counts[-1] = self._num_truncated(captions, tokens["attention_mask"], limit)
         batch = {
             "pixel_values": torch.from_numpy(np.stack([example["image"] for example in examples])),
             "input_ids": tokens["input_ids"],
             "attention_mask": tokens["attention_mask"],
-            "counts": counts,
         }
         if self.group:
             batch["group_id"] = torch.tensor([caption_id(caption) for caption in captions])
-        return batch
+        if self.stored is not None:
+            try:
+                embeds = self.stored.lookup([example["sample"] for example in examples], captions)
+            except UsageError as error:  # as for samples: let all ranks end together
+                return {"failure": str(error), "counts": counts}
+            batch["teacher_image_embeds"], batch["teacher_text_embeds"] = embeds
+        if self.sort_by_length:
+            longest_first = batch["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
+            batch = {name: values[longest_first] for name, values in batch.items()}
+        return {**batch, "counts": counts}
 
-    def _num_truncated(self, captions: list[str], attention_mask: torch.Tensor) -> int:
-        limit = self.tokenizer.model_max_length
+    def _num_truncated(self, captions: list[str], attention_mask: torch.Tensor, limit: int) -> int:
         full = (attention_mask.sum(dim=1) == limit).nonzero().flatten().tolist()
         if not full:
             return 0
@@ -189,18 +314,29 @@ def caption_id(caption: str) -> int:
 
 
 def build_loader(
-    dataset: PairDataset, collate: Collate, config: Config, *, start: int, stop: int, rank: int, num_ranks: int
+    dataset: PairDataset,
+    collate: Collate,
+    config: Config,
+    *,
+    start: int,
+    stop: int,
+    rank: int,
+    num_ranks: int,
+    phases: Phases | None = None,
 ) -> DataLoader:
     """Batches of this rank for the steps from `start` to `stop`, read ahead across epochs by worker processes.
 
     Built here and not prepared by Accelerate, whose loaders repeat samples to fill the last batch and may read
     everything on the first rank (https://github.com/huggingface/accelerate/pull/2325).
+
+    Args:
+        phases: None: images and texts of the model's size all the way.
     """
     slots = rank_slice(config.optim.batch_size, rank, num_ranks)
     workers = config.data.num_workers
     return DataLoader(
         dataset,
-        batch_sampler=StepSampler(start, stop, config.optim.batch_size, dataset.steps_per_epoch, slots),
+        batch_sampler=StepSampler(start, stop, slots, phases),
         collate_fn=collate,
         num_workers=workers,
         prefetch_factor=4 if workers else None,

@@ -27,6 +27,7 @@ from hfclip import (
 )
 
 from .config import SECTIONS, Config, ModelConfig, UsageError, load_yaml
+from .low_precision import halve_text_weights
 from .sources import BadSample, Source
 
 
@@ -186,6 +187,8 @@ def build_model(config: Config, architecture: HFCLIPConfig) -> HFCLIPModel:
             model = HFCLIPModel(architecture)
     except (OSError, ValueError) as error:
         raise UsageError(f"model: {error}") from error
+    if config.optim.text_weights == "bfloat16":
+        halve_text_weights(model)
     if config.model.freeze != "none":
         model.freeze(config.model.freeze)
     if config.model.gradient_checkpointing:

@@ -1,46 +1,107 @@
-"""AdamW with the paper's weight decay, and a learning rate that is a pure function of the step."""
+"""AdamW with the paper's weight decay, and a learning rate that is a pure function of the step and the layer."""
 
 import math
+from collections import defaultdict
 
 import torch
 from torch import nn
 
+from hfclip.modeling_hfclip_resnet import HFCLIPResNetModel
+from hfclip.modeling_hfclip_transformer import HFCLIPBagOfWordsModel
+
 from .config import OptimConfig, UsageError
+from .low_precision import LowPrecisionAdamW, text_matrices
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: those that decay and those that do not.
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Trainable parameters in groups of one `weight_decay` and one `lr_scale`, a factor on the learning rate.
 
     Matrices, convolutions and embeddings decay. Gains, biases, the class embedding, `logit_scale` and `logit_bias`,
     that is everything with fewer than two dimensions, do not (Radford et al. 2021, section 2.5: "all weights that are
     not gains or biases").
-    """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
-
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; beta2 and epsilon default to the paper's for the kind of vision tower.
+    The top block of a tower has factor 1, each block below it `layer_decay` times the factor of the block above, and
+    the embeddings that of a block below the lowest. What follows the blocks, the projections and the logit scale have
+    factor 1. Blocks of a ResNet are its stem, its four stages and its attention pool.
 
     Raises:
-        UsageError: if a parameter is not float32. Adam's small updates vanish in half-precision weights.
+        UsageError: if a tower that is to be trained with `layer_decay` below 1 has no list of blocks.
     """
-    halves = [f"{name} ({p.dtype})" for name, p in model.named_parameters() if p.dtype != torch.float32]
-    if halves:
+    scales = {}
+    if layer_decay != 1:
+        for tower in (model.vision_model, model.text_model):
+            levels = _levels(tower) if any(p.requires_grad for p in tower.parameters()) else []
+            for height, level in enumerate(reversed(levels)):
+                scales |= {id(parameter): layer_decay**height for parameter in level}
+    groups = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if parameter.ndim >= 2 else 0.0
+            groups[scales.get(id(parameter), 1.0), parameter.ndim >= 2, decay].append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": key[2], "lr_scale": key[0]} for key in sorted(groups, reverse=True)
+    ]
+
+
+def _levels(tower: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of a tower, from its embeddings up to its last block and what follows that."""
+    parameters = list(tower.parameters())
+    if isinstance(tower, HFCLIPBagOfWordsModel):
+        return [parameters]
+    if isinstance(tower, HFCLIPResNetModel):
+        blocks = [tower.layer1, tower.layer2, tower.layer3, tower.layer4, tower.attnpool]
+    else:
+        # The one with most parameters: lists inside of a block hold fewer.
+        lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
+        blocks = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=None)
+    if not blocks:
         raise UsageError(
-            f"Training needs float32 weights, found {len(halves)} others, first {halves[0]}. Load the model with "
-            "dtype=torch.float32; run.precision chooses the precision of the computation."
+            f"optim.layer_decay: found no list of blocks in the {tower.config.model_type} tower, expected one. Set "
+            "it to 1, or freeze that tower."
+        )
+    levels = [list(block.parameters()) for block in blocks]
+    inside = {id(parameter) for level in levels for parameter in level}
+    first = next(place for place, parameter in enumerate(parameters) if id(parameter) in inside)
+    after = [parameter for parameter in parameters[first:] if id(parameter) not in inside]
+    return [parameters[:first], *levels[:-1], levels[-1] + after]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; beta2 and epsilon default to the paper's for the kind of vision tower.
+
+    It is torch's fused AdamW, or `LowPrecisionAdamW` where the moments or the text weights are bfloat16.
+
+    Args:
+        model: in float32 but for what `halve_text_weights` halves, if `text_weights` says so.
+        seed: of the noise of stochastic rounding.
+
+    Raises:
+        UsageError: if a parameter is of another type. Adam's small updates vanish in half-precision weights.
+    """
+    halved = {id(m.weight) for m in text_matrices(model)} if config.text_weights == "bfloat16" else set()
+    expected = {True: torch.bfloat16, False: torch.float32}
+    wrong = [f"{name} ({p.dtype})" for name, p in model.named_parameters() if p.dtype != expected[id(p) in halved]]
+    if wrong:
+        exception = " (bfloat16 for the text tower's matrices, see halve_text_weights)" if halved else ""
+        raise UsageError(
+            f"Training needs float32 weights{exception}, found {len(wrong)} others, first {wrong[0]}. Load the model "
+            "with dtype=torch.float32; run.precision chooses the precision of the computation."
         )
     # Radford et al. 2021, table 18
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     beta2, eps = (0.999, 1e-8) if has_batch_norm else (0.98, 1e-6)
     betas = (0.9, beta2 if config.beta2 is None else config.beta2)
-    groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps or eps, fused=True)
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    if config.moments == config.text_weights == "float32":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps or eps, fused=True)
+    moments = getattr(torch, config.moments)
+    return LowPrecisionAdamW(groups, config.lr, betas, config.eps or eps, moments=moments, seed=seed)
+
+
+def apply_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the rate of every group: `lr` times its `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:

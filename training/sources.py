@@ -1,4 +1,4 @@
-"""Where pairs come from: WebDataset tars, tables that `datasets` reads, and the built-in scenes.
+"""Where pairs come from: WebDataset tars, tables that `datasets` reads, the built-in scenes, and mixtures of them.
 
 A source is a sequence of raw samples, `source[i] -> (encoded image, captions)`, read at random and never decoded here,
 so that the order of the data is the sampler's alone. `open_source` finds out what a name means; whatever is wrong with
@@ -6,27 +6,21 @@ the whole is a `UsageError` before the run starts, whatever is wrong with one sa
 """
 
 import glob
-import hashlib
 import json
-import os
-import re
-import tarfile
+import math
 from collections import Counter
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import fsspec
 import numpy as np
-from fsspec.callbacks import TqdmCallback
 from PIL import Image
-from tqdm import tqdm
 
 from hfclip.data.scenes import Scenes
 
 from .config import DataConfig, UsageError
+from .shards import MEMBERS, find_shards, in_threads, load_index
 
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE_KEYS = ("image", "jpg", "png", "img")
 CAPTION_KEYS = ("text", "caption", "captions", "texts", "sentences")
 NUM_SCENES = 50_000
@@ -52,16 +46,22 @@ class Source(Protocol):
     def captions(self, index: int) -> list[str]: ...
 
 
-def open_source(name: str, config: DataConfig, split: str, image_size: int) -> Source:
+def open_source(name: str | dict[str, float], config: DataConfig, split: str, image_size: int) -> Source:
     """Opens what `data.train` or `eval.retrieval` names.
 
     Args:
+        name: Of one source, or a mapping of names to weights: a `MixtureSource`. All its sources are read with the
+            same settings.
         split: of the built-in scenes, and of what `datasets` loads.
         image_size: side in pixels of the built-in scenes.
 
     Raises:
-        UsageError: where nothing usable is found.
+        UsageError: where nothing usable is found, or a weight is not a number above 0.
     """
+    if isinstance(name, dict):
+        _check_weights(name)
+        sources = {str(key): open_source(str(key), config, split, image_size) for key in name}
+        return MixtureSource(sources, list(name.values()), config.max_samples)
     if name == "scenes":
         return SceneSource(split, image_size, config.max_samples or NUM_SCENES)
     shards = find_shards(name, Path(config.cache_dir).expanduser())
@@ -71,8 +71,49 @@ def open_source(name: str, config: DataConfig, split: str, image_size: int) -> S
     return source
 
 
+def _check_weights(mixture: dict) -> None:
+    if not mixture:
+        raise UsageError("data.train: found an empty mapping, expected names of sources with their weights.")
+    for name, weight in mixture.items():
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not (is_number and 0 < weight < math.inf):
+            raise UsageError(
+                f"data.train: {name!r} has the weight {weight!r}, expected a number above 0. Leave a source out that "
+                "is not to be used."
+            )
+
+
 def _describe_counts(counts: Counter) -> str:
     return "Left out: " + (", ".join(f"{n} with {kind}" for kind, n in counts.items()) or "nothing") + "."
+
+
+class MixtureSource:
+    """Several sources, one after the other, and the weights by which batches are filled from them (`data.Order`).
+
+    A weight is a source's share of each batch, relative to the other weights, whatever its size. Where data.max_samples
+    is set, it holds for each source. An epoch of the run is as many pairs as the sources have together.
+    """
+
+    def __init__(self, sources: dict[str, Source], weights: list[float], max_samples: int | None = None):
+        self.names, self.sources, self.weights = list(sources), list(sources.values()), weights
+        self.lengths = [min(len(source), max_samples or len(source)) for source in self.sources]
+        self.starts = np.cumsum([0, *self.lengths])
+        self.skipped = sum((source.skipped for source in self.sources), Counter())
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[bytes | Image.Image, list[str]]:
+        source, index = self._find(index)
+        return source[index]
+
+    def captions(self, index: int) -> list[str]:
+        source, index = self._find(index)
+        return source.captions(index)
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.sources[number], int(index - self.starts[number])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,24 +143,28 @@ class SceneSource:
 # WebDataset tars
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Where one sample's members lie in its tar: byte offset and size, -1 where there is none.
-_MEMBERS = [(f"{member}_{what}", np.int64) for member in ("image", "text", "json") for what in ("offset", "size")]
-
 
 class ShardSource:
     """Uncompressed tars whose samples are neighbouring members with one name: `0001.jpg`, `0001.txt` or `0001.json`.
 
     The headers of each tar are read once and kept in the cache folder; then each sample is two reads at known offsets.
-    Samples without image or caption are left out here, and counted.
+    Members are never unpacked, so that their names lead nowhere. Links, folders and other kinds of files are ignored;
+    a second image or caption of one name begins another sample. Left out and counted are samples without image or
+    caption, and what damage to a tar took with it: "truncated shard" (it ends too early), "damaged shard" (something in
+    the middle is no header; reading goes on with the next one that is) and "not a tar", each once a tar.
     """
 
     def __init__(self, shards: list[Path], config: DataConfig):
         self.shards, self.key = shards, config.caption_key
         self.skipped = Counter()
         cache = Path(config.cache_dir).expanduser() / "indices"
-        bar = tqdm(shards, desc="indexing shards", unit="tar", disable=None)
-        parts = [self._usable(self._load_index(shard, cache)) for shard in bar]
-        self.index = np.concatenate(parts) if parts else np.empty(0, _MEMBERS)
+        found = in_threads(lambda shard: load_index(shard, cache), shards, "indexing shards")
+        for _, damage in found:
+            self.skipped.update(damage)
+        if self.skipped["not a tar"] == len(shards) > 0:
+            raise UsageError(f"{shards[0]} is not an uncompressed tar file. Unpack .tar.gz shards first.")
+        parts = [self._usable(index) for index, _ in found]
+        self.index = np.concatenate(parts) if parts else np.empty(0, MEMBERS)
         self.starts = np.cumsum([0] + [len(part) for part in parts])
         self._check_key()
 
@@ -130,7 +175,7 @@ class ShardSource:
         row = self.index[0]
         try:
             record = json.loads(self._read(0, row["json_offset"], row["json_size"]))
-        except (BadSample, json.JSONDecodeError, UnicodeDecodeError):  # counted when it comes up
+        except (BadSample, ValueError, RecursionError):  # counted when it comes up
             return
         if isinstance(record, dict) and self.key not in record:
             raise UsageError(
@@ -155,16 +200,21 @@ class ShardSource:
                 raise BadSample("unreadable caption") from error
         try:
             record = json.loads(self._read(index, row["json_offset"], row["json_size"]))
-            key = self.key or next(key for key in CAPTION_KEYS if key in record)
-            return _caption_list(record[key])
-        except (ValueError, KeyError, TypeError, StopIteration) as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample("unreadable caption") from error
+        if not isinstance(record, dict):
+            raise BadSample("unreadable caption")
+        key = self.key or next((key for key in CAPTION_KEYS if key in record), None)
+        return _caption_list(record.get(key))
 
     def _read(self, index: int, offset: int, size: int) -> bytes:
         shard = self.shards[np.searchsorted(self.starts, index, side="right") - 1]
-        with open(shard, "rb", buffering=0) as file:
-            file.seek(offset)
-            data = file.read(size)
+        try:
+            with open(shard, "rb", buffering=0) as file:
+                file.seek(offset)
+                data = file.read(size)
+        except OSError as error:
+            raise BadSample("unreadable shard") from error
         if len(data) != size:
             raise BadSample("truncated shard")
         return data
@@ -177,114 +227,6 @@ class ShardSource:
         self.skipped.update({"missing image": int((~has_image).sum()), "missing caption": int((~has_caption).sum())})
         self.skipped = +self.skipped  # without zeros
         return index[has_image & has_caption]
-
-    def _load_index(self, shard: Path, cache: Path) -> np.ndarray:
-        state = shard.stat()
-        identity = f"{shard.resolve()}|{state.st_size}|{state.st_mtime_ns}"
-        path = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy"
-        if path.is_file():
-            return np.load(path)
-        index, complete = _index_tar(shard)
-        if complete:
-            cache.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npy")
-            np.save(temporary, index)
-            os.replace(temporary, path)
-        else:
-            self.skipped["truncated shard"] += 1
-        return index
-
-
-def _index_tar(shard: Path) -> tuple[np.ndarray, bool]:
-    """The `_MEMBERS` of each sample, and whether the tar is whole."""
-    rows, last_name, complete = [], None, False
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                tar.members.clear()  # else tarfile keeps every header in memory
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                extension = extension.lower()
-                kind = "image" if extension in IMAGE_EXTENSIONS else {"txt": "text"}.get(extension, extension)
-                if not member.isfile() or kind not in ("image", "text", "json"):
-                    continue
-                if (folder, stem) != last_name:
-                    last_name = (folder, stem)
-                    rows.append(dict.fromkeys((name for name, _ in _MEMBERS), -1))
-                rows[-1] |= {f"{kind}_offset": member.offset_data, f"{kind}_size": member.size}
-            tar.fileobj.seek(tar.offset)  # a whole tar ends with blocks of zeros; tarfile does not insist on them
-            complete = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except tarfile.ReadError as error:
-        if not rows:
-            raise UsageError(
-                f"{shard} is not an uncompressed tar file: {error}. Unpack .tar.gz shards first."
-            ) from error
-    return np.array([tuple(row.values()) for row in rows], _MEMBERS), complete
-
-
-def find_shards(name: str, cache: Path) -> list[Path]:
-    """The tars that a path, URL, glob, brace pattern or folder names; remote ones are fetched into the cache first.
-
-    Returns:
-        Paths in sorted order; none if `name` means something else than tars.
-    """
-    patterns = _expand_braces(os.path.expanduser(name))
-    if "://" in name:
-        return _fetch_shards(patterns, cache / "shards")
-    if Path(patterns[0]).is_dir():
-        return sorted(Path(patterns[0]).glob("*.tar"))
-    if not name.endswith(".tar"):
-        return []
-    paths = [found for pattern in patterns for found in sorted(glob.glob(pattern)) or [pattern]]
-    missing = [path for path in paths if not Path(path).is_file()]
-    if missing:
-        raise UsageError(f"{name!r}: found no file {missing[0]!r} ({len(missing)} of {len(paths)} tars are missing).")
-    return [Path(path) for path in paths]
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    """ "{00..02}.tar" -> ["00.tar", "01.tar", "02.tar"]; "{a,b}.tar" -> ["a.tar", "b.tar"]."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    inside = match.group(1)
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
-    if numbers:
-        first, last = numbers.groups()
-        words = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    else:
-        words = inside.split(",")
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    return [expanded for word in words for expanded in _expand_braces(before + word + after)]
-
-
-def _fetch_shards(urls: list[str], cache: Path) -> list[Path]:
-    try:
-        files, found = fsspec.url_to_fs(urls[0])[0], []
-        for url in urls:
-            url += "*.tar" if url.endswith("/") else ""
-            path = files._strip_protocol(url)
-            if url.endswith(".tar"):
-                found += sorted(files.glob(path)) if glob.has_magic(path) else [path]
-        return [_fetch(files, path, cache, f"{number}/{len(found)}") for number, path in enumerate(found, 1)]
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"{urls[0]!r} cannot be fetched: {type(error).__name__}: {error}") from error
-
-
-def _fetch(files: fsspec.AbstractFileSystem, path: str, cache: Path, number: str) -> Path:
-    size = files.info(path).get("size")
-    folder = cache / hashlib.sha256(files.unstrip_protocol(path).encode()).hexdigest()[:16]
-    local = folder / path.rsplit("/", 1)[-1]
-    if local.is_file() and size in (None, local.stat().st_size):
-        return local
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = local.with_name(f"{local.name}.{os.getpid()}.tmp")
-    bar = {"desc": f"fetching {number} {local.name}", "unit": "B", "unit_scale": True, "leave": False}
-    files.get_file(path, str(temporary), callback=TqdmCallback(tqdm_kwargs=bar))
-    if size not in (None, temporary.stat().st_size):
-        raise OSError(f"{path} broke off after {temporary.stat().st_size} of {size} bytes; run again to fetch it anew")
-    os.replace(temporary, local)
-    return local
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,7 +256,7 @@ class TableSource:
         return len(self.table)
 
     def __getitem__(self, index: int) -> tuple[bytes, list[str]]:
-        row = self.table[index]
+        row = self._row(self.table, index)
         image = row[self.image_key]
         if image is None:
             raise BadSample("missing image")
@@ -326,21 +268,29 @@ class TableSource:
         return image["bytes"], self._captions(row)
 
     def captions(self, index: int) -> list[str]:
-        return self._captions(self.texts[index])
+        return self._captions(self._row(self.texts, index))
 
-    def _captions(self, row: dict) -> list[str]:
-        if row[self.caption_key] is None:
-            raise BadSample("missing caption")
+    def _row(self, table, index: int) -> dict:
         try:
-            return _caption_list(row[self.caption_key])
-        except TypeError as error:
+            return table[index]
+        except UnicodeDecodeError as error:
             raise BadSample("unreadable caption") from error
 
+    def _captions(self, row: dict) -> list[str]:
+        return _caption_list(row[self.caption_key])
 
-def _caption_list(value: str | list[str]) -> list[str]:
+
+def _caption_list(value: Any) -> list[str]:
+    """A caption or a list of captions as a list."""
     captions = [value] if isinstance(value, str) else value
+    if captions is None:
+        raise BadSample("missing caption")
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise TypeError("expected a caption or a list of captions")
+        raise BadSample("unreadable caption")
+    try:
+        "".join(captions).encode()
+    except UnicodeEncodeError as error:  # half a character, which JSON can say: "\\ud83d"
+        raise BadSample("unreadable caption") from error
     return captions
 
 

@@ -1,6 +1,8 @@
 """What a run reports: a progress bar, `metrics.jsonl` in the run folder, and any Accelerate tracker beside it."""
 
 import json
+import math
+import os
 import sys
 import time
 from collections import Counter
@@ -14,10 +16,13 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
 from .config import Config, UsageError
+from .curves import METRICS_FILE, read_metrics
 from .data import COUNTED
+from .flops import measured_peak
+from .timing import Stopwatch
 
 
-METRICS_FILE = "metrics.jsonl"
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def check_trackers(names: list[str]) -> None:
@@ -32,15 +37,20 @@ def check_trackers(names: list[str]) -> None:
 
 
 class Tracking:
-    """Collects the metrics of steps and writes them every `run.log_every` steps.
+    """Collects the metrics of steps and writes them every `run.log_every` steps and at the end.
 
-    Times are seconds per step: `data_time` waiting for the batch, `step_time` everything else. Losses and norms are
-    means over the steps since the last line that were not skipped; counts are totals of this process group and run.
+    Losses and norms are means over the steps since the last line that were not skipped, other metrics the last ones;
+    counts are totals of this process group and run. Times are seconds per step: `step_time` in all, of it `data_time`
+    waiting for the batch and one for each phase that `watch` times ("forward": `forward_time`). Saving and evaluation
+    are not in them.
+
+    `tflops` is what the towers need (10**12 FLOP per second, see `flops.py`) of one process, the main one, and
+    `share_of_peak` the same in parts of the matrix products that its device was measured to do at the start.
     """
 
     def __init__(self, accelerator: Accelerator, config: Config, start: int, stop: int):
         self.accelerator, self.every, self.batch_size = accelerator, config.run.log_every, config.optim.batch_size
-        self.path = Path(config.run.output_dir) / METRICS_FILE
+        self.path, self.stop = Path(config.run.output_dir) / METRICS_FILE, stop
         self.bar = tqdm(
             initial=start,
             total=stop,
@@ -50,47 +60,83 @@ class Tracking:
             disable=not accelerator.is_local_main_process,
         )
         self.counts = torch.zeros(len(COUNTED), dtype=torch.long)
-        self._reset()
         if accelerator.is_main_process:
             _forget_after(self.path, start)
-        accelerator.init_trackers("hfclip", config=_flat(config.to_dict()))
+        _init_trackers(accelerator, config)
+        # On all processes at once: on a CPU they share the cores, as they will in training.
+        self.peak = measured_peak(accelerator.device, PRECISIONS[config.run.precision])
+        self.watch = Stopwatch(accelerator.device)
+        self._reset()
+
+    def start(self) -> None:
+        """The first step begins: what came before it does not count as training."""
+        self.bar.unpause()
+        self._reset()
 
     def _reset(self) -> None:
-        self.sums, self.steps, self.skipped = Counter(), 0, 0
+        self.sums, self.steps, self.skipped, self.flops = Counter(), 0, 0, 0
         self.since = time.perf_counter()
 
-    def step(self, step: int, metrics: dict, data_time: float, counts: torch.Tensor) -> None:
-        """Takes in one step; `step` counts those done, this one included. Collective every `run.log_every` steps."""
+    def step(self, step: int, metrics: dict, data_time: float, counts: torch.Tensor, flops: int | None = None) -> None:
+        """Takes in one step. Collective where a line is due.
+
+        Args:
+            step: how many are done, this one included.
+            metrics: `loss`, `grad_norm`, `skipped` and further numbers.
+            data_time: seconds that the step waited for its batch.
+            counts: of this process, see `COUNTED`.
+            flops: of this process's pairs, by `batch_flops`; None if they are not known.
+        """
         self.steps += 1
         self.counts += counts
+        self.flops += math.nan if flops is None else flops
         self.sums["data_time"] += data_time
-        if metrics.pop("skipped"):
+        if metrics["skipped"]:
             self.skipped += 1
         else:
             self.sums.update({name: metrics[name] for name in ("loss", "grad_norm")})
+        self.watch.collect()
         self.bar.update()
-        if step % self.every == 0:
+        if step % self.every == 0 or step == self.stop:
             self._write_line(step, metrics)
 
     def _write_line(self, step: int, metrics: dict) -> None:
-        elapsed = time.perf_counter() - self.since
         good = self.steps - self.skipped
-        data_time = self.sums["data_time"] / self.steps
         line = {
-            "loss": self.sums["loss"] / good if good else None,
-            "grad_norm": self.sums["grad_norm"] / good if good else None,
-            **{name: float(metrics[name]) for name in ("lr", "logit_scale", "epoch")},
-            "samples_per_second": self.steps * self.batch_size / elapsed,
-            "data_time": data_time,
-            "step_time": elapsed / self.steps - data_time,
+            **{name: self.sums[name] / good if good else None for name in ("loss", "grad_norm")},
+            **{name: float(value) for name, value in metrics.items() if name not in ("loss", "grad_norm", "skipped")},
+            **self._speed(),
             "skipped_steps": self.skipped,
             **self.total_counts(),
         }
-        shown = {"lr": f"{line['lr']:.1e}", "scale": f"{line['logit_scale']:.1f}"}
-        loss = "skipped" if line["loss"] is None else f"{line['loss']:.3f}"
-        self.bar.set_postfix({"loss": loss, **shown, "samples/s": f"{line['samples_per_second']:.0f}"})
+        self._show(line)
         self.write(step, line)
         self._reset()
+
+    def _speed(self) -> dict[str, float]:
+        """Where the time since the last line went, and what was done in it."""
+        phases = self.watch.read()  # waits for the device, so before the clock is read
+        elapsed = time.perf_counter() - self.since
+        speed = {
+            "samples_per_second": self.steps * self.batch_size / elapsed,
+            "step_time": elapsed / self.steps,
+            "data_time": self.sums["data_time"] / self.steps,
+            **{f"{phase}_time": seconds / self.steps for phase, seconds in phases.items()},
+        }
+        if not math.isnan(self.flops):
+            speed |= {"tflops": self.flops / elapsed / 1e12, "share_of_peak": self.flops / elapsed / self.peak}
+        return speed
+
+    def _show(self, line: dict) -> None:
+        shown = {
+            "loss": "skipped" if line["loss"] is None else f"{line['loss']:.3f}",
+            "lr": f"{line['lr']:.1e}",
+            "scale": f"{line['logit_scale']:.1f}",
+            "samples/s": f"{line['samples_per_second']:.0f}",
+        }
+        if "share_of_peak" in line:
+            shown["of peak"] = f"{line['share_of_peak']:.0%}"
+        self.bar.set_postfix(shown)
 
     def total_counts(self) -> dict[str, int]:
         """What went wrong in the data so far, over all processes; collective."""
@@ -117,13 +163,31 @@ class Tracking:
             self.bar.write(message)
 
 
+def _init_trackers(accelerator: Accelerator, config: Config) -> None:
+    """Raises UsageError for a tracker that does not start (no login, no network), with the reason it gives."""
+    folder = Path(config.run.output_dir).resolve()
+    options = {"wandb": {"name": folder.name, "dir": str(folder)}, "trackio": {"name": folder.name}}
+    try:
+        accelerator.init_trackers("hfclip", config=_flat(config.to_dict()), init_kwargs=options)
+    except Exception as error:  # each tracker has its own
+        raise UsageError(f"run.trackers: {error}") from error
+
+
 def _forget_after(path: Path, step: int) -> None:
     """Drops lines of steps that a resumed run does again."""
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_text("".join(kept), encoding="utf-8")
+        beside.replace(path)  # whole before or whole after, also if the run is killed here
 
 
-def _flat(config: dict) -> dict:
-    return {f"{section}.{key}": str(value) for section, values in config.items() for key, value in values.items()}
+def _flat(settings: dict, prefix: str = "") -> dict[str, int | float | bool | str]:
+    """Nested settings as `section.key` -> value, in the types that all trackers take."""
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str) else json.dumps(value)
+    return flat

@@ -107,11 +107,7 @@ def push(
         HubError: the Hub refused, or was not reached. The branch is unchanged then.
     """
     folder = Path(folder)
-    validate_repo_id(repo_id)
-    if revision is not None and not BRANCH.fullmatch(revision):
-        raise ValueError(
-            f"revision: found {revision!r}, expected the name of a branch: letters, digits, '.', '_', '-' and '/'."
-        )
+    check_target(repo_id, revision)
     files = check_folder(folder)
     branch, message = revision or "main", commit_message or f"Model of hfclip: {folder.resolve().name}"
     contents: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in files}
@@ -144,6 +140,15 @@ def push(
     address = _url(str(url), revision)
     print(f"Published: {address}" if changed else f"Nothing changed: {address} has all this already.", flush=True)
     return address
+
+
+def check_target(repo_id: str, revision: str | None) -> None:
+    """Raises ValueError unless these can be names of a repository and, if there is one, of a branch. No network."""
+    validate_repo_id(repo_id)
+    if revision is not None and not BRANCH.fullmatch(revision):
+        raise ValueError(
+            f"revision: found {revision!r}, expected the name of a branch: letters, digits, '.', '_', '-' and '/'."
+        )
 
 
 def end_on_interrupt(message: str) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .configuration_hfclip import HFCLIPConfig
 
 # The line of the snippets that names the model.
-_NAME_LINE = re.compile(r'^name = ".*"  # this repository$', flags=re.MULTILINE)
+_NAME_LINE = re.compile(r'^name = ".*"  # this (repository|folder)$', flags=re.MULTILINE)
 _CARD = """# {title}
 
 A CLIP model (Radford et al., [2103.00020](https://arxiv.org/abs/2103.00020)): images and texts are embedded in one
@@ -33,7 +33,12 @@ space of {projection_dim} dimensions, and images are classified by comparing the
 
 ## Use
 
-```python
+{snippets}
+The code is in this repository, which is what `trust_remote_code=True` allows. After `import hfclip` the installed code
+is used instead.
+"""
+
+_WITH_PROCESSOR = """```python
 from transformers import pipeline
 
 {name_line}
@@ -54,9 +59,20 @@ inputs = processor(text=captions, images=Image.open("picture.jpg"), return_tenso
 with torch.no_grad():
     probabilities = model(**inputs).logits_per_image.softmax(dim=-1)
 ```
+"""
 
-The code is in this repository, which is what `trust_remote_code=True` allows. After `import hfclip` the installed code
-is used instead.
+_WITHOUT_PROCESSOR = """```python
+import torch
+from transformers import AutoModel
+
+{name_line}
+model = AutoModel.from_pretrained(name, trust_remote_code=True)
+pixel_values = torch.zeros(1, {channels}, {image_size}, {image_size})  # images, resized and normalised
+with torch.no_grad():
+    image_embeds = model.encode_image(pixel_values)  # (1, {projection_dim}), unit length
+```
+
+Tokenizer and image processor are not both in this repository, and pipelines need both.
 """
 
 _TOWER_CARD = """# {title}
@@ -78,34 +94,41 @@ def model_card(
     config: "HFCLIPConfig | PreTrainedConfig",
     *,
     name: str,
+    title: str | None = None,
     provenance: dict[str, Any],
     results: list[EvalResult],
     license: str | None = None,
     base_model: str | None = None,
+    has_processor: bool = True,
 ) -> str:
     """README.md of a dual encoder, or of a lone tower: metadata, architecture, snippets that run, provenance and results.
 
     Says only what `config` tells and what is given.
 
     Args:
-        name: repository, or the folder where the card lies; `push` puts the repository's name into the snippets.
+        name: what the snippets open, a repository or a folder; `push` puts the repository's name in its place. "." is
+            the folder where the card lies, from which the snippets then have to be run.
+        title: headline, by default the last part of `name`.
         provenance: how the model came to be, in the order of the dict (source, SHA-256, versions, settings). Inner
             dicts become `outer.inner`; None is left out.
         results: huggingface_hub's `EvalResult`s (task_type, dataset_type, dataset_name, metric_type, metric_value ...).
         license: identifier of the Hub, e.g. `"apache-2.0"`.
         base_model: repository that the weights started from.
+        has_processor: whether tokenizer and image processor lie beside a dual encoder. Pipelines need both.
     """
-    title = name.rstrip("/").split("/")[-1]
+    title = title or name.rstrip("/").split("/")[-1]
+    is_dual_encoder = config.model_type == "hfclip"
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="zero-shot-image-classification" if config.model_type == "hfclip" else None,
+        pipeline_tag="zero-shot-image-classification" if is_dual_encoder and has_processor else None,
         tags=["clip", "hfclip", "custom_code"],
         license=license,
         base_model=base_model,
         model_name=title if results else None,
         eval_results=results or None,
     )
-    body = _introduction(config, title=title, name_line=_name_line(name))
+    words = {"title": title, "name_line": _name_line(name)}
+    body = _dual_encoder(config, has_processor, **words) if is_dual_encoder else _tower(config, **words)
     if rows := list(_flattened(provenance)):
         body += "\n## Where it comes from\n\n" + _table(("", ""), rows)
     if results:
@@ -114,24 +137,32 @@ def model_card(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
 
-def _introduction(config: Any, **words: str) -> str:
-    if config.model_type != "hfclip":
-        architecture = (config.architectures or ["AutoModel"])[0]
-        return _TOWER_CARD.format(tower=_describe(config), architecture=architecture, **words)
+def _tower(config: Any, title: str, name_line: str) -> str:
+    architecture = (config.architectures or ["AutoModel"])[0]
+    return _TOWER_CARD.format(tower=_describe(config), architecture=architecture, title=title, name_line=name_line)
+
+
+def _dual_encoder(config: Any, has_processor: bool, title: str, name_line: str) -> str:
     import torch
 
     from .modeling_hfclip import HFCLIPModel
 
     with torch.device("meta"):  # shapes only
         model = HFCLIPModel(config)
+    if has_processor:
+        snippets = _WITH_PROCESSOR.format(name_line=name_line)
+    else:
+        shape = {"channels": getattr(config.vision_config, "num_channels", 3), "image_size": config.image_size}
+        snippets = _WITHOUT_PROCESSOR.format(name_line=name_line, projection_dim=config.projection_dim, **shape)
     return _CARD.format(
+        title=title,
         projection_dim=config.projection_dim,
         vision=_describe(config.vision_config),
         text=_describe(config.text_config),
         vision_parameters=_parameters(model.vision_model),
         text_parameters=_parameters(model.text_model),
         parameters=_parameters(model),
-        **words,
+        snippets=snippets,
     )
 
 
@@ -141,7 +172,7 @@ def renamed(card: str, name: str) -> str:
 
 
 def _name_line(name: str) -> str:
-    return f"name = {json.dumps(name, ensure_ascii=False)}  # this repository"
+    return f"name = {json.dumps(name, ensure_ascii=False)}  # this {'folder' if name == '.' else 'repository'}"
 
 
 def _describe(config: Any) -> str:

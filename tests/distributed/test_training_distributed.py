@@ -51,7 +51,7 @@ def metrics(run):
 
 def first_gradients(run):
     """The clipped gradient of each parameter in the first step: Adam's first moment is then 0.1 times it."""
-    state = torch.load(run / "checkpoint-1" / "trainer_state" / "optimizer.pt")["optimizer"]["state"]
+    state = torch.load(run / "checkpoint-1" / "trainer_state" / "optimizer.pt")
     return [entry["exp_avg"] / 0.1 for entry in state.values()]
 
 

@@ -1,0 +1,132 @@
+"""Exact gradients of a contrastive batch that is larger than memory (gradient cache, arXiv:2101.06983).
+
+The loss of a pair depends on every other pair, so the gradients of small batches do not add up to that of the large
+one. But the loss needs the embeddings alone, and they are small:
+
+    1. embed micro-batch by micro-batch, keeping no graph       -> embeddings of the whole batch
+    2. the loss of the whole batch, and its backward pass       -> gradient of every embedding
+    3. embed each micro-batch again, now with a graph, and send its embeddings' gradients backwards
+
+Memory is that of one micro-batch and of the embeddings; the towers' forward pass is computed twice. Gradients are
+those of the whole batch at once, to the order of summation: dropout draws the same numbers in both passes, processes
+exchange embeddings once (in step 2) and gradients once (in the backward pass of the last micro-batch).
+
+BatchNorm sees one micro-batch at a time, as it sees one process's share in data parallelism: statistics, and with them
+the result, are those of micro-batches. The running statistics move once, in step 3.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+
+MicroBatch = TypeVar("MicroBatch")
+
+
+def cached_backward(
+    embed: Callable[[MicroBatch], tuple[Tensor, ...]],
+    micro_batches: Sequence[MicroBatch],
+    loss: Callable[..., Tensor],
+    parameters: Sequence[Tensor] = (),
+    *,
+    buffers: Iterable[Tensor] = (),
+    no_sync: Callable[[], AbstractContextManager] = nullcontext,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+) -> Tensor:
+    """Adds the gradient of `loss` over all micro-batches together to the `grad` of every weight behind it.
+
+        def embed(batch):
+            output = model(**batch, embeds_only=True)
+            return output.image_embeds, output.text_embeds
+
+        def loss(images, texts, logit_scale):
+            return contrastive_loss(images, texts, logit_scale.exp())
+
+        cached_backward(embed, micro_batches, loss, [core.logit_scale], no_sync=model.no_sync)
+
+    Args:
+        embed: a micro-batch -> its embeddings, tensors `(size, ...)`. Called twice for each, in training mode, through
+            the (possibly wrapped) model's `forward`. All that is random in it must come from torch's generators of the
+            CPU and of the current accelerator.
+        micro_batches: this process's part of the batch. Under FSDP as many on each process.
+        loss: the embeddings of all micro-batches, joined along dimension 0, and stand-ins for `parameters` -> scalar.
+            Called once.
+        parameters: weights that the loss reads itself, such as `logit_scale`. It has to use the stand-ins it is
+            given: a gradient that reached the weights before the last backward pass would miss its averaging.
+        buffers: put back after the first pass, so that running statistics move once a step: `model.buffers()`.
+        no_sync: context in which backward passes leave gradients unaveraged, for all micro-batches but the last.
+        backward: the loss's backward pass, e.g. with the scale of a gradient scaler. The factor reaches all gradients.
+
+    Returns:
+        The loss, detached.
+
+    Raises:
+        ValueError: without micro-batches.
+    """
+    if not micro_batches:
+        raise ValueError("cached_backward: found no micro-batches, expected at least one.")
+    before = [(buffer, buffer.clone()) for buffer in buffers]
+    parts, states = [], []
+    with torch.no_grad(), no_sync():
+        for micro_batch in micro_batches:
+            states.append(_random_state())
+            parts.append(embed(micro_batch))
+        for buffer, value in before:
+            buffer.copy_(value)
+
+    # (size, ...) of each micro-batch -> (local_batch, ...)
+    joined = [torch.cat(pieces).requires_grad_() for pieces in zip(*parts, strict=True)]
+    sizes = [len(part[0]) for part in parts]
+    del parts
+    stand_ins = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in parameters]
+    value = loss(*joined, *stand_ins)
+    backward(value)
+    # (local_batch, ...) -> (size, ...) of each micro-batch; an embedding that the loss ignores has no gradient
+    gradients = list(zip(*(_gradient(embeds).split(sizes) for embeds in joined), strict=True))
+
+    last = len(micro_batches) - 1
+    for i, (micro_batch, state, grads) in enumerate(zip(micro_batches, states, gradients, strict=True)):
+        with no_sync() if i < last else nullcontext():
+            with _replayed(state):
+                embeds = embed(micro_batch)
+            pairs = list(zip(embeds, grads, strict=True))
+            if i == last:
+                pairs += [(p, _gradient(s)) for p, s in zip(parameters, stand_ins, strict=True)]
+            pairs = [(tensor, grad) for tensor, grad in pairs if tensor.requires_grad]  # a locked tower has none
+            torch.autograd.backward([tensor for tensor, _ in pairs], [grad.to(t.dtype) for t, grad in pairs])
+    return value.detach()
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _random_state() -> dict[torch.device | None, Tensor]:
+    """States of the generators: the CPU's, and that of the accelerator in use, if there is one."""
+    state = {None: torch.get_rng_state()}
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None and device.type != "cpu":
+        state[device] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+@contextmanager
+def _replayed(state: dict[torch.device | None, Tensor]):
+    """Draws from `state` inside, and goes on afterwards as if nothing had been drawn."""
+    now = _random_state()
+    _set_random_state(state)
+    try:
+        yield
+    finally:
+        _set_random_state(now)
+
+
+def _set_random_state(state: dict[torch.device | None, Tensor]) -> None:
+    for device, value in state.items():
+        if device is None:
+            torch.set_rng_state(value)
+        else:
+            torch.get_device_module(device).set_rng_state(value)

@@ -1,0 +1,483 @@
+"""FLOPs against published figures and torch's counter, the stopwatch, the trace, the log, trackers and curves."""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from training_utils import ROOT, environment, tiny_recipe
+from transformers import BertConfig, ResNetConfig
+
+from hfclip import HFCLIPConfig, HFCLIPModel
+from training.config import Config, UsageError
+from training.curves import draw_curves, draw_losses, read_metrics
+from training.data import COUNTED
+from training.flops import batch_flops, measured_peak, tower_flops, training_flops
+from training.timing import WARM_UP, Stopwatch, Trace
+from training.tracking import Tracking
+
+
+CPU = torch.device("cpu")
+VIT = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
+VIT |= {"image_size": 32, "patch_size": 8}
+TEXT = {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 3}
+TEXT |= {"vocab_size": 600, "bos_token_id": 598, "eos_token_id": 599, "max_position_embeddings": 20}
+RESNET = {"model_type": "hfclip_resnet", "depths": [2, 1, 3, 1], "stem_width": 8, "image_size": 64}
+BAG_OF_WORDS = {name: TEXT[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "hidden_size")}
+BAG_OF_WORDS |= {"model_type": "hfclip_bag_of_words", "max_position_embeddings": 20}
+
+# GFLOPs of an image and a text of 77 tokens together, as OpenCLIP's model profile prints them.
+PUBLISHED = {
+    "RN50": 18.18,
+    "RN101": 25.5,
+    "RN50x4": 51.82,
+    "RN50x16": 162.69,
+    "RN50x64": 552.65,
+    "ViT-B/32": 14.78,
+    "ViT-B/16": 41.09,
+    "ViT-L/14": 175.33,
+    "ViT-L/14@336px": 395.22,
+}
+
+
+def counted(function) -> int:
+    """FLOPs by torch's counter. It knows some fused attention kernels only, and those count what they compute again."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function()
+    return counter.get_total_flops()
+
+
+def tiny_model(vision: dict, text: dict) -> HFCLIPModel:
+    """In float64: the counter does not know the kernel of frozen linear layers in float32 on CPUs."""
+    return HFCLIPModel(HFCLIPConfig(vision_config=vision, text_config=text, projection_dim=24)).double().train()
+
+
+def batch_of(model: HFCLIPModel, num_pairs: int, length: int) -> dict[str, torch.Tensor]:
+    """Pairs whose texts have `length` tokens. Texts are packed in multiples of 64 tokens: make it one."""
+    input_ids = torch.full((num_pairs, length), 7)
+    input_ids[:, -1] = 599
+    size = model.config.image_size
+    return {
+        "pixel_values": torch.rand(num_pairs, 3, size, size, dtype=torch.float64),
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_flops_of_the_presets_are_the_published_ones(name):
+    flops = tower_flops(HFCLIPConfig.from_preset(name), all_positions=True)
+    assert round((flops["image"] + flops["text"]) / 1e9, 2) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ["RN50x4", "ViT-L/14@336px"])
+def test_flops_of_whole_presets_are_those_that_torch_counts(name):
+    config = HFCLIPConfig.from_preset(name)
+    with torch.device("meta"):
+        model = HFCLIPModel(config).train()
+        pixels = torch.zeros(2, 3, config.image_size, config.image_size)
+        input_ids = torch.zeros(2, 77, dtype=torch.long)
+    model.text_model.set_attn_implementation("eager")  # others look into the values of the mask
+
+    def encode_text():  # positions are given: without values there is no finding the tokens that count
+        outputs = model.text_model(input_ids, torch.ones_like(input_ids), position_ids=input_ids[:1])
+        return model.text_projection(outputs.pooler_output)
+
+    forward, training = tower_flops(config), training_flops(config)
+    for kind, encode in (("image", lambda: model.encode_image(pixels)), ("text", encode_text)):
+        assert counted(encode) == 2 * forward[kind]
+        assert counted(lambda: encode().sum().backward()) == 2 * training[kind]
+
+
+@pytest.mark.parametrize("freeze", ["none", "vision", "text"])
+@pytest.mark.parametrize(
+    ("vision", "text"),
+    [
+        (VIT, TEXT),
+        ({**VIT, "patch_dropout": 0.6}, TEXT),
+        ({**VIT, "pooling": "norm_of_mean", "pre_layer_norm": False}, {**TEXT, "causal": False, "pooling": "last"}),
+        (RESNET, TEXT),
+        (VIT, BAG_OF_WORDS),
+    ],
+    ids=["vit", "patch_dropout", "unlike_openai", "resnet", "bag_of_words"],
+)
+def test_flops_of_a_training_step_are_those_that_torch_counts(vision, text, freeze):
+    model = tiny_model(vision, text)
+    if freeze != "none":
+        model.freeze(freeze)
+    batch = batch_of(model, num_pairs=8, length=16)
+
+    def step():
+        embeds = model(**batch, embeds_only=True)
+        (embeds.image_embeds.sum() + embeds.text_embeds.sum()).backward()
+
+    expected = counted(step)
+    assert batch_flops(model.config, batch, freeze=freeze) == expected
+    per_pair = training_flops(model.config, text_tokens=16, freeze=freeze)
+    assert 8 * (per_pair["image"] + per_pair["text"]) == expected
+
+
+def test_flops_of_a_batch_follow_its_image_size_and_its_real_tokens():
+    config = tiny_model(VIT, TEXT).config
+    mask = torch.zeros(3, 20, dtype=torch.long)
+    for row, length in enumerate((3, 20, 3)):
+        mask[row, :length] = 1
+    flops = batch_flops(config, {"pixel_values": torch.zeros(2, 3, 48, 48), "attention_mask": mask})
+    short, full = (training_flops(config, image_size=48, text_tokens=n) for n in (3, 20))
+    assert flops == 2 * short["image"] + 2 * short["text"] + full["text"]
+    assert short["text"] < full["text"] and short["image"] > training_flops(config)["image"]
+    assert training_flops(config, patch_dropout=0.5)["image"] < training_flops(config)["image"]
+
+
+def test_flops_of_foreign_towers_are_not_known():
+    vision = ResNetConfig(embedding_size=8, hidden_sizes=[16], depths=[1])  # which has no image_size either
+    text = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    batch = {"pixel_values": torch.zeros(2, 3, 32, 32), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    for config in (
+        HFCLIPConfig(vision_config=vision, text_config=TEXT),
+        HFCLIPConfig(vision_config=VIT, text_config=text),
+    ):
+        for flops in (tower_flops(config), training_flops(config)):
+            assert sorted(value is None for value in flops.values()) == [False, True]
+        assert batch_flops(config, batch) is None
+
+
+def test_measured_peak_is_the_speed_of_matrix_products():
+    left, right = torch.rand(2, 768, 768)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - start)
+    # Other processes may take the cores during one of the two.
+    assert measured_peak(CPU, torch.float32) == pytest.approx(2 * 768**3 / min(times), rel=0.7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopwatch and trace
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_stopwatch_adds_up_the_times_of_a_phase_and_starts_anew_when_read():
+    stopwatch = Stopwatch(CPU)
+    for pause in (0.02, 0.03):
+        with stopwatch.time("forward"):
+            time.sleep(pause)
+        with stopwatch.time("loss"):
+            time.sleep(0.001)
+    stopwatch.collect()
+    seconds = stopwatch.read()
+    assert list(seconds) == ["forward", "loss"]
+    assert 0.05 <= seconds["forward"] < 0.5 and 0.002 <= seconds["loss"] < 0.05
+    assert stopwatch.read() == {}
+
+
+def test_time_of_a_phase_inside_another_is_its_own_alone():
+    stopwatch = Stopwatch(CPU)
+    with pytest.raises(ArithmeticError), stopwatch.time("backward"):
+        for _ in range(2):
+            with stopwatch.time("forward"):
+                time.sleep(0.04)
+        time.sleep(0.02)
+        raise ArithmeticError("a phase ends with an error, too")
+    time.sleep(0.1)
+    with stopwatch.time("update"):
+        pass
+    seconds = stopwatch.read()
+    assert 0.08 <= seconds["forward"] and 0.02 <= seconds["backward"] < 0.09 and seconds["update"] < 0.05
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_stopwatch_measures_the_device_without_waiting_for_it():
+    device = torch.device("cuda")
+    stopwatch, left = Stopwatch(device), torch.rand(4096, 4096, device=device)
+    left @ left
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    with stopwatch.time("forward"):
+        for _ in range(100):
+            left @ left
+    queued = time.perf_counter() - start
+    stopwatch.collect()
+    torch.cuda.synchronize()
+    computed = time.perf_counter() - start
+    assert stopwatch.read()["forward"] == pytest.approx(computed, rel=0.2) and queued < computed / 2
+
+
+def run_traced(folder: Path, num_steps: int, length: int) -> list[str]:
+    """What a run of `length` steps says that traces `num_steps` of them."""
+    said, stopwatch = [], Stopwatch(CPU)
+    with Trace(num_steps, folder, said.append) as trace:
+        for _ in range(length):
+            with stopwatch.time("forward"):
+                torch.rand(8, 8) @ torch.rand(8, 8)
+            trace.step()
+    return said
+
+
+def traced_steps(folder: Path) -> set[str]:
+    events = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
+    assert sum(event["name"] == "forward" for event in events) == sum(
+        event["name"] == "aten::matmul" for event in events
+    )
+    return {event["name"] for event in events if event["name"].startswith("ProfilerStep#")}
+
+
+def test_trace_holds_the_steps_after_those_to_warm_up(tmp_path):
+    (said,) = run_traced(tmp_path / "profile", num_steps=2, length=WARM_UP + 4)
+    assert traced_steps(tmp_path / "profile") == {f"ProfilerStep#{WARM_UP}", f"ProfilerStep#{WARM_UP + 1}"}
+    table = (tmp_path / "profile" / "operators.txt").read_text()
+    assert re.search(r"aten::mm\s", table) and str(tmp_path / "profile") in said
+
+
+def test_trace_of_a_run_that_ends_early_holds_the_steps_it_did(tmp_path):
+    assert len(run_traced(tmp_path, num_steps=50, length=WARM_UP + 1)) == 1
+    assert f"ProfilerStep#{WARM_UP}" in traced_steps(tmp_path)
+
+
+def test_trace_says_that_there_is_none_of_a_run_of_few_steps(tmp_path):
+    (said,) = run_traced(tmp_path / "profile", num_steps=2, length=WARM_UP - 1)
+    assert "No step was traced" in said and not (tmp_path / "profile").exists()
+
+
+def test_trace_of_no_steps_does_nothing(tmp_path):
+    assert run_traced(tmp_path / "profile", num_steps=0, length=WARM_UP + 2) == []
+    assert not (tmp_path / "profile").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tracking_of(tmp_path):
+    """Makes the `Tracking` of a run in `tmp_path` with a real Accelerator, whose state is for this test alone."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    def make(start: int = 0, trackers: tuple[str, ...] = (), log_every: int = 2) -> Tracking:
+        run = {"trackers": list(trackers), "log_every": log_every}
+        config = Config.from_dict(tiny_recipe(tmp_path, run=run))
+        Path(config.run.output_dir).mkdir(exist_ok=True)
+        accelerator = Accelerator(cpu=True, log_with=list(trackers) or None, project_dir=config.run.output_dir)
+        return Tracking(accelerator, config, start, 100)
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def metrics(loss: float = 2.0, skipped: bool = False) -> dict:
+    about = {"lr": 1e-3, "logit_scale": torch.tensor(14.0), "epoch": 0.5}
+    return {"loss": loss, "grad_norm": 2 * loss, "skipped": skipped, **about}
+
+
+NO_COUNTS = torch.zeros(len(COUNTED), dtype=torch.long)
+
+
+def test_line_holds_means_of_the_good_steps_and_the_last_of_everything_else(tracking_of, tmp_path):
+    tracking = tracking_of(log_every=3)
+    tracking.step(1, metrics(loss=1.0), 0.1, NO_COUNTS + 1)
+    tracking.step(2, metrics(loss=float("nan"), skipped=True), 0.1, NO_COUNTS)
+    tracking.step(3, {**metrics(loss=4.0), "lr": 5e-4, "distill_loss": 0.25}, 0.1, NO_COUNTS)
+    (line,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    expected = {"step": 3, "loss": 2.5, "grad_norm": 5.0, "lr": 5e-4, "logit_scale": 14.0, "epoch": 0.5}
+    expected |= {"distill_loss": 0.25, "skipped_steps": 1, **dict.fromkeys(COUNTED, 1)}
+    assert expected.items() <= line.items()
+    assert line["data_time"] == pytest.approx(0.1, rel=1e-12)
+    assert not {"tflops", "share_of_peak"} & line.keys()  # not counted: left out, not zero
+
+
+def test_line_of_nothing_but_skipped_steps_has_no_loss(tracking_of, tmp_path):
+    tracking = tracking_of(log_every=1)
+    tracking.step(1, metrics(loss=float("inf"), skipped=True), 0.0, NO_COUNTS)
+    (line,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert line["loss"] is None and line["grad_norm"] is None and line["skipped_steps"] == 1
+
+
+def test_times_of_the_phases_are_per_step_and_within_the_step(tracking_of, tmp_path):
+    tracking = tracking_of()
+    pauses = {"forward": 0.02, "loss": 0.005, "backward": 0.04, "update": 0.01}
+    for step in (1, 2, 3, 4):
+        for phase, pause in pauses.items():
+            with tracking.watch.time(phase):
+                time.sleep(pause)
+        with tracking.paused():
+            time.sleep(0.1)
+        tracking.step(step, metrics(), 0.0, NO_COUNTS, flops=10**9)
+    _, line = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    for phase, pause in pauses.items():  # a sleep may be long on a busy machine, but is never short
+        assert pause <= line[f"{phase}_time"] < pause + 0.03
+    # The rest of the step is Python's own, far below the 0.1 s of the pause, which does not count.
+    assert 0 <= line["step_time"] - sum(line[f"{phase}_time"] for phase in pauses) < 0.05
+    # tiny_recipe has 16 pairs a step
+    assert line["samples_per_second"] == pytest.approx(16 / line["step_time"], rel=1e-9)
+    assert line["tflops"] == pytest.approx(1e-3 / line["step_time"], rel=1e-9)
+    assert line["share_of_peak"] == pytest.approx(line["tflops"] * 1e12 / tracking.peak, rel=1e-9)
+
+
+def test_time_before_the_start_does_not_count(tracking_of, tmp_path):
+    tracking = tracking_of(log_every=1)
+    time.sleep(0.2)
+    tracking.start()
+    tracking.step(1, metrics(), 0.0, NO_COUNTS)
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["step_time"] < 0.15
+
+
+def test_last_steps_of_a_run_have_a_line(tracking_of, tmp_path):
+    tracking = tracking_of(start=96, log_every=3)
+    for step in (97, 98, 99, 100):
+        tracking.step(step, metrics(loss=step), 0.0, NO_COUNTS)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [(line["step"], line["loss"]) for line in lines] == [(99, 98.0), (100, 100.0)]
+
+
+def test_resumed_run_forgets_the_lines_that_it_writes_again(tracking_of, tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    lines = [{"step": step, "loss": 1 / step} for step in (2, 4, 6)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 8, "lo')
+    tracking = tracking_of(start=4)
+    assert path.read_text() == "".join(json.dumps(line) + "\n" for line in lines[:2])
+    for step in (5, 6):
+        tracking.step(step, metrics(), 0.0, NO_COUNTS)
+    assert [line["step"] for line in read_metrics(path)] == [2, 4, 6]
+    assert os.listdir(path.parent) == ["metrics.jsonl"]
+
+
+def test_trackers_get_the_numbers_of_the_log(tracking_of, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracking = tracking_of(trackers=("tensorboard",))
+    for step in (1, 2, 3, 4):
+        tracking.step(step, metrics(loss=step, skipped=step > 2), 0.0, NO_COUNTS + 1, flops=10**9)
+    tracking.write(4, {"zero_shot/top1": 0.5})
+    tracking.accelerator.end_training()
+    first, second, evaluation = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    events = reader.EventAccumulator(str(tmp_path / "run" / "hfclip")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2]  # the line without a loss has none there either
+    for name in first.keys() - {"step"}:
+        # TensorBoard keeps float32.
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        logged = [(line["step"], line[name]) for line in (first, second) if line[name] is not None]
+        assert shown == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged], name
+    assert events.Scalars("zero_shot/top1")[0].value == evaluation["zero_shot/top1"]
+    settings = "".join(path.read_text() for path in (tmp_path / "run").rglob("hparams.yml"))
+    assert "optim.batch_size: 16\n" in settings and "model.config.vision_config.patch_size: 8\n" in settings
+
+
+def test_rejects_a_tracker_that_does_not_start(tracking_of, tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "hfclip").write_text("in the way of TensorBoard's folder")
+    with pytest.raises(UsageError, match=r"run\.trackers: .*hfclip"):
+        tracking_of(trackers=("tensorboard",))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, slope: float = 0.1, evaluated: bool = True) -> Path:
+    lines = [{"step": step, **metrics(4 - slope * step), "samples_per_second": 50} for step in range(1, 31)]
+    lines = [{**line, "logit_scale": 14.0} for line in lines]
+    lines[3] |= {"loss": None, "grad_norm": None}
+    if evaluated:
+        lines += [
+            {"step": step, "zero_shot/top1": step / 40, "retrieval/recall@1": step / 50} for step in (10, 20, 30)
+        ]
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 31, "lo')
+    return folder
+
+
+def inked(picture: Path, color: tuple[int, int, int]) -> np.ndarray:
+    """(height, width) where a picture has this color, or nearly, as on the edges of lines."""
+    pixels = np.asarray(Image.open(picture).convert("RGB"), dtype=int)
+    return (abs(pixels - color) < 60).all(axis=-1)
+
+
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # matplotlib's first lines
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_curves_have_a_panel_for_each_metric(tmp_path, evaluated):
+    pytest.importorskip("matplotlib")
+    picture = draw_curves(write_run(tmp_path / "run", evaluated=evaluated))
+    assert picture == tmp_path / "run" / "curves.png"
+    rows = np.array_split(inked(picture, BLUE), 2, axis=0)
+    panels = [panel.any() for row in rows for panel in np.array_split(row, 3, axis=1)]
+    assert panels == [True] * 5 + [evaluated]
+    assert inked(picture, ORANGE).any() == evaluated
+    assert sorted(os.listdir(tmp_path / "run")) == ["curves.png", "metrics.jsonl"]
+
+
+def test_run_without_steps_has_no_curves(tmp_path):
+    assert draw_curves(tmp_path) is None
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "zero_shot/top1": 0.1}\n')
+    assert draw_curves(tmp_path) is None and not (tmp_path / "curves.png").exists()
+
+
+def test_losses_of_equal_runs_lie_on_each_other(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [write_run(tmp_path / name, slope) for name, slope in (("a", 0.1), ("b", 0.1), ("c", 0.05))]
+    widest = []  # vertical distances of the first run's pixels from the second's, in the columns that have both
+    for second in runs[1:]:
+        picture = draw_losses([runs[0], second], tmp_path / "overlay.png")
+        blue, orange = (inked(picture, color)[:, 100:600].T for color in (BLUE, ORANGE))  # left of the legend
+        both = [(b.nonzero()[0], o.nonzero()[0]) for b, o in zip(blue, orange, strict=True) if b.any() and o.any()]
+        assert len(both) > 250
+        widest.append(max(abs(b[:, None] - o).max() for b, o in both))
+    # Of equal runs, the second lies on the first, a line of 4 pixels with a marker of 10.
+    assert widest[0] <= 12 and widest[1] > 60
+
+
+def curves_command(*arguments: str | Path, without: Path | None = None) -> subprocess.CompletedProcess:
+    line = [sys.executable, str(ROOT / "training" / "curves.py"), *map(str, arguments)]
+    paths = {"PYTHONPATH": str(without)} if without else {}
+    return subprocess.run(line, env={**environment(), **paths}, capture_output=True, text=True, timeout=60)
+
+
+def test_curves_are_a_command(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    overlay = curves_command(*runs, "--out", tmp_path / "overlay.png")
+    assert overlay.returncode == 0 and Image.open(tmp_path / "overlay.png").size[0] > 500, overlay.stderr
+    each = curves_command(*runs)
+    assert each.returncode == 0 and all((run / "curves.png").is_file() for run in runs), each.stderr
+    wrong = curves_command(tmp_path)
+    assert wrong.returncode == 2 and "found no metrics.jsonl" in wrong.stderr
+
+
+def test_command_names_what_is_missing(tmp_path):
+    without = tmp_path / "without"
+    without.mkdir()
+    (without / "matplotlib.py").write_text("raise ImportError('as if it were not installed')")
+    result = curves_command(write_run(tmp_path / "run"), without=without)
+    assert result.returncode == 2 and "pip install matplotlib" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_what_hinders_the_curves_of_a_run_is_said_once(tmp_path):
+    pytest.importorskip("matplotlib")
+    said, run = [], write_run(tmp_path / "run")
+    (run / "curves.png").mkdir()  # in the way
+    assert [draw_curves(run, said.append) for _ in range(2)] == [None, None]
+    assert len(said) == 1 and said[0].startswith("No curves.png: ")
+    (run / "curves.png").rmdir()
+    assert draw_curves(run, said.append) == run / "curves.png" and len(said) == 1

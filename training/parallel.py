@@ -1,0 +1,116 @@
+"""Weights split over processes (FSDP2), and states that are whole whatever the number of processes.
+
+Without splitting every process holds the whole model and DistributedDataParallel averages gradients. With
+`run.shard_weights` each process keeps 1/W of every weight, gradient and moment, and the blocks of the towers are put
+together when they compute. The computation is the same; checkpoints are, too: they hold whole tensors under the
+model's names, so a run goes on with any number of processes, split or not.
+
+Accelerate's own FSDP cannot take CLIP: `logit_scale` is a scalar, and scalars cannot be split. It stays whole on each
+process, and its gradient is averaged by `average_scalars`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from hfclip import HFCLIPModel
+
+
+def shard(core: HFCLIPModel, accelerator: Accelerator) -> HFCLIPModel:
+    """Splits the weights over all processes, in place: one unit for each block, one for the rest."""
+    core.to(accelerator.device)
+    mesh = dist.device_mesh.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    blocks = {name for module in core.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    for module in [module for module in core.modules() if type(module).__name__ in blocks]:
+        fully_shard(module, mesh=mesh)
+    return fully_shard(core, mesh=mesh, ignored_params=set(scalars(core)))
+
+
+@contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Backward passes inside leave gradients on each process as they are."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif is_sharded(model):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def scalars(core: nn.Module) -> list[Tensor]:
+    """`logit_scale` and, for the sigmoid loss, `logit_bias`: read by the loss, not by the towers."""
+    return [p for p in (core.logit_scale, core.logit_bias) if p is not None]
+
+
+def average_scalars(core: HFCLIPModel) -> None:
+    """The mean over processes of the scalars' gradients, which FSDP leaves alone; collective."""
+    for parameter in scalars(core):
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A split tensor put together, on every process; collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def replica(core: HFCLIPModel) -> HFCLIPModel:
+    """The model with whole weights on each process, in eval mode: to measure and to save it. Collective."""
+    model = HFCLIPModel(core.config)
+    model.load_state_dict(whole_state_dict(core, keep=True))
+    return model.to(core.device).eval()
+
+
+def whole_state_dict(core: HFCLIPModel, keep: bool) -> dict[str, Tensor]:
+    """The model's weights and buffers on the CPU, whole; empty where `keep` is False. Collective, tensor by tensor."""
+    state = {}
+    for name, tensor in core.state_dict().items():
+        tensor = whole(tensor.detach())
+        if keep:
+            state[name] = tensor.cpu()
+    return state
+
+
+def whole_optimizer_state(core: HFCLIPModel, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, dict]:
+    """What the optimizer knows of each weight, by the weight's name, on the CPU; as `whole_state_dict`."""
+    state = {}
+    for name, parameter in core.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            value = whole(value) if isinstance(value, Tensor) else value
+            if keep:
+                state.setdefault(name, {})[key] = value.cpu() if isinstance(value, Tensor) else value
+    return state
+
+
+def load_optimizer_state(core: HFCLIPModel, optimizer: torch.optim.Optimizer, state: dict[str, dict]) -> None:
+    """Puts back what `whole_optimizer_state` gave; each process takes its part."""
+    for name, parameter in core.named_parameters():
+        if name in state:
+            optimizer.state[parameter] = {key: part_of(value, parameter) for key, value in state[name].items()}
+
+
+def part_of(value, like: Tensor):
+    """This process's part of a whole tensor, split as `like` is."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(like.device)
+    if isinstance(like, DTensor) and value.shape == like.shape:
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return value

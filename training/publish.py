@@ -1,0 +1,77 @@
+"""The end of a run: what was measured on the screen, and the trained model on the Hub."""
+
+import os
+import sys
+from pathlib import Path
+
+from huggingface_hub import EvalResult, get_token
+
+from hfclip import HFCLIPConfig, __version__
+from hfclip.hub import HubError, end_on_interrupt, model_card, push
+
+from .config import Config, UsageError
+
+
+def check_token(config: Config) -> None:
+    """Raises UsageError if the run is to be published and this machine is not logged in."""
+    if config.run.push_to_hub and os.environ.get("RANK", "0") == "0" and get_token() is None:
+        raise UsageError("run.push_to_hub: found no token. Log in with `hf auth login`, or set HF_TOKEN.")
+
+
+def leave(message: str, status: int) -> None:
+    """Ends this process without traceback; the first one of each machine speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"\n{message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def print_summary(
+    results: dict[str, float], problems: dict[str, int], model_folder: Path, picture: Path | None
+) -> None:
+    shown = {name: value for name, value in results.items() if name.endswith(("top1", "recall@1", "recall@5"))}
+    width = max(map(len, shown), default=0)
+    for name, value in shown.items():
+        print(f"  {name:<{width}}  {value:>6.1%}")
+    for name, count in problems.items():
+        print(f"  {name}: {count}")
+    print(f"\nThe model is in {model_folder}" + (f", a picture of predictions in {picture}." if picture else "."))
+    print(
+        "Use it:\n\n"
+        "    import hfclip, transformers\n"
+        f'    classify = transformers.pipeline("zero-shot-image-classification", "{model_folder}")\n'
+        '    classify("picture.png", candidate_labels=["a red circle", "a blue star"])'
+    )
+
+
+def publish(config: Config, model_config: HFCLIPConfig, steps: int, results: dict[str, float]) -> None:
+    """Pushes the trained model with a card of settings and results. Comes last: no other process waits for it."""
+    folder, repo_id = Path(config.run.output_dir) / "model", config.run.push_to_hub
+    again = f"{folder} holds the trained model. Publish it:\n    python conversion/push_to_hub.py {folder} {repo_id}"
+    end_on_interrupt(f"Stopped. {again}")
+    provenance = {
+        "Trained with": f"hfclip {__version__}",
+        "Steps": steps,
+        "Pairs a step": config.optim.batch_size,
+        "Loss": config.optim.loss,
+        "Peak learning rate": config.optim.lr,
+        "Precision": config.run.precision,
+    }
+    try:
+        card = model_card(model_config, name=repo_id, provenance=provenance, results=as_eval_results(config, results))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        push(folder, repo_id)
+    except (HubError, ValueError, OSError) as error:
+        leave(f"error: {error}\n{again}", status=1)
+
+
+def as_eval_results(config: Config, results: dict[str, float]) -> list[EvalResult]:
+    """What was measured, in the form of model cards."""
+    names = {"zero_shot": Path(config.eval.zero_shot or "").name, "retrieval": "held-out pairs"}
+    rows = []
+    for key, value in results.items():
+        source, metric = key.rsplit("/", 1)
+        task = "zero-shot-retrieval" if source == "retrieval" else "zero-shot-image-classification"
+        name = names.get(source, source)
+        if metric != "unreadable_images":
+            rows.append(EvalResult(task, name, name, metric, round(value, 4)))
+    return rows

@@ -1,0 +1,34 @@
+"""When a run is to end early: Ctrl-C, SIGTERM, or the deadline of `run.stop_after`."""
+
+import os
+import signal
+import time
+
+
+class Stopping:
+    """Becomes `requested` by a signal or when the minutes are over; the step that is under way ends first.
+
+    Ctrl-C again, after a moment, does not wait. Launchers pass on a signal that the terminal has sent us too: a second
+    one that comes at once is no second wish to stop.
+    """
+
+    def __init__(self, minutes: float | None):
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.signalled_at: float | None = None
+        self.owner = os.getpid()
+
+    def catch_signals(self) -> None:
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+
+    @property
+    def requested(self) -> bool:
+        return self.signalled_at is not None or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    def _handle(self, number, frame) -> None:
+        if os.getpid() != self.owner:  # forked workers inherit the handler
+            return
+        now = time.monotonic()
+        if self.signalled_at is not None and now - self.signalled_at > 3 and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signalled_at = self.signalled_at or now
