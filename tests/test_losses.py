@@ -213,6 +213,14 @@ def test_extreme_logits_keep_value_and_gradients(scale, sign, equal, bias):
 
 
 @pytest.mark.parametrize("bias", [None, -3.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_embeddings_that_are_no_numbers_are_not_hidden(bias, bad):
+    images, texts = embeddings()
+    texts[4, 2] = bad
+    assert not ours(images, texts, 7.0, bias).isfinite()
+
+
+@pytest.mark.parametrize("bias", [None, -3.0])
 @pytest.mark.parametrize(
     "trained", [(True, False, True), (False, True, True), (False, False, True), (True, False, False)]
 )

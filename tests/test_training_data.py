@@ -269,6 +269,12 @@ def test_truncated_shard_gives_what_it_has(tmp_path):
     assert set(kinds) <= {"usable", "truncated shard"} and kinds["truncated shard"] <= 1
 
 
+def test_a_shard_that_vanishes_later_is_counted(tmp_path):
+    source = opened(tmp_path, shards(tmp_path, 40))
+    (tmp_path / "shards" / "01.tar").unlink()
+    assert Counter(_kind_of(source, index) for index in range(40)) == {"usable": 20, "unreadable shard": 20}
+
+
 def tar_of(path, format, folder):
     """50 files of random sizes in `folder`, with folders and links between them."""
     rng = random.Random(0)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from training import embed as embedding
 from training.config import DataConfig, UsageError
-from training.distillation import StoredEmbeddings, Teacher, distillation_loss
+from training.distillation import StoredEmbeddings, Teacher, distillation_loss, num_samples
 from training.sources import open_source
 
 
@@ -276,6 +276,23 @@ def test_stored_embeddings_are_the_teachers(teacher_folder, processor, shards, s
     torch.testing.assert_close(images.norm(dim=1), torch.ones(4))
     assert stored.scale == pytest.approx(1 / 0.07, rel=1e-4)  # 2.6592 is its logarithm
     assert isinstance(stored.image_embeds, np.memmap)
+
+
+def test_mixture_is_stored_as_training_numbers_it(teacher_folder, processor, tmp_path):
+    names = [tmp_path / "first", tmp_path / "second"]
+    for name, seeds in zip(names, (range(5), range(20, 28)), strict=True):
+        name.mkdir()
+        write_tar(name / "0.tar", pairs(seeds))
+    mixture = {str(names[0]): 3.0, str(names[1]): 1.0}
+    out = embed(teacher_folder, json.dumps(mixture), tmp_path / "out", "--max_samples", "4")
+    config = DataConfig(train=mixture, cache_dir=str(tmp_path), max_samples=4)
+    source = open_source(mixture, config, "train", 32)
+    stored = StoredEmbeddings.open(out, source, num_samples(source, config))
+    assert num_samples(source, config) == 8  # four of each
+    texts = stored.lookup([3, 4], [caption(3), caption(20)])[1]
+    originals = [Image.open(io.BytesIO(image_bytes(seed))) for seed in (3, 20)]
+    expected = reference_embeddings(teacher_folder, processor, originals, [caption(3), caption(20)])
+    torch.testing.assert_close(texts, expected[1], rtol=0, atol=1e-3)  # float16 keeps eleven bits
 
 
 def test_rejects_samples_that_could_not_be_read(shards, stored_folder):

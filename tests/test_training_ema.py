@@ -57,7 +57,7 @@ def test_averages_are_swapped_in_and_the_weights_come_back():
         ema.update(step)
     live, parameter = state_of(model), model[0].weight
     averages = {name: value.clone() for name, value in ema.state_dict().items()}
-    with pytest.raises(KeyError), ema.swapped_in(model):
+    with pytest.raises(KeyError), ema.swapped_in():
         assert model[0].weight is parameter
         assert_same(state_of(model), live | averages)
         assert not torch.equal(live["0.weight"], parameter)
@@ -68,7 +68,7 @@ def test_averages_are_swapped_in_and_the_weights_come_back():
 
 def test_gradients_flow_inside_of_the_block():
     model = network()
-    with EMA(model, 0.9).swapped_in(model):
+    with EMA(model, 0.9).swapped_in():
         assert torch.is_grad_enabled()
         model(torch.randn(8, 4)).sum().backward()
 
@@ -84,7 +84,7 @@ def test_average_of_half_precision_weights_is_float32():
     average = ema.state_dict()["weight"]
     assert average.dtype == torch.float32
     torch.testing.assert_close(average, torch.full((2, 3), 1.0005))  # would be 1 in bfloat16
-    with ema.swapped_in(weight):
+    with ema.swapped_in():
         assert weight.weight.dtype == torch.bfloat16
     assert torch.equal(average, ema.state_dict()["weight"])
 

@@ -1,5 +1,6 @@
 """Mixtures of sources and phases of a run: shares, epochs and sizes are exact, and pure functions of the step."""
 
+import json
 import math
 from collections import Counter
 
@@ -10,7 +11,8 @@ from test_training_data import config_of, opened, resent, shards, tokenizer
 from training_utils import caption, image_bytes, pairs, write_tar
 
 from training.config import UsageError
-from training.data import Collate, Order, PairDataset, Place, StepSampler, build_loader
+from training.data import Collate, Order, PairDataset, Place, StepSampler, build_loader, caption_id
+from training.distillation import StoredEmbeddings
 from training.phases import Phase, Phases
 from training.sources import MixtureSource, open_source
 
@@ -332,3 +334,38 @@ def test_sorted_by_length_pairs_stay_together(tmp_path):
 
     assert as_pairs(plain) == as_pairs(by_length)
     assert torch.equal(plain["counts"], by_length["counts"])
+
+
+# ------------------------------------------------------------------------------------------------------------ embeddings
+
+
+def store_embeddings(folder, num_samples):
+    """Embeddings of pairs 0 ... num_samples - 1: one direction for each image, and the opposite for its caption."""
+    rows = np.eye(num_samples, dtype=np.float16)
+    ids = np.array([caption_id(caption(i)) for i in range(num_samples)])
+    arrays = {"offsets": np.arange(num_samples + 1), "caption_ids": ids, "image_embeds": rows, "text_embeds": -rows}
+    folder.mkdir()
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    (folder / "embeddings.json").write_text(json.dumps({"scale": 10.0, "num_samples": num_samples}))
+    return folder
+
+
+@pytest.mark.parametrize("sort_by_length", [False, True])
+def test_stored_embeddings_come_with_their_pairs(sort_by_length, tmp_path):
+    source, config = opened(tmp_path, shards(tmp_path, 48, num_shards=1)), config_of(tmp_path)
+    stored = StoredEmbeddings.open(store_embeddings(tmp_path / "stored", 48), source, 48)
+    collate = Collate(tokenizer(), pad_to_max=False, group=False, sort_by_length=sort_by_length, stored=stored)
+    for batch in batches(config, source, 3, collate=collate):
+        samples = batch["teacher_image_embeds"].argmax(dim=1).tolist()
+        assert [caption(sample) for sample in samples] == texts(batch)
+        assert torch.equal(batch["teacher_text_embeds"], -batch["teacher_image_embeds"])
+
+
+def test_stored_embeddings_of_other_data_fail_with_a_message(tmp_path):
+    source, config = opened(tmp_path, shards(tmp_path, 48, num_shards=1)), config_of(tmp_path)
+    stored = StoredEmbeddings(store_embeddings(tmp_path / "stored", 48))
+    write_tar(tmp_path / "shards" / "00.tar", pairs(range(100, 148)))
+    collate = Collate(tokenizer(), pad_to_max=False, group=False, stored=stored)
+    batch = batches(config, opened(tmp_path, tmp_path / "shards"), 1, collate=collate)[0]
+    assert "made for other data" in batch["failure"] and len(source) == 48

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 from hfclip import HFCLIPConfig, HFCLIPModel
-from training.config import OptimConfig, UsageError
+from training.config import Config, OptimConfig, UsageError, load_yaml
 from training.flops import tower_flops
 from training.low_precision import halve_text_weights
 from training.optim import build_optimizer
@@ -25,6 +25,7 @@ from training.plan import (
     Run,
     _parser,
     count_parameters,
+    from_config,
     image_activations,
     implied_share,
     make_plan,
@@ -313,6 +314,15 @@ def test_flags_override_the_recipe():
     planned = parsed("--config", "vit_b_32", "--batch", "4096", "--no-checkpointing", "--world", "8")
     assert (planned.batch, planned.checkpointing, planned.world) == (4096, False, 8)
     assert (planned.moments, planned.precision, planned.micro_batch) == ("bfloat16", "bf16", 2048)
+
+
+def test_length_of_the_run_is_that_of_the_settings():
+    quickstart = parsed("--config", "quickstart")
+    assert quickstart.pairs == 163_840 and make_plan(quickstart).steps == 1280
+    values = load_yaml("quickstart")
+    values["optim"] |= {"steps": 7}
+    fields = from_config(Config.from_dict(values))
+    assert fields["pairs"] * fields["epochs"] == 7 * 128
 
 
 def test_another_device_is_described_by_memory_and_peak():

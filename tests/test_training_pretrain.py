@@ -30,6 +30,9 @@ from hfclip import HFCLIPTokenizer
 from training import pretrain as program
 from training.config import Config
 from training.data import Collate
+from training.machine import build_accelerator
+from training.step import TrainingStep
+from training.stopping import Stopping
 
 
 TENSORBOARD = ["tensorboard"] if is_tensorboard_available() else []
@@ -208,13 +211,13 @@ def test_skipped_step_changes_nothing(tmp_path):
     model["config"]["vision_config"] = {**resnet, "projection_dim": 16}
     config = Config.from_dict(tiny_recipe(tmp_path, model=model, optim={"max_logit_scale": 14.0}))
     AcceleratorState._reset_state(reset_partial_state=True)
-    run = program.build(config, None)
+    run = program.build(config, None, build_accelerator(config), Stopping(None))
     batch = next(iter(run.loader))
     batch.pop("counts")
 
     def changed(step):
         before = {name: value.clone() for name, value in run.core.state_dict().items()}
-        skipped = program.train_step(run, batch, step)["skipped"]
+        skipped = run.step(batch, step)["skipped"]
         after = run.core.state_dict()
         return skipped, [name for name in before if not torch.equal(before[name], after[name])]
 
@@ -229,16 +232,16 @@ def test_run_without_usable_data_saves_before_it_ends(tmp_path, capsys, monkeypa
     """Samples that can be read at first and not later: the disk went away, say."""
     write_shards(tmp_path, 64)
     recipe = write_recipe(tmp_path, optim={"steps": 50})
-    one_step = program.train_step
+    one_step = TrainingStep.__call__
 
-    def lose_the_data_after_three_steps(run, batch, step):
+    def lose_the_data_after_three_steps(self, batch, step):
         if step == 3:
             shutil.rmtree(tmp_path / "shards")
             (tmp_path / "shards").mkdir()
             write_tar(tmp_path / "shards" / "0.tar", [])
-        return one_step(run, batch, step)
+        return one_step(self, batch, step)
 
-    monkeypatch.setattr(program, "train_step", lose_the_data_after_three_steps)
+    monkeypatch.setattr(TrainingStep, "__call__", lose_the_data_after_three_steps)
     code, message = run_here(capsys, monkeypatch, "--config", recipe)
     assert code == 2 and "truncated shard" in message and "Mend the data" in message
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]

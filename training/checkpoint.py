@@ -291,7 +291,7 @@ def _told_if_not_written(target: Path, temporary: Path) -> Iterator[None]:
             raise
         raise UsageError(
             f"{target} could not be written: {error}. {free / 2**20:.0f} MiB are free on that disk. What was saved "
-            "before is as it was: make room there, and go on with --resume auto."
+            "before is as it was. Make room, or mend what else is wrong there, and go on with --resume auto."
         ) from error
 
 

@@ -106,7 +106,8 @@ class DataConfig:
 
     train: str | dict = "scenes"
     """The built-in "scenes"; WebDataset tars (`{0..7}.tar`, glob, folder; local, hf://, https://, s3://); a parquet or
-    image folder; or a data set's name on the Hub. A mapping of such names to weights mixes them."""
+    image folder; or a data set's name on the Hub. A mapping of such names to weights mixes them: each fills its share
+    of every batch, and an epoch is as many pairs as all have together."""
     split: str = "train"
     """Split of a data set that `datasets` loads."""
     image_key: str | None = None
@@ -222,7 +223,7 @@ class RunConfig:
     seed: int = 0
     """Initial weights, order of the data, crops, choice of captions and dropout follow from it."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Of the computation. Weights and optimizer state are float32 always."""
+    """Of the computation. Weights and optimizer state are float32, but for optim.moments and optim.text_weights."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     save_every: int | None = None

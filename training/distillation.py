@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hfclip import HFCLIPModel, HFCLIPProcessor
 
-from .config import Config, DataConfig, UsageError
+from .config import Config, UsageError
 from .data import caption_id
-from .sources import BadSample, MixtureSource, Source
+from .sources import BadSample, Source, num_samples
 
 
 TILE = 1 << 23  # similarities that are held at a time
@@ -300,13 +300,6 @@ def usable_captions(source: Source, index: int) -> list[str]:
         return [caption.strip() for caption in source.captions(index) if caption.strip()]
     except BadSample:
         return []
-
-
-def num_samples(source: Source, config: DataConfig) -> int:
-    """How many samples of a source training may use."""
-    # A mixture has applied data.max_samples to each of its sources.
-    limit = None if isinstance(source, MixtureSource) else config.max_samples
-    return min(len(source), limit or len(source))
 
 
 class StoredEmbeddings:

@@ -66,19 +66,18 @@ class EMA:
 
     @contextmanager
     @torch.no_grad()
-    def swapped_in(self, model: nn.Module) -> Iterator[None]:
-        """`model`, the averaged one or a copy of it, has the averages for weights inside of a `with` block.
+    def swapped_in(self) -> Iterator[None]:
+        """The model has the averages for weights inside of a `with` block.
 
         They are copied in place, in the weights' own type, since wrappers hold on to the tensors. The live weights wait
         beside them: a copy more.
         """
-        weights = _averaged(model)
-        live = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        live = {name: tensor.detach().clone() for name, tensor in self._live.items()}
         try:
-            _fill(weights, self._shadow)
+            _fill(self._live, self._shadow)
             yield
         finally:
-            _fill(weights, live)
+            _fill(self._live, live)
 
 
 def _averaged(model: nn.Module) -> dict[str, Tensor]:

@@ -30,8 +30,8 @@ from tqdm import tqdm
 from hfclip import HFCLIPModel, HFCLIPProcessor
 from training.config import DataConfig, UsageError
 from training.data import caption_id
-from training.distillation import ARRAYS, HEADER, computing_in, load_teacher, num_samples, usable_captions
-from training.sources import BadSample, Source, open_source
+from training.distillation import ARRAYS, HEADER, computing_in, load_teacher, usable_captions
+from training.sources import BadSample, Source, num_samples, open_source
 
 
 SAVE_EVERY = 60  # seconds
@@ -84,7 +84,10 @@ def embed(arguments: argparse.Namespace) -> Path:
         raise UsageError(f"--out: {out} exists. Remove it or choose another folder.")
     if arguments.batch_size < 1 or arguments.num_workers < 0:
         raise UsageError("--batch_size must be at least 1, and --num_workers at least 0.")
-    name = yaml.safe_load(arguments.data) if arguments.data.startswith("{") else arguments.data
+    try:
+        name = yaml.safe_load(arguments.data) if arguments.data.startswith("{") else arguments.data
+    except yaml.YAMLError as error:
+        raise UsageError(f"--data: found {arguments.data!r}, expected a name or {{name: weight, ...}}.") from error
     config = DataConfig(train=name, **{key: getattr(arguments, key) for key in names})
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model, processor = load_teacher(arguments.model, device)

@@ -60,8 +60,6 @@ class Heartbeat:
         if world == 1:
             self._parted.set()
             return
-        now = time.monotonic()
-        self._heard = dict.fromkeys(range(1, world) if rank == 0 else [0], now)  # of the ranks that are watched
         self._names = {other: f"rank {other} (never heard of)" for other in range(world)}
         self._names[rank] = f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"
         self._listener, there = None, [None]
@@ -73,6 +71,8 @@ class Heartbeat:
         self._names[0], host, port, self._token = there[0]
         if rank != 0:
             self._connect(os.environ.get("MASTER_ADDR", host), port)
+        # When each rank that is watched was last heard.
+        self._heard = dict.fromkeys(range(1, world) if rank == 0 else [0], time.monotonic())
         os.register_at_fork(after_in_child=self._leave_to_parent)
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
@@ -158,7 +158,10 @@ class Heartbeat:
     def _attend(self, file: "socket.socket | _Line", selector: selectors.BaseSelector) -> None:
         """Takes in a new connection, or what has come over one."""
         if file is self._listener:
-            line = _Line(self._listener.accept()[0])
+            try:
+                line = _Line(self._listener.accept()[0])
+            except OSError:  # it is gone again
+                return
             self._lines.append(line)
             selector.register(line, selectors.EVENT_READ)
             return
@@ -224,7 +227,7 @@ class Heartbeat:
         self._send_all({**last_words, "follows": True})
         message = f"\nRank {self.rank} ends, because {told}. Start the run again with --resume auto.\n"
         threading.Timer(GATHERING, os._exit, [1]).start()  # should one of the streams be stuck
-        os.write(sys.stderr.fileno(), message.encode())  # not through a buffer that the main thread may hold
+        os.write(2, message.encode())  # not through sys.stderr, which the main thread may hold
         sys.stdout.flush()
         os._exit(1)
 
@@ -284,9 +287,11 @@ def _gone(rank: int, cause: str, patience: float) -> dict:
 def _listen() -> socket.socket:
     """On any free port of all interfaces."""
     try:
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
     except (OSError, ValueError):  # a machine without IPv6
-        return socket.create_server(("", 0), backlog=1024)
+        listener = socket.create_server(("", 0), backlog=1024)
+    listener.setblocking(False)
+    return listener
 
 
 def _clock(offset: float = 0.0) -> str:

@@ -46,8 +46,8 @@ def _check_launcher() -> None:
     """Refuses what an `accelerate` configuration may ask for and CLIP cannot use."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UsageError(
-            "The launcher's configuration has fsdp settings. Accelerate's FSDP cannot split the scalar logit_scale: "
-            "take them out (training/launch/nodes.yaml) and set run.shard_weights to true, which is FSDP2."
+            "The launcher's configuration has fsdp settings, with which the scalar logit_scale cannot be trained. Take "
+            "them out (as in training/launch/nodes.yaml) and set run.shard_weights to true, which is FSDP2."
         )
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", ""):

@@ -28,7 +28,7 @@ from hfclip import (
 
 from .config import SECTIONS, Config, ModelConfig, UsageError, load_yaml
 from .low_precision import halve_text_weights
-from .sources import BadSample, Source
+from .sources import BadSample, Source, num_samples
 
 
 SIGLIP_LOGITS = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}  # arXiv:2303.15343, section 3
@@ -155,8 +155,8 @@ def _tokenizer(config: Config, source: Source) -> PreTrainedTokenizerBase:
 
 
 def _trained_tokenizer(config: Config, source: Source) -> HFCLIPTokenizer:
-    num_samples = min(len(source), config.data.max_samples or len(source))
-    chosen = np.linspace(0, num_samples - 1, min(num_samples, MAX_TOKENIZER_SAMPLES)).astype(int)
+    available = num_samples(source, config.data)
+    chosen = np.linspace(0, available - 1, min(available, MAX_TOKENIZER_SAMPLES)).astype(int)
     bar = tqdm(chosen.tolist(), desc="captions for the tokenizer", unit="sample", disable=None, leave=False)
     texts = (caption for index in bar for caption in _captions_or_none(source, index))
     return HFCLIPTokenizer.train_new_from_iterator(texts, config.model.vocab_size, show_progress=False)

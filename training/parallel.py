@@ -5,8 +5,9 @@ Without splitting every process holds the whole model and DistributedDataParalle
 together when they compute. The computation is the same; checkpoints are, too: they hold whole tensors under the
 model's names, so a run goes on with any number of processes, split or not.
 
-Accelerate's own FSDP cannot take CLIP: `logit_scale` is a scalar, and scalars cannot be split. It stays whole on each
-process, and its gradient is averaged by `average_scalars`.
+torch's `fully_shard` is called here and not by Accelerate, which would not keep out `logit_scale` (scalars cannot be
+split) and drops FSDP without a word on CPUs. The scalars stay whole on each process, and `average_scalars` averages
+their gradients.
 """
 
 from collections.abc import Iterator

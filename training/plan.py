@@ -103,13 +103,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters. `text`: of the text tower's matrices; `unit`: of the largest unit of FSDP2."""
+    """Numbers of parameters."""
 
     total: int
     trained: int
     matrices: int
+    """Of linear layers and convolutions, which autocast copies to half precision."""
     text: int
+    """Of the text tower's linear layers and token embedding, which `optim.text_weights` halves."""
+    tokens: int
+    """Of the token embedding."""
     unit: int
+    """Of the largest part that FSDP2 puts together at a time."""
 
 
 def count_parameters(architecture: HFCLIPConfig, freeze: str = "none") -> Parameters:
@@ -127,6 +132,7 @@ def count_parameters(architecture: HFCLIPConfig, freeze: str = "none") -> Parame
         trained=_numel(p for p in model.parameters() if p.requires_grad),
         matrices=_numel(m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))),
         text=_numel(module.weight for module in text_matrices(model)),
+        tokens=model.get_input_embeddings().weight.numel(),
         unit=max([rest, *(_numel(unit.parameters()) for unit in units)]),
     )
 
@@ -282,7 +288,8 @@ def model_bytes(run: Run, cached: bool) -> dict[str, float]:
     if run.shard_weights:
         sizes["weights put together"] = 2 * FULL * count.unit  # a unit, and the next one
     if run.half:  # autocast makes them in the forward pass, for the backward pass too
-        sizes["half-precision copies"] = HALF * (count.matrices - text)
+        halved = count.text - count.tokens if text else 0
+        sizes["half-precision copies"] = HALF * (count.matrices - halved)
     return sizes
 
 
@@ -463,8 +470,8 @@ def report(plan: Plan) -> str:
     lines = [
         f"{count.total / 1e6:.1f}M parameters, {count.trained / 1e6:.1f}M trained; forward and backward "
         f"{model / 1e9:.1f} GFLOPs a pair, and {again / 1e9:.1f} again to save memory",
-        f"{run.batch} pairs on {run.world} devices: {run.local} each, in {plan.num_micro} micro-batches of "
-        f"{plan.micro_batch}; texts of {run.text_tokens} tokens",
+        f"{run.batch} pairs on {run.world} devices: {run.local} each, in {plan.num_micro} x "
+        f"{plan.micro_batch} at a time; texts of {run.text_tokens} tokens",
         "",
         "memory of a device                 GiB",
         *(f"  {name:<28} {size / GIB:>9.2f}" for name, size in plan.memory.items() if size),
@@ -590,6 +597,8 @@ def from_config(config: Config) -> dict:
         "epochs": optim.epochs,
         **{name: getattr(optim, name) for name in ("exchange", "moments", "text_weights")},
     }
+    if config.data.max_samples is not None:
+        fields["pairs"] = config.data.max_samples
     return fields if optim.steps is None else {**fields, "pairs": optim.steps * optim.batch_size, "epochs": 1.0}
 
 

@@ -190,6 +190,7 @@ def train(run: Run) -> int:
     save_every = run.steps_per_epoch if settings.save_every is None else settings.save_every
     eval_every = run.steps_per_epoch if run.config.eval.every is None else run.config.eval.every
     traced = settings.profile if run.accelerator.is_main_process else 0
+    run.tracking.start()
     bad_in_a_row, waiting_since = 0, time.perf_counter()
     with Trace(traced, run.folder / "profile", run.tracking.say) as trace:
         for step, batch in enumerate(run.loader, run.start):
@@ -211,7 +212,8 @@ def train(run: Run) -> int:
                     save(run, done)
                 if eval_every and done % eval_every == 0:
                     evaluate(run, done)
-            trace.step()
+            with run.tracking.paused():
+                trace.step()
             waiting_since = time.perf_counter()
     return run.stop
 
@@ -299,6 +301,7 @@ def finish(run: Run, done: int) -> dict[str, float] | None:
         return None
     if done > run.start:
         save(run, done)
+    run.core.float()  # text weights that trained in half precision: no number changes
     results = evaluate(run, done)
     problems = run.tracking.total_counts()
     run.tracking.bar.close()

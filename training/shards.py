@@ -133,7 +133,7 @@ def _check_space(url: str, needed: int, cache: Path) -> None:
     if needed > free:
         raise UsageError(
             f"{url!r}: the tars that are still to be fetched take {needed / 1e9:,.1f} GB, but {cache} has "
-            f"{free / 1e9:,.1f} GB free. Set data.cache_dir to a larger disk, or mount the store (s3fs, hf-mount ...) "
+            f"{free / 1e9:,.1f} GB free. Set data.cache_dir to a larger disk, or mount the store (s3fs, rclone ...) "
             "and name the tars by their path there: local ones are read in place."
         )
 

@@ -18,7 +18,7 @@ from PIL import Image
 from hfclip.data.scenes import Scenes
 
 from .config import DataConfig, UsageError
-from .shards import MEMBERS, find_shards, in_threads, load_index
+from .shards import find_shards, in_threads, load_index
 
 
 IMAGE_KEYS = ("image", "jpg", "png", "img")
@@ -83,6 +83,13 @@ def _check_weights(mixture: dict) -> None:
             )
 
 
+def num_samples(source: Source, config: DataConfig) -> int:
+    """How many samples of a source training may use."""
+    # A mixture has applied data.max_samples to each of its sources.
+    limit = None if isinstance(source, MixtureSource) else config.max_samples
+    return min(len(source), limit or len(source))
+
+
 def _describe_counts(counts: Counter) -> str:
     return "Left out: " + (", ".join(f"{n} with {kind}" for kind, n in counts.items()) or "nothing") + "."
 
@@ -144,6 +151,18 @@ class SceneSource:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Where the bytes of a sample lie in its tar. All of them are in memory: 25 bytes each.
+_SAMPLE = np.dtype(
+    [
+        ("image_offset", np.int64),
+        ("image_size", np.uint32),
+        ("caption_offset", np.int64),
+        ("caption_size", np.uint32),
+        ("is_json", np.bool_),
+    ]
+)
+
+
 class ShardSource:
     """Uncompressed tars whose samples are neighbouring members with one name: `0001.jpg`, `0001.txt` or `0001.json`.
 
@@ -156,15 +175,13 @@ class ShardSource:
 
     def __init__(self, shards: list[Path], config: DataConfig):
         self.shards, self.key = shards, config.caption_key
-        self.skipped = Counter()
-        cache = Path(config.cache_dir).expanduser() / "indices"
-        found = in_threads(lambda shard: load_index(shard, cache), shards, "indexing shards")
-        for _, damage in found:
-            self.skipped.update(damage)
+        self.cache = Path(config.cache_dir).expanduser() / "indices"
+        found = in_threads(self._samples, shards, "indexing shards")
+        self.skipped = sum((skipped for _, skipped in found), Counter())
         if self.skipped["not a tar"] == len(shards) > 0:
             raise UsageError(f"{shards[0]} is not an uncompressed tar file. Unpack .tar.gz shards first.")
-        parts = [self._usable(index) for index, _ in found]
-        self.index = np.concatenate(parts) if parts else np.empty(0, MEMBERS)
+        parts = [samples for samples, _ in found]
+        self.index = np.concatenate([np.empty(0, _SAMPLE), *parts])
         self.starts = np.cumsum([0] + [len(part) for part in parts])
         self._check_key()
 
@@ -172,9 +189,8 @@ class ShardSource:
         """Refuses a `data.caption_key` that the first sample has not, if it has others."""
         if self.key is None or not len(self):
             return
-        row = self.index[0]
         try:
-            record = json.loads(self._read(0, row["json_offset"], row["json_size"]))
+            record = json.loads(self._read(0, "caption"))
         except (BadSample, ValueError, RecursionError):  # counted when it comes up
             return
         if isinstance(record, dict) and self.key not in record:
@@ -187,19 +203,14 @@ class ShardSource:
         return len(self.index)
 
     def __getitem__(self, index: int) -> tuple[bytes, list[str]]:
-        row = self.index[index]
-        image, caption = self._read(index, row["image_offset"], row["image_size"]), self.captions(index)
-        return image, caption
+        return self._read(index, "image"), self.captions(index)
 
     def captions(self, index: int) -> list[str]:
-        row = self.index[index]
-        if row["text_offset"] >= 0 and self.key is None:
-            try:
-                return [self._read(index, row["text_offset"], row["text_size"]).decode("utf-8")]
-            except UnicodeDecodeError as error:
-                raise BadSample("unreadable caption") from error
+        data = self._read(index, "caption")
         try:
-            record = json.loads(self._read(index, row["json_offset"], row["json_size"]))
+            if not self.index[index]["is_json"]:
+                return [data.decode("utf-8")]
+            record = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise BadSample("unreadable caption") from error
         if not isinstance(record, dict):
@@ -207,7 +218,9 @@ class ShardSource:
         key = self.key or next((key for key in CAPTION_KEYS if key in record), None)
         return _caption_list(record.get(key))
 
-    def _read(self, index: int, offset: int, size: int) -> bytes:
+    def _read(self, index: int, what: str) -> bytes:
+        row = self.index[index]
+        offset, size = int(row[f"{what}_offset"]), int(row[f"{what}_size"])
         shard = self.shards[np.searchsorted(self.starts, index, side="right") - 1]
         try:
             with open(shard, "rb", buffering=0) as file:
@@ -219,14 +232,21 @@ class ShardSource:
             raise BadSample("truncated shard")
         return data
 
-    def _usable(self, index: np.ndarray) -> np.ndarray:
-        has_image = index["image_offset"] >= 0
-        has_caption = index["json_offset"] >= 0
-        if self.key is None:
-            has_caption |= index["text_offset"] >= 0
-        self.skipped.update({"missing image": int((~has_image).sum()), "missing caption": int((~has_caption).sum())})
-        self.skipped = +self.skipped  # without zeros
-        return index[has_image & has_caption]
+    def _samples(self, shard: Path) -> tuple[np.ndarray, Counter]:
+        """The `_SAMPLE` of each usable sample of a tar, and what was left out."""
+        members, damage = load_index(shard, self.cache)
+        has_image = members["image_offset"] >= 0
+        is_json = (members["text_offset"] < 0) | (self.key is not None)
+        has_caption = np.where(is_json, members["json_offset"], members["text_offset"]) >= 0
+        missing = {"missing image": int((~has_image).sum()), "missing caption": int((~has_caption).sum())}
+        kept = has_image & has_caption
+        samples = np.empty(int(kept.sum()), _SAMPLE)
+        for what in ("offset", "size"):
+            samples[f"image_{what}"] = members[f"image_{what}"][kept]
+            captions = np.where(is_json, members[f"json_{what}"], members[f"text_{what}"])
+            samples[f"caption_{what}"] = captions[kept]
+        samples["is_json"] = is_json[kept]
+        return samples, +Counter({**missing, **dict.fromkeys(damage, 1)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ class TrainingStep:
             with self.watch.time("backward"):
                 self.accelerator.backward(value)
             return value.detach()
-        # Only first passes count as forward: the second ones are the price of the cache, and part of its backward.
+        # What is inside and has a name of its own (both forward passes, the loss) does not count as backward.
         with self.watch.time("backward"):
             return cached_backward(
                 self._embed,

@@ -374,6 +374,8 @@ class HFCLIPConfig(HFCLIPBaseConfig):
     def validate_architecture(self):
         self._require_positive("projection_dim")
         self._require_finite("logit_scale_init_value", "logit_bias_init_value", "initializer_factor")
+        factor = self.initializer_factor
+        self._require(factor >= 0, f"initializer_factor={factor}", "0 or more", "It scales standard deviations.")
         expected_key = {"text_config": self.text_config, "vision_config": self.vision_config}
         for key, config in expected_key.items():
             found_key = getattr(config, "base_config_key", "") if config.model_type in TOWER_CONFIGS else key

@@ -24,6 +24,7 @@ gradients are summed over ranks instead, divide the loss by W.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 
 # Rows and columns of a tile: on a CPU it stays in the cache, elsewhere it is large enough to be worth a launch.
 CPU_TILE, DEVICE_TILE = 1024, 4096
+
+# Powers of two cost a fraction of those of e; exp(x) = exp2(x / LN_2).
+LN_2 = math.log(2)
 
 Tensors = list[Tensor | None]
 
@@ -131,7 +135,7 @@ class _Contrastive(torch.autograd.Function):
     """Each row is reduced to its maximum and its sum of exponentials over all columns, and each column likewise.
 
     The two are kept apart instead of as one logarithm: the loss of a row, log(sum) + (maximum - target), then keeps
-    its digits where the target is the maximum and the loss is small.
+    its digits where the target is the maximum and the loss is small. Logits are in units of ln 2.
     """
 
     @staticmethod
@@ -140,13 +144,14 @@ class _Contrastive(torch.autograd.Function):
         row_max, column_max = _vector(images, -torch.inf), _vector(columns, -torch.inf)
         row_sum, column_sum = _vector(images, 0), _vector(columns, 0)
         target, num_positives = _vector(images, 0), _vector(images, 0 if ids is not None else 1)
+        factor = scale / LN_2
 
         def visit(offset: int, read: Tensors, carry: Tensors) -> None:
             (columns, column_ids), (column_max, column_sum) = read, carry
             if ids is not None:
                 num_positives.add_(_count(ids, column_ids))
             for rows, cols in _tiles(images, columns):
-                logits = _product(images[rows], columns[cols]).mul_(scale)
+                logits = _product(images[rows], columns[cols]).mul_(factor)
                 _add_exponentials(row_max[rows], row_sum[rows], logits, dim=1)
                 _add_exponentials(column_max[cols], column_sum[cols], logits, dim=0)
                 positive = _positive(logits, rows, cols, offset, ids, column_ids)
@@ -158,27 +163,27 @@ class _Contrastive(torch.autograd.Function):
             batch.complete(column_max, column_sum)
             own_max, own_sum = column_max[batch.own], column_sum[batch.own]
             target /= num_positives
-            loss = ((row_max - target) + (own_max - target) + row_sum.log() + own_sum.log()).sum() / 2
+            loss = (row_max - target + row_sum.log2()) + (own_max - target + own_sum.log2())
         ctx.batch = batch
         ctx.save_for_backward(
             images, texts, scale, ids, columns, column_ids, row_max, row_sum, column_max, column_sum, num_positives
         )
-        return batch.mean(loss)
+        return batch.mean(loss.sum() * (LN_2 / 2))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         images, texts, scale, ids, columns, column_ids, *statistics = ctx.saved_tensors
         row_max, row_sum, column_max, column_sum, num_positives = statistics
         _refuse_second_derivatives()
-        grad = grad * ctx.batch.share
+        grad, factor = grad * ctx.batch.share, scale / LN_2
         # The two softmaxes of a tile, halved and times the incoming gradient, less that gradient's share of each target
         row_factor, column_factor, target = grad / (2 * row_sum), grad / (2 * column_sum), grad / num_positives
 
         def d_logits(rows: slice, cols: slice, offset: int, read: Tensors) -> Tensor:
             columns, column_ids, column_max, column_factor = read
-            logits = _product(images[rows], columns[cols]).mul_(scale)
-            result = (logits - column_max[cols]).exp_().mul_(column_factor[cols])
-            result += logits.sub_(row_max[rows, None]).exp_().mul_(row_factor[rows, None])
+            logits = _product(images[rows], columns[cols]).mul_(factor)
+            result = (logits - column_max[cols]).exp2_().mul_(column_factor[cols])
+            result += logits.sub_(row_max[rows, None]).exp2_().mul_(row_factor[rows, None])
             positive = _positive(logits, rows, cols, offset, ids, column_ids)
             return result if positive is None else result.sub_(positive * target[rows, None])
 
@@ -308,9 +313,9 @@ def _vector(embeds: Tensor, value: float) -> Tensor:
 
 
 def _add_exponentials(maximum: Tensor, total: Tensor, logits: Tensor, dim: int) -> None:
-    """Takes a tile into the running maximum and the running sum of exp(logit - maximum) along `dim`."""
+    """Takes a tile into the running maximum and the running sum of exp2(logit - maximum) along `dim`."""
     new = torch.maximum(maximum, logits.amax(dim))
-    total.mul_((maximum - new).exp_()).add_((logits - new.unsqueeze(dim)).exp_().sum(dim))
+    total.mul_((maximum - new).exp2_()).add_((logits - new.unsqueeze(dim)).exp2_().sum(dim))
     maximum.copy_(new)
 
 
@@ -402,7 +407,7 @@ class _Gather(_GlobalBatch):
     def complete(self, maximum: Tensor, total: Tensor) -> None:
         local = maximum.clone()
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=self.group)
-        total.mul_((local - maximum).exp_())
+        total.mul_((local - maximum).exp2_())
         dist.all_reduce(total, group=self.group)
 
     def collect(self, gradient: Tensor) -> Tensor:

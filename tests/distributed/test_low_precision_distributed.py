@@ -62,7 +62,7 @@ def train_network(model, average_of):
         ema.update(step)
     live = {name: average_of(p.detach()).clone() for name, p in model.named_parameters()}
     average = {name: average_of(tensor).clone() for name, tensor in ema.state_dict().items()}
-    with ema.swapped_in(model):
+    with ema.swapped_in():
         shown = {name: average_of(p.detach()).clone() for name, p in model.named_parameters()}
     after = {name: average_of(p.detach()).clone() for name, p in model.named_parameters()}
     ema.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in average.items()})
