@@ -323,7 +323,10 @@ class Config:
         return dataclasses.asdict(self)
 
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        """Writes the YAML file of this run, whole or not at all."""
+        temporary = path.with_name(f".tmp-{path.name}")
+        temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        temporary.replace(path)
 
 
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}

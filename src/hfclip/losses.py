@@ -269,7 +269,8 @@ def _gradients(
     d_scale = None
     if need_scale:
         embeds, d_embeds = (texts, d_texts) if d_images is None else (images, d_images)
-        d_scale = torch.linalg.vecdot(embeds, d_embeds).sum()
+        # (rows, 1, dim) @ (rows, dim, 1): unlike vecdot, without a product of the embeddings' size in between
+        d_scale = torch.bmm(embeds[:, None], d_embeds[:, :, None]).sum()
     return (
         d_images.mul_(scale) if need_images else None,
         d_texts.mul_(scale) if need_texts else None,

@@ -52,6 +52,10 @@ def kill(process: subprocess.Popen, with_children: bool) -> None:
     process.wait()
 
 
+def identity(folder: Path) -> tuple[str, int]:
+    return folder.name, folder.stat().st_ctime_ns
+
+
 def killed_run(recipe: Path, run: Path, kills: int, steps: int, processes: int | None) -> int:
     """Starts the run and kills it, again and again. How many kills left a checkpoint that was being written."""
     rng, interrupted_saves = random.Random(0), 0
@@ -61,16 +65,17 @@ def killed_run(recipe: Path, run: Path, kills: int, steps: int, processes: int |
         process = subprocess.Popen(line, env=environment(), stdout=output, stderr=output)
         # A random moment after a random step; the last kill comes when the run is about to end.
         done = max((line["step"] for line in lines_of(run)), default=0)
-        goal = steps if number == kills else min(done + rng.randint(0, STEPS_PER_KILL - 1), steps - 1)
+        goal = steps if number == kills else min(done + rng.randint(1, STEPS_PER_KILL), steps - 1)
+        left = set(map(identity, run.glob(".tmp-checkpoint-*")))
         end = time.monotonic() + 200
         while not (lines_of(run) and lines_of(run)[-1]["step"] >= goal) and process.poll() is None:
             assert time.monotonic() < end, Path(output.name).read_text()
             time.sleep(0.005)
-        time.sleep(10 ** rng.uniform(-3, 0))  # often while the checkpoint of that step is written
+        time.sleep(10 ** rng.uniform(-3, -0.3))  # often while the checkpoint of that step is written
         assert process.poll() in (None, 0), Path(output.name).read_text()
         # A launcher that is killed alone leaves its processes behind: that is no end of the run.
         kill(process, with_children=processes is not None or rng.random() < 0.5)
-        interrupted_saves += any(run.glob(".tmp-checkpoint-*"))
+        interrupted_saves += not left >= set(map(identity, run.glob(".tmp-checkpoint-*")))
     return interrupted_saves
 
 

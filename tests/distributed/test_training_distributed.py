@@ -90,12 +90,12 @@ def test_evaluation_is_that_of_one_process(processes, runs):
     assert all(abs(found[name] - value) <= 0.1 for name, value in expected.items())
 
 
-def test_run_goes_on_with_another_number_of_processes(runs, tmp_path):
-    shutil.copytree(runs[1] / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
-    process = pretrain(
-        "--config", runs[1] / "config.yaml", "--run.output_dir", tmp_path / "run", "--resume", "auto", processes=2
-    )
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 3)])
+def test_run_goes_on_with_another_number_of_processes(before, after, runs, tmp_path):
+    shutil.copytree(runs[before] / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
+    config = runs[before] / "config.yaml"
+    process = pretrain("--config", config, "--run.output_dir", tmp_path / "run", "--resume", "auto", processes=after)
     assert process.returncode == 0, process.stdout + process.stderr
-    assert "step 1" in process.stdout and "2 x cpu" in process.stdout and "WARNING" not in process.stdout
+    assert "step 1" in process.stdout and f"{after} x cpu" in process.stdout and "WARNING" not in process.stdout
     expected = [line["loss"] for line in metrics(runs[1]) if "loss" in line][1:]
     assert [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line] == pytest.approx(expected, rel=1e-5)
