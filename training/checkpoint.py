@@ -39,11 +39,15 @@ FIXED_ON_RESUME = (
     "data.split",
     "data.max_samples",
     "data.phases",
+    "data.group_captions",
     "optim.loss",
     "optim.batch_size",
+    "optim.layer_decay",
+    "optim.moments",
+    "optim.text_weights",
     "run.seed",
 )
-HARMLESS_ON_RESUME = ("data.num_workers", "data.cache_dir", "data.max_bad_in_a_row")
+HARMLESS_ON_RESUME = ("data.num_workers", "data.cache_dir", "data.max_bad_in_a_row", "optim.exchange")
 STATE_FOLDER = "trainer_state"
 STATE_FILE = f"{STATE_FOLDER}/state.json"
 

@@ -9,6 +9,7 @@ follows from the settings, the weights and the step's number, so a run that was 
 interrupted, bit for bit.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -44,6 +45,9 @@ from training.timing import Trace
 from training.tracking import Tracking, check_trackers
 
 
+SECONDS_BETWEEN_CURVES = 60  # a drawing takes about one
+
+
 @dataclass(kw_only=True, slots=True)
 class Run:
     """All that a run consists of."""
@@ -59,6 +63,9 @@ class Run:
     steps_per_epoch: int
     start: int
     stop: int
+    saved: int
+    """The step of the newest checkpoint."""
+    drawn_at: float = -math.inf
 
     @property
     def core(self) -> HFCLIPModel:
@@ -156,6 +163,7 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
         steps_per_epoch=dataset.steps_per_epoch,
         start=start,
         stop=stop,
+        saved=start,
     )
     introduce(run, source.skipped, resumed, changes)
     return run
@@ -228,7 +236,7 @@ def is_to_stop(run: Run, step: int, failure: str | None) -> bool:
     interrupted, failed = run.accelerator.reduce(flags, "sum").tolist()
     if interrupted or failed:
         run.tracking.say(f"Stopping after step {step} ...")
-        if step > run.start:
+        if step > run.saved:
             save(run, step)
     if failed:
         raise UsageError(next(message for message in gather_object([failure]) if message))
@@ -267,8 +275,11 @@ def save(run: Run, done: int) -> None:
             checkpoint.save_checkpoint(
                 run.folder, done, run.core, run.processor, states, about, state_dict=weights, **keep
             )
-            draw_curves(run.folder)
+            if time.monotonic() - run.drawn_at > SECONDS_BETWEEN_CURVES:
+                draw_curves(run.folder)
+                run.drawn_at = time.monotonic()
         run.accelerator.wait_for_everyone()
+    run.saved = done
 
 
 def evaluate(run: Run, done: int) -> dict[str, float]:
@@ -299,7 +310,7 @@ def finish(run: Run, done: int) -> dict[str, float] | None:
         command = f"accelerate launch {sys.argv[0]} --config {run.folder / 'config.yaml'} --resume auto"
         run.accelerator.print(f"Stopped after step {done} of {run.stop}. Go on with:\n    {command}")
         return None
-    if done > run.start:
+    if done > run.saved:
         save(run, done)
     run.core.float()  # text weights that trained in half precision: no number changes
     results = evaluate(run, done)
