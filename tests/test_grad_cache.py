@@ -126,6 +126,23 @@ def test_autocast_gives_the_gradients_of_autocast_in_one_graph():
     assert_close(found[1], expected[1], 1e-2)
 
 
+def test_weights_cast_once_for_the_first_pass_still_get_their_gradients():
+    """Autocast keeps what it has cast, without a graph here, until the outermost context ends."""
+    model = tiny_model(torch.float32)
+
+    def embed(micro_batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return embed_with(model)(micro_batch)
+
+    found = []
+    for options in ({}, {"first_pass": lambda: torch.autocast("cpu", torch.bfloat16)}):
+        value = cached_backward(embed, batch((4, 7), torch.float32), clip_loss, [model.logit_scale], **options)
+        found.append((value, gradients(model)))
+    assert found[0][0] == found[1][0]
+    assert found[0][1].keys() == found[1][1].keys()
+    assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
+
+
 def test_compiled_model():
     model = tiny_model(num_hidden_layers=1)
     expected, _ = both_ways(model, batch((4, 4)))

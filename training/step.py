@@ -126,6 +126,7 @@ class TrainingStep:
                 parameters,
                 buffers=list(self.core.buffers()),
                 no_sync=partial(parallel.no_sync, self.model),
+                first_pass=self.accelerator.autocast,
                 backward=self.accelerator.backward,
             )
 

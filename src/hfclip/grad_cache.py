@@ -34,6 +34,7 @@ def cached_backward(
     *,
     buffers: Iterable[Tensor] = (),
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
+    first_pass: Callable[[], AbstractContextManager] = nullcontext,
     backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> Tensor:
     """Adds the gradient of `loss` over all micro-batches together to the `grad` of every weight behind it.
@@ -58,6 +59,8 @@ def cached_backward(
             given: a gradient that reached the weights before the last backward pass would miss its averaging.
         buffers: put back after the first pass, so that running statistics move once a step: `model.buffers()`.
         no_sync: context in which backward passes leave gradients unaveraged, for all micro-batches but the last.
+        first_pass: context around the whole first pass, e.g. the autocast that `embed` enters anyway: weights are then
+            cast once and not for every micro-batch.
         backward: the loss's backward pass, e.g. with the scale of a gradient scaler. The factor reaches all gradients.
 
     Returns:
@@ -70,17 +73,18 @@ def cached_backward(
         raise ValueError("cached_backward: found no micro-batches, expected at least one.")
     before = [(buffer, buffer.clone()) for buffer in buffers]
     parts, states = [], []
-    with torch.no_grad(), no_sync():
+    with torch.no_grad(), no_sync(), first_pass():
         for micro_batch in micro_batches:
             states.append(_random_state())
             parts.append(embed(micro_batch))
         for buffer, value in before:
             buffer.copy_(value)
 
-    # (size, ...) of each micro-batch -> (local_batch, ...)
-    joined = [torch.cat(pieces).requires_grad_() for pieces in zip(*parts, strict=True)]
     sizes = [len(part[0]) for part in parts]
+    pieces = list(zip(*parts, strict=True))
     del parts
+    # (size, ...) of each micro-batch -> (local_batch, ...), one kind after the other: never all of them twice
+    joined = [torch.cat(pieces.pop(0)).requires_grad_() for _ in range(len(pieces))]
     stand_ins = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in parameters]
     value = loss(*joined, *stand_ins)
     backward(value)
