@@ -1,6 +1,7 @@
 """The trainer as a program: from files to a usable model, stopped and resumed, wrong input told in one message."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -158,6 +159,21 @@ def test_interrupted_run_goes_on_bit_for_bit(tmp_path):
     states = [torch.load(run / "checkpoint-90/trainer_state/optimizer.pt") for run in (whole, again)]
     assert len(states[0]) > 20 and states[0].keys() == states[1].keys()
     assert all(torch.equal(v, states[1][i][name]) for i, state in states[0].items() for name, v in state.items())
+
+
+def test_deadline_saves_and_ends_well(tmp_path):
+    """In the middle of a run, with the moving average on and half of the run in a cheaper phase."""
+    write_shards(tmp_path, 64)
+    phases = [{"epochs": 50, "image_size": 16, "text_length": 8, "patch_dropout": 0.5}]
+    optim = {"steps": 100_000, "ema_decay": 0.9, "layer_decay": 0.7, "moments": "bfloat16"}
+    recipe = write_recipe(tmp_path, data={"phases": phases}, optim=optim)
+    process = pretrain("--config", recipe, "--stop-after", "0.15")
+    assert process.returncode == 0, process.stderr
+    assert "--resume auto" in process.stdout
+    done = int(re.search(r"Stopped after step (\d+) of 100000", process.stdout)[1])
+    # A machine that is busy with other things may come to the deadline before it comes to the first step.
+    assert done == 0 or (tmp_path / "run" / f"checkpoint-{done}").is_dir()
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def run_here(capsys, monkeypatch, *arguments) -> tuple[int, str]:
