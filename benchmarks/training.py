@@ -81,7 +81,7 @@ def build(architecture: HFCLIPConfig, config: Config) -> TrainingStep:
         core,
         config,
         accelerator,
-        image_processor=HFCLIPImageProcessor(size=architecture.image_size),
+        HFCLIPImageProcessor(size=architecture.image_size),
         total_steps=1000,
         watch=Stopwatch(accelerator.device),
         phases=Phases([], full, stride=32, steps_per_epoch=1000, total_steps=1000),
@@ -107,7 +107,7 @@ def write_shard(photos: Path, folder: str, number: int) -> list[str]:
     return texts
 
 
-def peer_step(architecture: HFCLIPConfig, image_processor, attention: str) -> Callable[[dict], float]:
+def peer_step(architecture: HFCLIPConfig, statistics: tuple, attention: str) -> Callable[[dict], float]:
     """A step of transformers' CLIPModel: forward with its loss, backward, AdamW, clamp; bfloat16 by autocast."""
     config = transformers.CLIPConfig()
     for name in ("vocab_size", "bos_token_id", "eos_token_id"):
@@ -118,7 +118,7 @@ def peer_step(architecture: HFCLIPConfig, image_processor, attention: str) -> Ca
 
     def step(batch: dict) -> float:
         with torch.autocast("cpu", torch.bfloat16):
-            pixels = normalized(batch["pixel_values"], image_processor)
+            pixels = normalized(batch["pixel_values"], *statistics)
             loss = model(batch["input_ids"], pixels, batch["attention_mask"], return_loss=True).loss
         loss.backward()
         optimizer.step()
@@ -169,7 +169,10 @@ def throughput(photos: Path, rounds: int, steps: int) -> list[str]:
         counter = iter(range(10**6))
         sides = {"hfclip": (lambda batch: ours(batch, next(counter)), loader(False))}
         for attention in ("sdpa", "eager"):
-            sides[f"CLIPModel, {attention}"] = (peer_step(architecture, ours.image_processor, attention), loader(True))
+            sides[f"CLIPModel, {attention}"] = (
+                peer_step(architecture, (ours.pixel_mean, ours.pixel_std), attention),
+                loader(True),
+            )
         found = {name: [] for name in sides}
         for _ in range(rounds):
             for name, (step, batches) in sides.items():

@@ -6,6 +6,7 @@
 In float64 a difference that is more than rounding shows, whatever its size.
 """
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from hfclip.configuration_hfclip import TOWER_CONFIGS
 
 
+M_MMAP_THRESHOLD, MEGABYTE = -3, 1 << 20  # the first from malloc.h
 TOLERANCE = 1e-9  # relative, in float64; two orders of summation differ by about 1e-15
 
 
@@ -86,6 +88,7 @@ def difference(found: Tensor, expected: Tensor) -> dict[str, float]:
 
 def streamed(model_class: type[PreTrainedModel], config: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """The model in float64, each block of which takes its weights when it computes and lets them go afterwards."""
+    give_memory_back()
     with init_empty_weights(include_buffers=False):  # what no file holds, such as position ids, has to be there
         model = model_class(config).double().eval()
     modules = list(model._no_split_modules)
@@ -93,6 +96,17 @@ def streamed(model_class: type[PreTrainedModel], config: Any, weights: Mapping[s
         model.load_state_dict(weights, assign=True)
         return model.double()
     return cpu_offload(model, torch.device("cpu"), offload_buffers=True, state_dict=weights, preload_module_classes=modules)  # fmt: skip
+
+
+def give_memory_back() -> None:
+    """From now on a tensor that is freed goes back to the system at once.
+
+    glibc keeps freed blocks up to 32 MB for later, and weights of many sizes leave it with as much as the model has.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MEGABYTE)
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from hfclip.grad_cache import cached_backward
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 VIT = {**TOWER, "model_type": "hfclip_vit", "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
-RESNET = {"model_type": "hfclip_resnet", "layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "embed_dim": 16}
+RESNET = {"model_type": "hfclip_resnet", "depths": [1, 1, 1, 1], "stem_width": 8, "image_size": 32}
+RESNET |= {"projection_dim": 16}
 NUM_PAIRS = 11
 
 
@@ -127,7 +128,7 @@ def test_autocast_gives_the_gradients_of_autocast_in_one_graph():
 
 
 def test_weights_cast_once_for_the_first_pass_still_get_their_gradients():
-    """Autocast keeps what it has cast, without a graph here, until the outermost context ends."""
+    """Autocast keeps what it has cast in the first pass until the outermost context ends."""
     model = tiny_model(torch.float32)
 
     def embed(micro_batch):

@@ -240,7 +240,7 @@ def test_skipped_step_changes_nothing(tmp_path):
     skipped, names = changed(0)
     assert not skipped and any("running_mean" in name for name in names) and "logit_scale" in names
     assert run.core.logit_scale.exp().item() == pytest.approx(14)  # it started at 14.28
-    run.processor.image_processor.image_std = [0.0, 0.0, 0.0]
+    run.step.pixel_std.zero_()
     assert changed(1) == (True, [])
 
 

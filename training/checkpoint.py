@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import logging
@@ -48,6 +49,7 @@ FIXED_ON_RESUME = (
     "run.seed",
 )
 HARMLESS_ON_RESUME = ("data.num_workers", "data.cache_dir", "data.max_bad_in_a_row", "optim.exchange")
+LOCK_FILE = ".lock"
 STATE_FOLDER = "trainer_state"
 STATE_FILE = f"{STATE_FOLDER}/state.json"
 
@@ -188,6 +190,26 @@ def newest_checkpoint(run_folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
+def claim(run_folder: Path) -> FileLock:
+    """Makes the run's folder if it is not there, and holds it for this process until that ends.
+
+    Raises:
+        UsageError: if another process trains in it, or it cannot be made.
+    """
+    lock = FileLock(run_folder / LOCK_FILE)
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UsageError(
+            f"run.output_dir {str(run_folder)!r}: another process trains there. Wait for its end, end it, or choose "
+            "another folder."
+        ) from error
+    except OSError as error:
+        raise UsageError(f"run.output_dir {str(run_folder)!r} cannot be used: {error}.") from error
+    return lock
+
+
 def find_resumed(run_folder: Path, resume: str | None) -> tuple[Path, dict] | None:
     """The checkpoint to go on from and its state; None for a new run.
 
@@ -196,7 +218,7 @@ def find_resumed(run_folder: Path, resume: str | None) -> tuple[Path, dict] | No
     """
     if resume == "auto":
         return newest_checkpoint(run_folder)
-    occupied = run_folder.is_dir() and any(run_folder.iterdir())
+    occupied = run_folder.is_dir() and any(path.name != LOCK_FILE for path in run_folder.iterdir())
     if resume is None:
         if occupied:
             raise UsageError(

@@ -118,11 +118,15 @@ class DataConfig:
     max_samples: int | None = None
     """Use only the first so many samples. null: all (50,000 built-in scenes)."""
     group_captions: bool = False
-    """Pairs with the same caption are positives of each other, not negatives."""
+    """Pairs with the same caption are positives of each other, not negatives. (Where equal texts have equal embeddings,
+    without dropout in the text tower, the contrastive loss and its gradient are the same either way.)"""
     num_workers: int = 4
     """Processes per rank that read and decode. 0: none, in the training process itself."""
     cache_dir: str = "~/.cache/hfclip"
     """Where remote shards and the indices of shards are kept."""
+    disk: float | None = None
+    """Gigabytes of the remote tars of `train` that a machine keeps at a time; the rest are fetched while the run goes on.
+    `training/index.py` must have counted them once. null: all are fetched before the run."""
     max_bad_in_a_row: int = 50
     """So many unusable samples in one place of the batch, one after the other, end the run."""
     phases: list[dict] = field(default_factory=list)
@@ -134,6 +138,8 @@ class DataConfig:
         samples = self.max_samples
         _require(samples is None or samples >= 1, "data.max_samples", samples, "null or at least 1")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        disk = self.disk
+        _require(disk is None or 0 < disk < math.inf, "data.disk", disk, "null or above 0, in gigabytes")
         _require(self.max_bad_in_a_row >= 1, "data.max_bad_in_a_row", self.max_bad_in_a_row, "at least 1")
 
 
@@ -212,6 +218,8 @@ class DistillConfig:
         if self.teacher is not None and self.embeddings is not None:
             raise UsageError("distill: teacher and embeddings are both set, expected one of them. Unset the other.")
         _require(0 <= self.weight <= 1, "distill.weight", self.weight, "0 to 1")
+        if self.weight != 1 and self.teacher is None and self.embeddings is None:
+            raise UsageError("distill.weight is set without a teacher. Set distill.teacher or distill.embeddings too.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -471,7 +479,7 @@ def _check_names(given: dict, known: dict, what: str, prefix: str = "") -> None:
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
     """The hint that follows an unknown name."""
-    if name.lstrip("-").rsplit(".", 1)[-1] in ACCUMULATION:
+    if name.lstrip("-").rsplit(".", 1)[-1].replace("-", "_") in ACCUMULATION:
         return NO_ACCUMULATION
     close = [k for k in known if k.endswith("." + name.lstrip("-"))] or difflib.get_close_matches(name, known, n=1)
     return (

@@ -5,6 +5,8 @@ r-th slice of the slots. Nothing else decides what a step sees, so a run continu
 workers or processes. Every sample is read by its index, whichever shard it lies in: no rank has shards of its own that
 could run out before another's, all ranks have the same number of steps, and one shard is enough for all.
 
+Of remote shards that are fetched while the run goes on, each rank reads few at a time (`LaneOrder`).
+
     StepSampler -> Place -> PairDataset: source, decode, crop -> Collate: tokens, counts -> batch
 """
 
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +29,7 @@ from hfclip.image_processing_hfclip import random_square_crop
 
 from .config import Config, UsageError
 from .phases import Phases
-from .sources import BadSample, MixtureSource, Source
+from .sources import BadSample, MixtureSource, Source, StreamSource
 
 
 if TYPE_CHECKING:
@@ -67,7 +70,7 @@ def shuffled(position: int, length: int, *key: int) -> int:
             return position
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _round_keys(key: tuple[int, ...]) -> tuple[int, ...]:
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=48).digest()
     return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, 48, 8))
@@ -156,6 +159,124 @@ class Order:
             yield self.starts[source] + shuffled(place, length, self.seed, epoch, source)
 
 
+class Window(NamedTuple):
+    """Neighbouring samples of an epoch's line from which one lane takes its samples for a while."""
+
+    epoch: int
+    lane: int
+    number: int
+    start: int
+    stop: int
+
+
+class LaneOrder:
+    """As `Order`, for shards of which a rank can have but some at a time.
+
+    - Lines: each epoch puts its shards, in an order of its own, end to end into one line of samples.
+    - Lanes: the line is cut into `num_lanes` pieces. A lane fills the same slots of every batch, and its piece is as
+      long as these are many: all lanes end with the same step, whatever the shards hold, and what is left over of the
+      line is less than a batch. A rank reads the lanes of its slots, so that a shard goes to about one of them. The
+      number of lanes follows from data and batch, not from the ranks; shards that lie across a cut are read twice.
+    - Windows: a lane is cut into windows about as long as `WINDOW` shards, and goes through each in a random order. So a
+      batch is drawn from `num_lanes` x `WINDOW` shards.
+    - Stand-ins: what the same slot has in the following steps, round the epoch. No batch holds a sample twice here
+      either, and the shards are at hand or come next.
+
+    Args:
+        name: of the data, for messages.
+        counts: usable samples of each shard.
+
+    Raises:
+        UsageError: if there are fewer samples than a batch has.
+    """
+
+    WINDOW = 2
+    MAX_LANES = 64
+    SHARDS_PER_LANE = 16  # at least
+
+    def __init__(self, name: str, counts: list[int], batch_size: int, seed: int):
+        self.counts, self.batch_size, self.seed = np.array(counts, np.int64), batch_size, seed
+        self.starts = np.concatenate([[0], self.counts.cumsum()])
+        total = int(self.starts[-1])
+        self.lengths = [total]
+        if total < batch_size:
+            raise UsageError(
+                f"{name!r} has {total} usable pairs, expected at least optim.batch_size, {batch_size}. Lower it, or add "
+                "data."
+            )
+        self.epoch_steps = total // batch_size
+        self.num_lanes = max(min(self.MAX_LANES, len(counts) // self.SHARDS_PER_LANE, batch_size), 1)
+        self.window_length = self.WINDOW * total / len(counts)
+        self.lines: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __call__(self, step: int, slot: int) -> Iterator[int]:
+        """The sample of a slot, then its stand-ins, each once."""
+        epoch, step = divmod(step, self.epoch_steps)
+        for attempt in range(self.epoch_steps):
+            yield self._sample(epoch, (step + attempt) % self.epoch_steps, slot)
+
+    def _sample(self, epoch: int, step: int, slot: int) -> int:
+        window, position = self._find(epoch, step, slot)
+        length = window.stop - window.start
+        place = shuffled(position - window.start, length, self.seed, epoch, window.lane, window.number)
+        shards, ends = self._line(epoch)
+        number = int(np.searchsorted(ends, window.start + place, side="right"))
+        shard = shards[number]
+        return int(self.starts[shard] + window.start + place - (ends[number] - self.counts[shard]))
+
+    def window(self, step: int, slot: int) -> Window:
+        epoch, step = divmod(step, self.epoch_steps)
+        return self._find(epoch, step, slot)[0]
+
+    def next_window(self, window: Window) -> Window:
+        """The one that the lane goes on with, in the next epoch if need be."""
+        epoch, lane, number = window.epoch, window.lane, window.number + 1
+        if number == self._num_windows(lane):
+            epoch, number = epoch + 1, 0
+        return self._window(epoch, lane, number)
+
+    def shards_of(self, window: Window) -> list[int]:
+        shards, ends = self._line(window.epoch)
+        first, last = np.searchsorted(ends, [window.start, window.stop - 1], side="right")
+        return shards[first : last + 1].tolist()
+
+    def lanes_of(self, slots: range) -> int:
+        """How many lanes fill these slots."""
+        return self._lane_of(slots[-1]) - self._lane_of(slots[0]) + 1
+
+    def _find(self, epoch: int, step: int, slot: int) -> tuple[Window, int]:
+        """The window of a step's slot, and its place in the line before the window is shuffled."""
+        lane = self._lane_of(slot)
+        slots = self._slots_of(lane)
+        position = step * len(slots) + slot - slots.start
+        number = ((position + 1) * self._num_windows(lane) - 1) // (self.epoch_steps * len(slots))
+        return self._window(epoch, lane, number), self.epoch_steps * slots.start + position
+
+    def _window(self, epoch: int, lane: int, number: int) -> Window:
+        slots, count = self._slots_of(lane), self._num_windows(lane)
+        start, length = self.epoch_steps * slots.start, self.epoch_steps * len(slots)
+        return Window(epoch, lane, number, start + length * number // count, start + length * (number + 1) // count)
+
+    def _num_windows(self, lane: int) -> int:
+        return max(round(self.epoch_steps * len(self._slots_of(lane)) / self.window_length), 1)
+
+    def _lane_of(self, slot: int) -> int:
+        return slot * self.num_lanes // self.batch_size
+
+    def _slots_of(self, lane: int) -> range:
+        first, end = (-(-number * self.batch_size // self.num_lanes) for number in (lane, lane + 1))
+        return range(first, end)
+
+    def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of an epoch in their order, and where in the line each ends."""
+        if epoch not in self.lines:
+            self.lines = {near: line for near, line in self.lines.items() if abs(near - epoch) == 1}
+            length = len(self.counts)
+            shards = np.array([shuffled(place, length, self.seed, epoch) for place in range(length)])
+            self.lines[epoch] = shards, self.counts[shards].cumsum()
+        return self.lines[epoch]
+
+
 def rank_slice(batch_size: int, rank: int, num_ranks: int) -> range:
     """The slots of the global batch that a rank fills; slices differ by one where the batch does not divide."""
     return range(batch_size * rank // num_ranks, batch_size * (rank + 1) // num_ranks)
@@ -197,13 +318,36 @@ class PairDataset(Dataset):
     def __init__(self, source: Source, config: Config, image_size: int):
         self.source, self.image_size, self.seed = source, image_size, config.run.seed
         self.max_bad, batch_size = config.data.max_bad_in_a_row, config.optim.batch_size
-        if isinstance(source, MixtureSource):
-            names, lengths, weights = source.names, source.lengths, source.weights
+        limit = min(len(source), config.data.max_samples or len(source))
+        self.steps_per_epoch = limit // batch_size
+        if isinstance(source, StreamSource):
+            counts = np.diff(source.starts.clip(max=limit)).tolist()
+            self.order, self.windows = LaneOrder(str(config.data.train), counts, batch_size, self.seed), set()
+            _check_tokenizer(config)
+        elif isinstance(source, MixtureSource):
+            self.order = Order(source.names, source.lengths, source.weights, batch_size, self.seed)
+            self.steps_per_epoch = len(source) // batch_size
         else:
-            names, weights = [str(config.data.train)], [1.0]
-            lengths = [min(len(source), config.data.max_samples or len(source))]
-        self.order = Order(names, lengths, weights, batch_size, self.seed)
-        self.steps_per_epoch = sum(lengths) // batch_size
+            self.order = Order([str(config.data.train)], [limit], [1.0], batch_size, self.seed)
+
+    def __getitems__(self, places: list[Place]) -> list[dict]:
+        """What `DataLoader` asks for: the examples of a batch."""
+        if isinstance(self.source, StreamSource):
+            self._prefetch(places)
+        examples = []
+        for place in places:
+            examples.append(self[place])
+            if "failure" in examples[-1]:  # the run ends: do not wait for what cannot be had again and again
+                break
+        return examples
+
+    def _prefetch(self, places: list[Place]) -> None:
+        """Begins to fetch the shards that these places read from, then those that their lanes go on with."""
+        windows = {self.order.window(place.step, place.slot) for place in places}
+        new = sorted(windows - self.windows)
+        self.windows = windows
+        for window in (*new, *map(self.order.next_window, new)):
+            self.source.prefetch(self.order.shards_of(window))
 
     def __getitem__(self, place: Place) -> dict:
         """`image` (3, size, size) uint8, `caption`, `sample` (its index in the source), `text_length`, `problems`: index
@@ -219,6 +363,8 @@ class PairDataset(Dataset):
                 return {**example, "sample": index, "text_length": place.text_length, "problems": found[:1]}
             except BadSample as bad:
                 found.append(PROBLEMS.index(bad.kind))
+            except UsageError as error:  # a shard that cannot be fetched
+                return {"failure": str(error), "problems": found[:1]}
         kinds = ", ".join(sorted({PROBLEMS[problem] for problem in found}))
         failure = f"Sample {index} and the {len(found) - 1} tried before it are unusable ({kinds})"
         return {"failure": f"{failure}. Mend the data, or raise data.max_bad_in_a_row.", "problems": found[:1]}
@@ -237,6 +383,14 @@ class PairDataset(Dataset):
             return {"image": random_square_crop(image, place.image_size or self.image_size, rng), "caption": caption}
         except ValueError as error:
             raise BadSample(_image_problem(image, error)) from error
+
+
+def _check_tokenizer(config: Config) -> None:
+    if config.model.tokenizer == "train":
+        raise UsageError(
+            "model.tokenizer: found 'train', which reads captions of all shards; with data.disk they are not here. "
+            "Name a tokenizer, or train one in a run of one step on a few of the shards and name its folder."
+        )
 
 
 def _image_problem(image: bytes, error: ValueError) -> str:
@@ -331,7 +485,13 @@ def build_loader(
 
     Args:
         phases: None: images and texts of the model's size all the way.
+
+    Raises:
+        UsageError: if `data.disk` is too small for what these ranks read at a time, or too large for the disk, or
+            ranks have counted other shards.
     """
+    if isinstance(dataset.source, StreamSource):
+        _check_stream(dataset.source, dataset.order, num_ranks)
     slots = rank_slice(config.optim.batch_size, rank, num_ranks)
     workers = config.data.num_workers
     return DataLoader(
@@ -344,6 +504,34 @@ def build_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that starting to read leaves the global random state alone
     )
+
+
+def _check_stream(source: StreamSource, order: LaneOrder, num_ranks: int) -> None:
+    if dist.is_available() and dist.is_initialized():
+        fingerprints: list[str | None] = [None] * num_ranks
+        dist.all_gather_object(fingerprints, source.fingerprint)
+        if len(set(fingerprints)) > 1:
+            raise UsageError(
+                "data.disk: the machines have different counts of the shards. Put one file beside the shards, where "
+                f"all find it: `{source.count_again}`."
+            )
+    cache, local = source.cache, min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), num_ranks)
+    firsts = range(0, num_ranks, local)
+    machines = [
+        [order.batch_size * min(r, num_ranks) // num_ranks for r in (first, first + local)] for first in firsts
+    ]
+    lanes = max(order.lanes_of(range(*slots)) for slots in machines)
+    # Two windows may be read at a time, or one while the next is fetched; each may begin and end within a shard.
+    each = 2 * order.WINDOW + 2
+    sizes = [size for _, size in cache.shards]
+    needed = min(max(lanes * each * sum(sizes) // len(sizes), each * max(sizes)), sum(sizes))
+    if cache.limit < needed:
+        raise UsageError(
+            f"data.disk: found {cache.limit / 1e9:g} GB, expected at least {needed / 1e9:.3g}. A machine reads "
+            f"{lanes} of the {order.num_lanes} lanes, each from {each} shards at a time of "
+            f"{sum(sizes) / len(sizes) / 1e9:.3g} GB on average. More machines read fewer lanes each."
+        )
+    cache.check_disk()
 
 
 def _start_worker(worker: int) -> None:

@@ -6,26 +6,27 @@ of which text belongs to which image. The embeddings themselves are not compared
 """
 
 import json
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from hfclip import HFCLIPModel, HFCLIPProcessor
+from hfclip import HFCLIPModel, HFCLIPProcessor, losses
+from hfclip.losses import LN_2, GlobalBatch
 
 from .config import Config, UsageError
 from .data import caption_id
+from .machine import PRECISIONS
 from .sources import BadSample, Source, num_samples
 
 
-TILE = 1 << 23  # similarities that are held at a time
 # What tokenizers that share their vocabulary may still treat differently.
 PROBES = (
     "a photo of a cat",
@@ -42,6 +43,8 @@ PROBES = (
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Opaque to torch.compile, as the losses of hfclip.
+@torch.compiler.disable
 def distillation_loss(
     student_image: Tensor,
     student_text: Tensor,
@@ -51,16 +54,15 @@ def distillation_loss(
     teacher_scale: float,
     *,
     group: dist.ProcessGroup | None = None,
+    exchange: Literal["gather", "ring"] = "gather",
 ) -> Tensor:
     """Divergence of the student's similarities from the teacher's over the global batch (arXiv:2311.17049, eq. 2, 3).
 
     For each image the distribution over the texts of all ranks, softmax(scale * cosines), is compared by KL(teacher ||
     student), and for each text that over the images; the loss is the mean of both over all N pairs. It is computed in
-    float32 (float64 for a float64 student) whatever autocast says, a few rows at a time, its gradients with it: memory
-    beyond the embeddings of the global batch and their gradients does not grow with N.
-
-    As the losses of `hfclip`, it has the same value on every rank, and gradients whose mean over the ranks is the
-    gradient of that value. Batches of different size on different ranks are exact. The teacher gets no gradient.
+    float32 (float64 for a float64 student) whatever autocast says, tile by tile as the losses of `hfclip`, whose value,
+    gradients, `group` and `exchange` it has: the same value on every rank, and gradients whose mean over the ranks is
+    the gradient of that value. Batches of different size on different ranks are exact. The teacher gets no gradient.
 
     Args:
         student_image, student_text: `(local_batch, dim)`, unit norm (trusted, not checked).
@@ -68,6 +70,8 @@ def distillation_loss(
         teacher_image, teacher_text: `(local_batch, teacher_dim)`, unit norm, of the same pairs.
         teacher_scale: exp(logit_scale) of the teacher.
         group: ranks that share the batch. Default: all of them, or this process alone.
+        exchange: how ranks come by each other's texts and the teacher's. "gather": every rank holds those of all.
+            "ring": a rank holds those of two others at a time. Values agree to rounding.
 
     Raises:
         ValueError: embeddings that do not fit together, here or on another rank, a global batch of no pairs, or a rank
@@ -79,104 +83,79 @@ def distillation_loss(
     if shapes[0][0] != shapes[2][0]:
         raise ValueError(f"the student has {shapes[0][0]} pairs and the teacher {shapes[2][0]}: expected the same.")
     dtype = torch.promote_types(student_image.dtype, torch.float32)
-    student, teacher = (
-        torch.cat([images, texts], dim=1).to(dtype)
-        for images, texts in ((student_image, student_text), (teacher_image.detach(), teacher_text.detach()))
+    images, texts, *teacher = (
+        embeds.to(dtype) for embeds in (student_image, student_text, teacher_image, teacher_text)
     )
-    batch = _Batch(student, teacher, group)
-    scale = torch.as_tensor(student_scale, dtype=dtype, device=student.device)
-    return _Distillation.apply(student, scale, teacher, teacher_scale, batch)
-
-
-class _Batch:
-    """The sizes of all ranks' batches, and how their rows come together and their gradients go home."""
-
-    def __init__(self, student: Tensor, teacher: Tensor, group: dist.ProcessGroup | None):
-        self.group, self.rank, self.sizes = None, 0, [len(student)]
-        if dist.is_available() and dist.is_initialized():
-            self.group = dist.group.WORLD if group is None else group
-            self.rank = dist.get_rank(self.group)
-            if self.rank < 0:
-                raise ValueError(f"rank {dist.get_rank()} is not a member of `group`: pass a group it belongs to.")
-            record = [len(student), student.shape[1] // 2, teacher.shape[1] // 2, student.element_size()]
-            records = self._all_gather(torch.tensor([record], device=student.device)).tolist()
-            if len({tuple(record[1:]) for record in records}) > 1:
-                raise ValueError(
-                    "the ranks must agree on the sizes of student's and teacher's embeddings and on the precision, but "
-                    f"found (pairs, dim, teacher_dim, bytes) {records}."
-                )
-            self.sizes = [record[0] for record in records]
-        if sum(self.sizes) == 0:
-            raise ValueError("the global batch is empty: expected at least one pair.")
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """`(local_batch, ...)` -> `(global_batch, ...)` in rank order."""
-        if self.group is None:
-            return rows
-        parts = self._all_gather(self._padded(rows)).split(max(self.sizes))
-        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
-
-    def send_home(self, columns: Tensor) -> Tensor:
-        """`(global_batch, ...)` on each rank -> the sum over ranks of this rank's own rows."""
-        if self.group is None:
-            return columns
-        padded = torch.cat([self._padded(part) for part in columns.split(self.sizes)])
-        own = padded.new_empty(max(self.sizes), *padded.shape[1:])
-        # torch 2.13 renamed reduce_scatter_tensor and all_gather_into_tensor, and warns at the old names.
-        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        reduce_scatter(own, padded, group=self.group)
-        return own[: self.sizes[self.rank]]
-
-    def sum(self, value: Tensor) -> Tensor:
-        if self.group is not None:
-            dist.all_reduce(value, group=self.group)
-        return value
-
-    def _padded(self, rows: Tensor) -> Tensor:
-        return F.pad(rows, (0, 0, 0, max(self.sizes) - len(rows)))
-
-    def _all_gather(self, local: Tensor) -> Tensor:
-        gathered = local.new_empty(dist.get_world_size(self.group) * len(local), *local.shape[1:])
-        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        all_gather(gathered, local.contiguous(), group=self.group)
-        return gathered
+    scale, teacher_scale = (losses.as_factor("scale", value, images) for value in (student_scale, teacher_scale))
+    batch = losses.agree(images, texts, None, exchange, group, teacher_dim=shapes[2][1])
+    return _Distillation.apply(images, texts, scale, *teacher, teacher_scale, batch)
 
 
 class _Distillation(torch.autograd.Function):
-    """The gradients are computed with the value, tile by tile: a tile would have to be computed again for them."""
+    """Two rounds over the tiles: the sums of exponentials of rows and columns, then the loss and its gradients.
+
+    The gradients do not wait for the backward pass: there the tiles would have to be computed a third time. Logits are
+    in units of ln 2. `sums` are of the student and of the teacher a maximum and a sum relative to it, for each row or
+    column; the logarithm of the sum takes its place when it is complete.
+    """
 
     @staticmethod
-    def forward(ctx, student: Tensor, scale: Tensor, teacher: Tensor, teacher_scale: float, batch: _Batch) -> Tensor:
-        rows, columns = student.chunk(2, dim=1), batch.gather(student).chunk(2, dim=1)
-        teacher_rows, teacher_columns = teacher.chunk(2, dim=1), batch.gather(teacher).chunk(2, dim=1)
-        d_rows, d_columns = torch.zeros_like(student), student.new_zeros(sum(batch.sizes), student.shape[1])
-        loss, d_scale = student.new_zeros(()), torch.zeros_like(scale)
-        size = max(TILE // sum(batch.sizes), 1)
-        with torch.autocast(student.device.type, enabled=False):
-            for this, other in ((0, 1), (1, 0)):  # images against texts, texts against images
-                for tile in (slice(start, start + size) for start in range(0, len(student), size)):
-                    # (tile, dim) @ (dim, global_batch) -> (tile, global_batch)
-                    cosines = rows[this][tile] @ columns[other].T
-                    log_student = F.log_softmax(cosines * scale, dim=1)
-                    target = (teacher_rows[this][tile] @ teacher_columns[other].T).mul_(teacher_scale)
-                    log_target = F.log_softmax(target, dim=1)
-                    target = log_target.exp()
-                    loss += (target * (log_target - log_student)).sum() / 2
-                    d_logits = (log_student.exp_() - target) / 2
-                    d_scale += (d_logits * cosines).sum()
-                    d_logits *= scale
-                    d_rows.chunk(2, dim=1)[this][tile] += d_logits @ columns[other]
-                    d_columns.chunk(2, dim=1)[other].addmm_(d_logits.T, rows[this][tile])
-        total = sum(batch.sizes)
-        share = len(batch.sizes) / total  # see hfclip.losses: gradients are averaged over the ranks
-        ctx.save_for_backward((d_rows + batch.send_home(d_columns)) * share, d_scale * share)
-        return batch.sum(loss) / total
+    def forward(
+        ctx,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        teacher_images: Tensor,
+        teacher_texts: Tensor,
+        teacher_scale: Tensor,
+        batch: GlobalBatch,
+    ) -> Tensor:
+        columns = [batch.spread(texts), batch.spread(teacher_texts)]
+        row_sums, column_sums = _no_sums(images), _no_sums(columns[0])
+        row_loss = images.new_zeros(len(images))
+
+        def logits(rows: slice, cols: slice, columns: list[Tensor]) -> tuple[Tensor, Tensor]:
+            """A tile of the student's logits, and of the teacher's."""
+            student = losses.product(images[rows], columns[0][cols]).mul_(scale / LN_2)
+            return student, losses.product(teacher_images[rows], columns[1][cols]).mul_(teacher_scale / LN_2)
+
+        def add(offset: int, columns: list[Tensor], column_sums: list[Tensor]) -> None:
+            for rows, cols in losses.tiles(images, columns[0]):
+                for i, tile in enumerate(logits(rows, cols, columns)):
+                    losses.add_exponentials(row_sums[2 * i][rows], row_sums[2 * i + 1][rows], tile, dim=1)
+                    losses.add_exponentials(column_sums[2 * i][cols], column_sums[2 * i + 1][cols], tile, dim=0)
+
+        def d_logits(rows: slice, cols: slice, offset: int, read: list[Tensor]) -> Tensor:
+            student, teacher = logits(rows, cols, read[:2])
+            result = torch.zeros_like(student)
+            of_rows, of_columns = [values[rows, None] for values in row_sums], [values[cols] for values in read[2:]]
+            for maximum, log, teacher_maximum, teacher_log in (of_rows, of_columns):
+                log_share = (student - maximum).sub_(log)
+                log_target = (teacher - teacher_maximum).sub_(teacher_log)
+                target = log_target.exp2()
+                row_loss[rows].add_(log_target.sub_(log_share).mul_(target).sum(dim=1))
+                result.add_(log_share.exp2_().sub_(target))
+            return result.mul_(batch.share / 2)
+
+        ctx.batch = batch
+        with torch.autocast(images.device.type, enabled=False):
+            column_sums = batch.visit(add, columns, column_sums)
+            for maximum, total in (column_sums[:2], column_sums[2:]):
+                batch.complete(maximum, total)
+            for total in (*row_sums[1::2], *column_sums[1::2]):
+                total.log2_()
+            ctx.save_for_backward(*losses.gradients(ctx, images, texts, scale, [*columns, *column_sums], d_logits))
+        return batch.mean(row_loss.sum() * (LN_2 / 2))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        d_student, d_scale = ctx.saved_tensors
-        return grad * d_student, grad * d_scale, None, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        losses.refuse_second_derivatives()
+        return *(None if value is None else grad * value for value in ctx.saved_tensors), None, None, None, None
+
+
+def _no_sums(embeds: Tensor) -> list[Tensor]:
+    """Maximum and sum of no exponentials, of the student and of the teacher, `(rows,)` each."""
+    return [embeds.new_full((len(embeds),), value) for value in (-torch.inf, 0, -torch.inf, 0)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,7 +173,7 @@ class Teacher:
     Args:
         name: an hfclip or transformers CLIP folder, or its name on the Hub.
         tokenizer: the student's. The teacher gets the same ids.
-        precision: "bf16", "fp16" or "fp32".
+        precision: one of `PRECISIONS`.
 
     Raises:
         UsageError: if there is no such model, or its tokenizer would give other ids or its context is shorter.
@@ -202,7 +181,7 @@ class Teacher:
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, precision: str):
         self.model, processor = load_teacher(name, device)
-        self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self.precision = precision
         self.scale = self.model.logit_scale.exp().item()
         self.image_size = self.model.config.image_size
         values = [processor.image_processor.image_mean, processor.image_processor.image_std]
@@ -235,7 +214,7 @@ class Teacher:
         if pixels.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
-        with computing_in(self.autocast, pixels.device):
+        with computing_in(self.precision, pixels.device):
             images = self.model.encode_image((pixels - self.mean) / self.std)
             texts = self.model.encode_text(input_ids, attention_mask)
         return F.normalize(images.float(), dim=1), F.normalize(texts.float(), dim=1)
@@ -258,9 +237,9 @@ def load_teacher(name: str, device: torch.device) -> tuple[HFCLIPModel, HFCLIPPr
     return model.requires_grad_(False).eval().to(device), processor
 
 
-def computing_in(dtype: torch.dtype | None, device: torch.device):
-    """Autocast to `dtype`; nothing for None."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+def computing_in(precision: str, device: torch.device) -> AbstractContextManager:
+    """Autocast to "bf16" or "fp16"; nothing for "fp32"."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=PRECISIONS[precision])
 
 
 def tokenizer_difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str | None:

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .config import UsageError
-from .parallel import part_of
+from .parallel import local, part_of
 
 
 class EMA:
@@ -37,8 +36,8 @@ class EMA:
         The second is the usual warm-up: an average that began with random weights soon forgets them.
         """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        shadow = [_local(tensor) for tensor in self._shadow.values()]
-        live = [_local(tensor.detach()).to(torch.float32) for tensor in self._live.values()]
+        shadow = [local(tensor) for tensor in self._shadow.values()]
+        live = [local(tensor.detach()).to(torch.float32) for tensor in self._live.values()]
         torch._foreach_lerp_(shadow, live, weight)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -83,11 +82,6 @@ class EMA:
 def _averaged(model: nn.Module) -> dict[str, Tensor]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return parameters | {name: b for name, b in model.named_buffers() if b.is_floating_point()}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: a view."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _fill(weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:

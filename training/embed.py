@@ -31,11 +31,11 @@ from hfclip import HFCLIPModel, HFCLIPProcessor
 from training.config import DataConfig, UsageError
 from training.data import caption_id
 from training.distillation import ARRAYS, HEADER, computing_in, load_teacher, usable_captions
+from training.machine import PRECISIONS
 from training.sources import BadSample, Source, num_samples, open_source
 
 
 SAVE_EVERY = 60  # seconds
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def embed(arguments: argparse.Namespace) -> Path:
     model, processor = load_teacher(arguments.model, device)
     source = open_source(name, config, config.split, model.config.image_size)
     writer = Writer(out, source, num_samples(source, config), model, arguments.model)
-    with computing_in(PRECISIONS[arguments.precision], device):
+    with computing_in(arguments.precision, device):
         embed_samples(model, processor, source, writer, arguments)
     writer.finish()
     return out

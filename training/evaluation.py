@@ -53,6 +53,10 @@ class Evaluator:
         self.labelled = _open_labelled(config.eval.zero_shot, image_size) if config.eval.zero_shot else []
         self.pairs = _open_pairs(config, image_size) if config.eval.retrieval else None
 
+    @property
+    def measures_anything(self) -> bool:
+        return bool(self.labelled or self.pairs)
+
     @torch.no_grad()
     def __call__(self, model: HFCLIPModel) -> dict[str, float]:
         """Fractions in 0..1 by name, the same on every process. Empty if nothing is to be measured."""

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from .config import UsageError
+from .parallel import local
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -128,13 +128,18 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     def _update(self, index: int, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = 0
             state |= {name: torch.zeros_like(parameter, dtype=self.moments) for name in MOMENTS}
-        state["step"] += 1
-        step = int(state["step"])
+        # A plain number: of a tensor on a device, as earlier states have it, the host would have to wait.
+        step = state["step"] = int(state["step"]) + 1
         seed = np.random.SeedSequence([self.seed, step, index]).generate_state(1, np.uint64)[0]
         generator = torch.Generator(parameter.device).manual_seed(int(seed >> 1))
-        stored = [_local(tensor) for tensor in (parameter, parameter.grad, *(state[name] for name in MOMENTS))]
+        # Shards of one parameter share their noise: each number is still rounded without bias, and copies of a shard on
+        # other processes stay equal.
+        stored = [
+            torch.atleast_1d(local(tensor))
+            for tensor in (parameter, parameter.grad, *(state[name] for name in MOMENTS))
+        ]
         rows = max(CHUNK // max(stored[0][:1].numel(), 1), 1)
         for chunk in zip(*(tensor.split(rows) for tensor in stored), strict=True):
             _update_chunk(*chunk, step, group, generator)
@@ -157,15 +162,6 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                         "setting back, or start a new run from these weights by `--model.checkpoint`."
                     )
                 self.state[parameter][name] = moment.to(parameter.device, copy=True)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, at least one-dimensional: a view.
-
-    Shards of one parameter share their noise. Each number is still rounded without bias, and copies of a shard on
-    other processes stay equal.
-    """
-    return torch.atleast_1d(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
 
 
 def _update_chunk(weight, grad, mean, square, step: int, group: dict, generator: torch.Generator) -> None:

@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 from .config import NO_ACCUMULATION, Config, UsageError
 
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 

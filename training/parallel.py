@@ -28,10 +28,15 @@ def shard(core: HFCLIPModel, accelerator: Accelerator) -> HFCLIPModel:
     """Splits the weights over all processes, in place: one unit for each block, one for the rest."""
     core.to(accelerator.device)
     mesh = dist.device_mesh.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    blocks = {name for module in core.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    for module in [module for module in core.modules() if type(module).__name__ in blocks]:
+    for module in units(core):
         fully_shard(module, mesh=mesh)
     return fully_shard(core, mesh=mesh, ignored_params=set(scalars(core)))
+
+
+def units(model: nn.Module) -> list[nn.Module]:
+    """The blocks of the towers that are put together one at a time; those inside of others come first."""
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return [module for module in model.modules() if type(module).__name__ in names][::-1]
 
 
 @contextmanager
@@ -81,8 +86,12 @@ def replica(core: HFCLIPModel) -> HFCLIPModel:
 
 def whole_state_dict(core: HFCLIPModel, keep: bool) -> dict[str, Tensor]:
     """The model's weights and buffers on the CPU, whole; empty where `keep` is False. Collective, tensor by tensor."""
+    return whole_tensors(core.state_dict(), keep)
+
+
+def whole_tensors(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     state = {}
-    for name, tensor in core.state_dict().items():
+    for name, tensor in tensors.items():
         tensor = whole(tensor.detach())
         if keep:
             state[name] = tensor.cpu()
@@ -105,6 +114,11 @@ def load_optimizer_state(core: HFCLIPModel, optimizer: torch.optim.Optimizer, st
     for name, parameter in core.named_parameters():
         if name in state:
             optimizer.state[parameter] = {key: part_of(value, parameter) for key, value in state[name].items()}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: a view."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(value, like: Tensor):

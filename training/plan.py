@@ -33,7 +33,7 @@ from training.config import Config, UsageError, load_yaml
 from training.flops import tower_flops, training_flops
 from training.low_precision import text_matrices
 from training.model import build_architecture
-from training.parallel import scalars
+from training.parallel import scalars, units
 
 
 GIB, HALF, FULL = 2**30, 2, 4  # bytes; bytes of a number in half and in single precision
@@ -123,9 +123,8 @@ def count_parameters(architecture: HFCLIPConfig, freeze: str = "none") -> Parame
         model = HFCLIPModel(architecture)
     if freeze != "none":
         model.freeze(freeze)
-    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    units = [module for module in model.modules() if type(module).__name__ in names]
-    inside = {id(p) for unit in units for p in unit.parameters()} | {id(p) for p in scalars(model)}
+    blocks = units(model)
+    inside = {id(p) for block in blocks for p in block.parameters()} | {id(p) for p in scalars(model)}
     rest = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     return Parameters(
         total=_numel(model.parameters()),
@@ -133,7 +132,7 @@ def count_parameters(architecture: HFCLIPConfig, freeze: str = "none") -> Parame
         matrices=_numel(m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))),
         text=_numel(module.weight for module in text_matrices(model)),
         tokens=model.get_input_embeddings().weight.numel(),
-        unit=max([rest, *(_numel(unit.parameters()) for unit in units)]),
+        unit=max([rest, *(_numel(block.parameters()) for block in blocks)]),
     )
 
 

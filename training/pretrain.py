@@ -24,6 +24,7 @@ if not __package__:  # run as a script, Python looks for modules in this folder;
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from hfclip import HFCLIPModel, HFCLIPProcessor
@@ -41,7 +42,7 @@ from training.publish import check_token, leave, print_summary, publish
 from training.sources import open_source
 from training.step import TrainingStep, build_step, num_micro_batches
 from training.stopping import Stopping
-from training.timing import Trace
+from training.timing import Stopwatch, Trace
 from training.tracking import Tracking, check_trackers
 
 
@@ -60,6 +61,10 @@ class Run:
     evaluator: Evaluator
     tracking: Tracking
     stopping: Stopping
+    about_data: dict
+    """What a checkpoint says of the data, to be found the same when it is resumed."""
+    lock: FileLock | None
+    """Of the run's folder, held by the main process."""
     steps_per_epoch: int
     start: int
     stop: int
@@ -105,6 +110,8 @@ def main() -> None:
 def build(config: Config, resume: str | None, accelerator: Accelerator, stopping: Stopping) -> Run:
     """Opens the data, makes the model and restores what is resumed."""
     folder = Path(config.run.output_dir)
+    main = accelerator.is_main_process
+    lock = checkpoint.claim(folder) if main and folder.exists() else None
     resumed, state = on_main_process(accelerator, checkpoint.find_resumed, folder, resume) or (None, {"step": 0})
     changes = checkpoint.check_settings(state["config"], config) if resumed else []
 
@@ -123,6 +130,13 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
         evaluator = Evaluator(config, accelerator, processor, architecture.image_size)
 
     phases = build_phases(config, architecture, processor.tokenizer, dataset.steps_per_epoch, stop)
+    about_data = {"samples": list(dataset.order.lengths)}
+    if resumed and state.get("samples", about_data["samples"]) != about_data["samples"]:
+        raise UsageError(
+            f"data.train: found {about_data['samples']} usable pairs, but the checkpoint was trained with "
+            f"{state['samples']}: in another order, some would be seen twice. Put the data back, or start a new run "
+            "from these weights by `--model.checkpoint`."
+        )
     teacher, stored = build_teacher(config, processor.tokenizer, source, accelerator)
     collate = Collate(
         processor.tokenizer,
@@ -133,24 +147,26 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
     )
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
     loader = build_loader(dataset, collate, config, start=start, stop=stop, **ranks, phases=phases)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save(folder / "config.yaml")
-    tracking = Tracking(accelerator, config, start, stop)
     core = suited_to(accelerator, build_model(origin, architecture), config)
     step = build_step(
         core,
         config,
         accelerator,
-        image_processor=processor.image_processor,
+        processor.image_processor,
         total_steps=stop,
-        watch=tracking.watch,
+        watch=Stopwatch(accelerator.device),
         phases=phases,
         teacher=teacher,
         teacher_scale=next((t.scale for t in (teacher, stored) if t is not None), None),
     )
     if resumed:
         step.load_state(checkpoint.load_states(resumed))
+        changes += changes_of_processes(core, state["num_processes"], accelerator.num_processes)
+    if main and lock is None:
+        lock = checkpoint.claim(folder)
+    tracking = Tracking(accelerator, config, start, stop, step.watch, state.get("counts", {}))
+    if main:
+        config.save(folder / "config.yaml")
     run = Run(
         config=config,
         accelerator=accelerator,
@@ -160,6 +176,8 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
         evaluator=evaluator,
         tracking=tracking,
         stopping=stopping,
+        about_data=about_data,
+        lock=lock,
         steps_per_epoch=dataset.steps_per_epoch,
         start=start,
         stop=stop,
@@ -167,6 +185,17 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
     )
     introduce(run, source.skipped, resumed, changes)
     return run
+
+
+def changes_of_processes(core: HFCLIPModel, before: int, now: int) -> list[str]:
+    """A line to show if another number of processes changes what the steps compute, beyond the order of sums."""
+    dropouts = ("patch_dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    towers = (core.vision_model.config, core.text_model.config)
+    drops = any(getattr(tower, name, 0) for tower in towers for name in dropouts)
+    norms = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in core.modules())
+    if before == now or not (drops or norms):
+        return []
+    return [f"{now} processes and were {before}: each draws its own dropout, and sees its own pairs in BatchNorm"]
 
 
 def introduce(run: Run, left_out: dict[str, int], resumed: Path | None, changes: list[str]) -> None:
@@ -198,6 +227,9 @@ def train(run: Run) -> int:
     save_every = run.steps_per_epoch if settings.save_every is None else settings.save_every
     eval_every = run.steps_per_epoch if run.config.eval.every is None else run.config.eval.every
     traced = settings.profile if run.accelerator.is_main_process else 0
+    if 0 < run.start < run.stop and eval_every and run.start % eval_every == 0:
+        if not on_main_process(run.accelerator, run.tracking.has_evaluation, run.start):
+            evaluate(run, run.start)  # the run was killed between saving and this
     run.tracking.start()
     bad_in_a_row, waiting_since = 0, time.perf_counter()
     with Trace(traced, run.folder / "profile", run.tracking.say) as trace:
@@ -267,10 +299,11 @@ def save(run: Run, done: int) -> None:
     """Writes `checkpoint-<done>`. Collective."""
     with run.tracking.paused():
         main = run.accelerator.is_main_process
-        states = run.step.state()
+        states, counts = run.step.state(), run.tracking.total_counts()
         weights = parallel.whole_state_dict(run.core, main) if parallel.is_sharded(run.core) else None
         if main:
             about = {"config": run.config.to_dict(), "num_processes": run.accelerator.num_processes}
+            about |= {"counts": counts} | run.about_data
             keep = {"keep": run.config.run.keep_checkpoints, "keep_every_hours": run.config.run.keep_every_hours}
             checkpoint.save_checkpoint(
                 run.folder, done, run.core, run.processor, states, about, state_dict=weights, **keep
@@ -284,8 +317,14 @@ def save(run: Run, done: int) -> None:
 
 def evaluate(run: Run, done: int) -> dict[str, float]:
     """Measures the model, or the moving average of its weights where there is one. Collective."""
+    if not run.evaluator.measures_anything:
+        return {}
     with run.tracking.paused(), measured_model(run) as model:
-        results = run.evaluator(model)
+        return measure(run, done, model)
+
+
+def measure(run: Run, done: int, model: HFCLIPModel) -> dict[str, float]:
+    results = run.evaluator(model)
     if results:
         run.tracking.write(done, results)
         shown = [f"{name} {value:.1%}" for name, value in results.items() if name.endswith(("top1", "recall@1"))]
@@ -297,6 +336,9 @@ def evaluate(run: Run, done: int) -> dict[str, float]:
 def measured_model(run: Run) -> Iterator[HFCLIPModel]:
     """A whole model on each process, with the moving average for weights where there is one. Collective."""
     with run.step.ema.swapped_in() if run.step.ema else nullcontext():
+        if run.accelerator.num_processes > 1:
+            for buffer in run.core.buffers():  # BatchNorm's statistics may be those of each process's own pairs
+                torch.distributed.broadcast(buffer, src=0)
         yield parallel.replica(run.core) if parallel.is_sharded(run.core) else run.core
 
 
@@ -313,10 +355,10 @@ def finish(run: Run, done: int) -> dict[str, float] | None:
     if done > run.saved:
         save(run, done)
     run.core.float()  # text weights that trained in half precision: no number changes
-    results = evaluate(run, done)
     problems = run.tracking.total_counts()
-    run.tracking.bar.close()
     with measured_model(run) as model:
+        results = measure(run, done, model)
+        run.tracking.bar.close()
         if run.accelerator.is_main_process:
             model_folder = run.folder / "model"
             checkpoint.save_model(model_folder, model, run.processor)

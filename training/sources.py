@@ -6,11 +6,12 @@ the whole is a `UsageError` before the run starts, whatever is wrong with one sa
 """
 
 import glob
+import hashlib
 import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
@@ -18,7 +19,8 @@ from PIL import Image
 from hfclip.data.scenes import Scenes
 
 from .config import DataConfig, UsageError
-from .shards import find_shards, in_threads, load_index
+from .index import command, read_counts
+from .shards import ShardCache, expand_braces, find_shards, in_threads, load_index, usable
 
 
 IMAGE_KEYS = ("image", "jpg", "png", "img")
@@ -59,9 +61,13 @@ def open_source(name: str | dict[str, float], config: DataConfig, split: str, im
         UsageError: where nothing usable is found, or a weight is not a number above 0.
     """
     if isinstance(name, dict):
+        if config.disk is not None and name == config.train:
+            raise UsageError("data.disk: found a mixture, expected one URL of tars. Unset it, or train on one source.")
         _check_weights(name)
         sources = {str(key): open_source(str(key), config, split, image_size) for key in name}
         return MixtureSource(sources, list(name.values()), config.max_samples)
+    if config.disk is not None and name == config.train:
+        return StreamSource(name, config)
     if name == "scenes":
         return SceneSource(split, image_size, config.max_samples or NUM_SCENES)
     shards = find_shards(name, Path(config.cache_dir).expanduser())
@@ -208,7 +214,7 @@ class ShardSource:
     def captions(self, index: int) -> list[str]:
         data = self._read(index, "caption")
         try:
-            if not self.index[index]["is_json"]:
+            if not self._row(index)["is_json"]:
                 return [data.decode("utf-8")]
             record = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -219,11 +225,10 @@ class ShardSource:
         return _caption_list(record.get(key))
 
     def _read(self, index: int, what: str) -> bytes:
-        row = self.index[index]
+        row = self._row(index)
         offset, size = int(row[f"{what}_offset"]), int(row[f"{what}_size"])
-        shard = self.shards[np.searchsorted(self.starts, index, side="right") - 1]
         try:
-            with open(shard, "rb", buffering=0) as file:
+            with self._open(self._shard_of(index)) as file:
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
@@ -232,21 +237,94 @@ class ShardSource:
             raise BadSample("truncated shard")
         return data
 
+    def _shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def _row(self, index: int) -> np.void:
+        return self.index[index]
+
+    def _open(self, shard: int) -> BinaryIO:
+        return open(self.shards[shard], "rb", buffering=0)
+
     def _samples(self, shard: Path) -> tuple[np.ndarray, Counter]:
         """The `_SAMPLE` of each usable sample of a tar, and what was left out."""
         members, damage = load_index(shard, self.cache)
-        has_image = members["image_offset"] >= 0
-        is_json = (members["text_offset"] < 0) | (self.key is not None)
-        has_caption = np.where(is_json, members["json_offset"], members["text_offset"]) >= 0
-        missing = {"missing image": int((~has_image).sum()), "missing caption": int((~has_caption).sum())}
-        kept = has_image & has_caption
-        samples = np.empty(int(kept.sum()), _SAMPLE)
-        for what in ("offset", "size"):
-            samples[f"image_{what}"] = members[f"image_{what}"][kept]
-            captions = np.where(is_json, members[f"json_{what}"], members[f"text_{what}"])
-            samples[f"caption_{what}"] = captions[kept]
-        samples["is_json"] = is_json[kept]
-        return samples, +Counter({**missing, **dict.fromkeys(damage, 1)})
+        return _usable_samples(members, self.key, damage)
+
+
+def _usable_samples(members: np.ndarray, key: str | None, damage: set[str]) -> tuple[np.ndarray, Counter]:
+    kept, is_json, left_out = usable(members, key, damage)
+    samples = np.empty(int(kept.sum()), _SAMPLE)
+    for what in ("offset", "size"):
+        samples[f"image_{what}"] = members[f"image_{what}"][kept]
+        captions = np.where(is_json, members[f"json_{what}"], members[f"text_{what}"])
+        samples[f"caption_{what}"] = captions[kept]
+    samples["is_json"] = is_json[kept]
+    return samples, left_out
+
+
+class StreamSource(ShardSource):
+    """Remote tars of which the machine keeps `data.disk` gigabytes: those read last, and those that come next.
+
+    A file of counts (`training/index.py`) says how many samples each holds, so that the order of the data is known
+    before any is fetched. Reading a sample fetches its tar if it is not there.
+
+    Args:
+        name: URL of the tars.
+
+    Raises:
+        UsageError: if there are no counts, if `name` is no URL of tars; later, where a sample is read, if its tar cannot
+            be fetched or is not the one that was counted.
+    """
+
+    ROWS_IN_MEMORY = 256  # tars of which each process remembers where the samples lie
+
+    def __init__(self, name: str, config: DataConfig):
+        urls, folder = expand_braces(name), Path(config.cache_dir).expanduser()
+        if "://" not in name or not all(url.endswith((".tar", "/")) for url in urls):
+            raise UsageError(
+                f"data.disk: {name!r} is no URL of tars (s3://bucket/{{0000..0999}}.tar). Unset it: only those are "
+                "fetched while a run goes on; local tars are read in place."
+            )
+        self.key, counted = config.caption_key, read_counts(name, folder)
+        which = int(self.key is not None)
+        self.counts = [shard.usable[which] for shard in counted]
+        self.starts = np.cumsum([0, *self.counts])
+        self.skipped = sum((Counter(shard.left_out[which]) for shard in counted), Counter())
+        self.shards = [Path(shard.path) for shard in counted]
+        self.count_again = command(name, folder)
+        self.cache = ShardCache(urls[0], [shard[:2] for shard in counted], folder / "streamed", int(config.disk * 1e9))
+        self.fingerprint = hashlib.sha256(repr(counted).encode()).hexdigest()
+        self.rows: dict[int, np.ndarray] = {}
+        if len(self) == 0:
+            raise UsageError(f"{name!r} holds no usable pair of image and caption. {_describe_counts(self.skipped)}")
+        self._check_key()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def prefetch(self, shards: list[int]) -> None:
+        """Begins to fetch tars that are going to be read, the first ones first."""
+        self.cache.prefetch(shards)
+
+    def _row(self, index: int) -> np.void:
+        shard = self._shard_of(index)
+        rows = self.rows.pop(shard, None)
+        if rows is None:
+            rows, _ = _usable_samples(self.cache.members(shard), self.key, set())
+            if len(rows) != self.counts[shard]:
+                raise UsageError(
+                    f"{self.shards[shard]} has {len(rows)} usable pairs, but had {self.counts[shard]} when they were "
+                    f"counted. Put back what was there; or remove the counts and make them anew (`{self.count_again}`), "
+                    "for a new run."
+                )
+            if len(self.rows) >= self.ROWS_IN_MEMORY:
+                del self.rows[next(iter(self.rows))]
+        self.rows[shard] = rows  # at the end: the first one was not used for longest
+        return rows[index - self.starts[shard]]
+
+    def _open(self, shard: int) -> BinaryIO:
+        return self.cache.open(shard)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,12 +31,16 @@ from .phases import Phases
 from .timing import Stopwatch
 
 
+OF_LOSS = ("group_id", "teacher_image_embeds", "teacher_text_embeds")  # of a batch; the towers get the rest
+
+
 @dataclass(kw_only=True, slots=True)
 class TrainingStep:
     """Updates the weights by the gradient of the global batch's loss.
 
-    `model` is wrapped for several processes, `core` is the model itself; `teacher_scale` is the teacher's factor on
-    cosines, and `teacher` embeds live, or is None where the batch brings stored embeddings.
+    `model` is wrapped for several processes, `core` is the model itself; `pixel_mean` and `pixel_std` are (3, 1, 1), of
+    values 0..1, on the device; `teacher_scale` is the teacher's factor on cosines, and `teacher` embeds live, or is
+    None where the batch brings stored embeddings.
     """
 
     config: Config
@@ -44,7 +48,8 @@ class TrainingStep:
     model: nn.Module
     core: HFCLIPModel
     optimizer: torch.optim.Optimizer
-    image_processor: HFCLIPImageProcessor
+    pixel_mean: Tensor
+    pixel_std: Tensor
     total_steps: int
     watch: Stopwatch
     phases: Phases
@@ -63,14 +68,12 @@ class TrainingStep:
         buffers = [buffer.clone() for buffer in self.core.buffers()]  # of BatchNorm: small
         with patch_dropout(self.core, self.phases.at(step).patch_dropout):
             flops = batch_flops(self.core.config, batch, freeze=self.config.model.freeze)
-            batch = {name: values.to(self.accelerator.device, non_blocking=True) for name, values in batch.items()}
             loss = self._backward(batch)
         with self.watch.time("update"):
             if parallel.is_sharded(self.model):
                 parallel.average_scalars(self.core)
             max_norm = self.config.optim.max_grad_norm or math.inf
             grad_norm = self.accelerator.clip_grad_norm_(self.core.parameters(), max_norm)
-            # The one moment of a step when the host waits for the device.
             loss, grad_norm = loss.item(), float(grad_norm)
             skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
             lr = optim.learning_rate(step, self.total_steps, self.config.optim)
@@ -84,7 +87,7 @@ class TrainingStep:
         if scaler is not None:
             state["scaler"] = scaler.state_dict()
         if self.ema is not None:
-            state["ema"] = {name: parallel.whole(value).cpu() for name, value in self.ema.state_dict().items()}
+            state["ema"] = parallel.whole_tensors(self.ema.state_dict(), keep)
         return state
 
     def load_state(self, state: dict[str, dict]) -> None:
@@ -99,8 +102,7 @@ class TrainingStep:
         if self.ema is not None:
             if "ema" not in state:
                 raise UsageError("optim.ema_decay: the checkpoint has no moving average. Set it to null.")
-            own = self.ema.state_dict()
-            self.ema.load_state_dict({n: parallel.part_of(v, own.get(n, v)) for n, v in state["ema"].items()})
+            self.ema.load_state_dict(state["ema"])
 
     def _seed(self, step: int) -> None:
         """Dropout follows from (seed, step, rank): a resumed run needs no random state."""
@@ -108,9 +110,13 @@ class TrainingStep:
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
 
     def _backward(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss; the gradients of all weights are in their `grad` then."""
+        """The loss; the gradients of all weights are in their `grad` then. Micro-batches wait on the host."""
+        of_loss = {name: self._on_device(batch[name]) for name in OF_LOSS if name in batch}
+        batch = {name: values for name, values in batch.items() if name not in of_loss}
         count = num_micro_batches(self.config.optim, self.accelerator.num_processes)
-        loss = partial(self._loss, group_id=batch.pop("group_id", None), teacher=self._teacher_embeds(batch, count))
+        parts = split(batch, count, trim=not self.config.model.compile)
+        teacher = self._teacher_embeds(parts, of_loss)
+        loss = partial(self._loss, group_id=of_loss.get("group_id"), teacher=teacher)
         parameters = parallel.scalars(self.core)
         if count == 1:
             value = loss(*self._embed(batch), *parameters)
@@ -121,22 +127,26 @@ class TrainingStep:
         with self.watch.time("backward"):
             return cached_backward(
                 self._embed,
-                split(batch, count),
+                parts,
                 loss,
                 parameters,
                 buffers=list(self.core.buffers()),
+                weights=self.core.parameters(),
                 no_sync=partial(parallel.no_sync, self.model),
                 first_pass=self.accelerator.autocast,
                 backward=self.accelerator.backward,
             )
 
+    def _on_device(self, values: Tensor) -> Tensor:
+        return values.to(self.accelerator.device, non_blocking=True)
+
     def _embed(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Pixels, ids and mask -> unit embeddings (size, dim) of images and texts."""
         with self.watch.time("forward"), self.accelerator.autocast():
             output = self.model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                pixel_values=normalized(batch["pixel_values"], self.image_processor),
+                input_ids=self._on_device(batch["input_ids"]),
+                attention_mask=self._on_device(batch["attention_mask"]),
+                pixel_values=normalized(self._on_device(batch["pixel_values"]), self.pixel_mean, self.pixel_std),
                 embeds_only=True,
             )
         # Under autocast in half precision; the loss, and the gradients that the cache keeps, are not.
@@ -157,27 +167,30 @@ class TrainingStep:
         """The loss of the batch of all processes; its gradients, averaged over the processes, are exact."""
         with self.watch.time("loss"):
             scale, how = logit_scale.exp(), {"group_id": group_id, "exchange": self.config.optim.exchange}
-            if logit_bias is None:
-                value = contrastive_loss(images, texts, scale, **how)
-            else:
-                value = sigmoid_loss(images, texts, scale, logit_bias, **how)
-            if teacher is None:
-                return value
-            weight = self.config.distill.weight
-            return (1 - weight) * value + weight * distillation_loss(
-                images, texts, scale, *teacher, self.teacher_scale
-            )
+            weight = 0.0 if teacher is None else self.config.distill.weight
+            value = 0.0 if logit_bias is None else 0 * logit_bias  # wrappers wait for every weight's gradient
+            if weight < 1 and logit_bias is None:
+                value = value + (1 - weight) * contrastive_loss(images, texts, scale, **how)
+            elif weight < 1:
+                value = value + (1 - weight) * sigmoid_loss(images, texts, scale, logit_bias, **how)
+            if weight > 0:
+                value = value + weight * distillation_loss(images, texts, scale, *teacher, self.teacher_scale)
+            return value
 
-    def _teacher_embeds(self, batch: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor] | None:
+    def _teacher_embeds(
+        self, parts: list[dict[str, Tensor]], of_loss: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
         if self.teacher_scale is None:
             return None
         if self.teacher is None:
-            return batch.pop("teacher_image_embeds"), batch.pop("teacher_text_embeds")
-        parts = [
-            self.teacher.embed(part["pixel_values"], part["input_ids"], part["attention_mask"])
-            for part in split(batch, count)
+            return of_loss["teacher_image_embeds"], of_loss["teacher_text_embeds"]
+        embeds = [
+            self.teacher.embed(
+                *(self._on_device(part[name]) for name in ("pixel_values", "input_ids", "attention_mask"))
+            )
+            for part in parts
         ]
-        images, texts = (torch.cat(embeds) for embeds in zip(*parts, strict=True))
+        images, texts = (torch.cat(pieces) for pieces in zip(*embeds, strict=True))
         return images, texts
 
     def _update(self, step: int, lr: float, skipped: bool, buffers: list[Tensor]) -> None:
@@ -196,12 +209,15 @@ class TrainingStep:
             self.ema.update(step)
 
 
-def build_step(core: HFCLIPModel, config: Config, accelerator: Accelerator, **others) -> TrainingStep:
+def build_step(
+    core: HFCLIPModel, config: Config, accelerator: Accelerator, image_processor: HFCLIPImageProcessor, **others
+) -> TrainingStep:
     """The step of a model that is ready to train: wrapped for several processes or split over them, with AdamW.
 
     Args:
         others: the fields of `TrainingStep` that are not made here.
     """
+    _check_batch_norm(core, config.optim, accelerator.num_processes)
     model = parallel.shard(core, accelerator) if config.run.shard_weights else accelerator.prepare(core)
     optimizer = optim.build_optimizer(core, config.optim, config.run.seed)
     return TrainingStep(
@@ -210,6 +226,7 @@ def build_step(core: HFCLIPModel, config: Config, accelerator: Accelerator, **ot
         model=model,
         core=core,
         optimizer=accelerator.prepare(optimizer),
+        **pixel_statistics(image_processor, accelerator.device),
         ema=None if config.optim.ema_decay is None else EMA(core, config.optim.ema_decay),
         **others,
     )
@@ -229,6 +246,17 @@ def patch_dropout(core: HFCLIPModel, share: float) -> Iterator[None]:
             config.patch_dropout = before
 
 
+def _check_batch_norm(core: HFCLIPModel, config: OptimConfig, num_ranks: int) -> None:
+    """Raises UsageError where BatchNorm would see one pair at a time, whose statistics are those of no batch."""
+    norms = [module for module in core.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    smallest = config.batch_size // num_ranks // num_micro_batches(config, num_ranks)
+    if smallest < 2 and norms and not isinstance(norms[0], nn.SyncBatchNorm):
+        raise UsageError(
+            f"optim.micro_batch_size, optim.batch_size: they leave BatchNorm {smallest} pair at a time, expected at least "
+            "2, and better many more. Raise them."
+        )
+
+
 def num_micro_batches(config: OptimConfig, num_ranks: int) -> int:
     """Micro-batches of a step: as many on each process, none above optim.micro_batch_size, none empty."""
     shares = [len(rank_slice(config.batch_size, rank, num_ranks)) for rank in range(num_ranks)]
@@ -236,13 +264,13 @@ def num_micro_batches(config: OptimConfig, num_ranks: int) -> int:
     return min(math.ceil(max(shares) / size), min(shares))
 
 
-def split(batch: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """`count` parts of a batch, their captions padded to the longest of each."""
+def split(batch: dict[str, Tensor], count: int, trim: bool) -> list[dict[str, Tensor]]:
+    """`count` parts of a batch on the host; with `trim`, their captions padded to the longest of each."""
     parts = [
         dict(zip(batch, values, strict=True))
         for values in zip(*(values.tensor_split(count) for values in batch.values()), strict=True)
     ]
-    return [_trimmed(part) for part in parts] if count > 1 else parts
+    return [_trimmed(part) for part in parts] if count > 1 and trim else parts
 
 
 def _trimmed(part: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -250,9 +278,12 @@ def _trimmed(part: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**part, **{name: part[name][:, :longest] for name in ("input_ids", "attention_mask")}}
 
 
-def normalized(pixels: Tensor, image_processor: HFCLIPImageProcessor) -> Tensor:
+def pixel_statistics(image_processor: HFCLIPImageProcessor, device: torch.device) -> dict[str, Tensor]:
+    """`pixel_mean` and `pixel_std`, (3, 1, 1) in float32, made once: each copy to a device makes the host wait."""
+    values = {"pixel_mean": image_processor.image_mean, "pixel_std": image_processor.image_std}
+    return {name: torch.tensor(value, device=device)[:, None, None] for name, value in values.items()}
+
+
+def normalized(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(batch, 3, height, width) uint8 on the device -> float32 `pixel_values`."""
-    mean, std = (
-        pixels.new_tensor(v, dtype=torch.float32) for v in (image_processor.image_mean, image_processor.image_std)
-    )
-    return (pixels.float() / 255 - mean[:, None, None]) / std[:, None, None]
+    return (pixels.float() / 255 - mean) / std

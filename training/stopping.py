@@ -1,8 +1,13 @@
 """When a run is to end early: Ctrl-C, SIGTERM, or the deadline of `run.stop_after`."""
 
+import ctypes
 import os
 import signal
 import time
+from contextlib import suppress
+
+
+PR_SET_PDEATHSIG = 1  # prctl.h
 
 
 class Stopping:
@@ -18,8 +23,12 @@ class Stopping:
         self.owner = os.getpid()
 
     def catch_signals(self) -> None:
+        """From now on signals are wishes to stop; and so is the end of the launcher, which takes SIGTERM for itself."""
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(signal.SIGTERM, self._handle)
+        if "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ:  # launched
+            with suppress(AttributeError, OSError, TypeError):  # Linux has it
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     @property
     def requested(self) -> bool:

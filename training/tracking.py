@@ -19,10 +19,8 @@ from .config import Config, UsageError
 from .curves import METRICS_FILE, read_metrics
 from .data import COUNTED
 from .flops import measured_peak
+from .machine import PRECISIONS
 from .timing import Stopwatch
-
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def check_trackers(names: list[str]) -> None:
@@ -48,7 +46,15 @@ class Tracking:
     `share_of_peak` the same in parts of the matrix products that its device was measured to do at the start.
     """
 
-    def __init__(self, accelerator: Accelerator, config: Config, start: int, stop: int):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Config,
+        start: int,
+        stop: int,
+        watch: Stopwatch | None = None,
+        counts: dict[str, int] | None = None,
+    ):
         self.accelerator, self.every, self.batch_size = accelerator, config.run.log_every, config.optim.batch_size
         self.path, self.stop = Path(config.run.output_dir) / METRICS_FILE, stop
         self.bar = tqdm(
@@ -59,13 +65,15 @@ class Tracking:
             mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
             disable=not accelerator.is_local_main_process,
         )
-        self.counts = torch.zeros(len(COUNTED), dtype=torch.long)
+        # What a resumed run met before counts once, with the main process's.
+        before = (counts or {}) if accelerator.is_main_process else {}
+        self.counts = torch.tensor([before.get(name, 0) for name in COUNTED])
         if accelerator.is_main_process:
             _forget_after(self.path, start)
         _init_trackers(accelerator, config)
         # On all processes at once: on a CPU they share the cores, as they will in training.
         self.peak = measured_peak(accelerator.device, PRECISIONS[config.run.precision])
-        self.watch = Stopwatch(accelerator.device)
+        self.watch = watch or Stopwatch(accelerator.device)
         self._reset()
 
     def start(self) -> None:
@@ -146,9 +154,17 @@ class Tracking:
     def write(self, step: int, line: dict) -> None:
         """One line of metrics.jsonl, and the numbers in it to the trackers."""
         if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **line}) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **line}) + "\n")
+            except OSError as error:
+                raise UsageError(f"{self.path} cannot be written: {error}. Make room and resume.") from error
         self.accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether metrics.jsonl has what was measured after `step`."""
+        lines = read_metrics(self.path) if self.path.is_file() else []
+        return any(line["step"] == step and "loss" not in line for line in lines)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

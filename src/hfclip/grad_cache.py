@@ -12,7 +12,7 @@ those of the whole batch at once, to the order of summation: dropout draws the s
 exchange embeddings once (in step 2) and gradients once (in the backward pass of the last micro-batch).
 
 BatchNorm sees one micro-batch at a time, as it sees one process's share in data parallelism: statistics, and with them
-the result, are those of micro-batches. The running statistics move once, in step 3.
+the result, are those of micro-batches. The running statistics move once for each, in step 3.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +33,7 @@ def cached_backward(
     parameters: Sequence[Tensor] = (),
     *,
     buffers: Iterable[Tensor] = (),
+    weights: Iterable[Tensor] = (),
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
     first_pass: Callable[[], AbstractContextManager] = nullcontext,
     backward: Callable[[Tensor], None] = Tensor.backward,
@@ -57,7 +58,10 @@ def cached_backward(
             Called once.
         parameters: weights that the loss reads itself, such as `logit_scale`. It has to use the stand-ins it is
             given: a gradient that reached the weights before the last backward pass would miss its averaging.
-        buffers: put back after the first pass, so that running statistics move once a step: `model.buffers()`.
+        buffers: put back after the first pass, so that running statistics move once for each micro-batch:
+            `model.buffers()`.
+        weights: those of them in half precision have their gradients summed in float32 between micro-batches, at 4
+            bytes for each number: `model.parameters()`.
         no_sync: context in which backward passes leave gradients unaveraged, for all micro-batches but the last.
         first_pass: context around the whole first pass, e.g. the autocast that `embed` enters anyway: weights are then
             cast once and not for every micro-batch.
@@ -91,7 +95,7 @@ def cached_backward(
     # (local_batch, ...) -> (size, ...) of each micro-batch; an embedding that the loss ignores has no gradient
     gradients = list(zip(*(_gradient(embeds).split(sizes) for embeds in joined), strict=True))
 
-    last = len(micro_batches) - 1
+    last, in_halves = len(micro_batches) - 1, _Sums(weights)
     for i, (micro_batch, state, grads) in enumerate(zip(micro_batches, states, gradients, strict=True)):
         with no_sync() if i < last else nullcontext():
             with _replayed(state):
@@ -100,8 +104,32 @@ def cached_backward(
             if i == last:
                 pairs += [(p, _gradient(s)) for p, s in zip(parameters, stand_ins, strict=True)]
             pairs = [(tensor, grad) for tensor, grad in pairs if tensor.requires_grad]  # a locked tower has none
+            if i == last:
+                in_halves.put_back()
             torch.autograd.backward([tensor for tensor, _ in pairs], [grad.to(t.dtype) for t, grad in pairs])
+            if i < last:
+                in_halves.take()
     return value.detach()
+
+
+class _Sums:
+    """Float32 sums of the gradients of half-precision weights, which would lose what small ones add to them."""
+
+    def __init__(self, weights: Iterable[Tensor]):
+        self.weights = [weight for weight in weights if weight.requires_grad and weight.dtype.itemsize < 4]
+        self.sums: dict[int, Tensor] = {}
+
+    def take(self) -> None:
+        """Moves what the weights' `grad` hold into the sums."""
+        for i, weight in enumerate(self.weights):
+            if weight.grad is not None:
+                self.sums[i] = self.sums[i] + weight.grad if i in self.sums else weight.grad.float()
+                weight.grad = None
+
+    def put_back(self) -> None:
+        """Moves the sums into the weights' `grad`, rounded once."""
+        for i, value in self.sums.items():
+            self.weights[i].grad = value.to(self.weights[i].dtype)
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ def contrastive_loss(
             rank outside `group`.
     """
     images, texts = _check_inputs(image_embeds, text_embeds, group_id)
-    scale = _as_factor("scale", scale, images)
-    batch = _agree(images, texts, group_id, exchange, group)
+    scale = as_factor("scale", scale, images)
+    batch = agree(images, texts, group_id, exchange, group)
     ids = None if group_id is None else group_id.to(images.device)
     return _Contrastive.apply(images, texts, scale, ids, batch)
 
@@ -125,8 +125,8 @@ def sigmoid_loss(
         Scalar loss.
     """
     images, texts = _check_inputs(image_embeds, text_embeds, group_id)
-    scale, bias = _as_factor("scale", scale, images), _as_factor("bias", bias, images)
-    batch = _agree(images, texts, group_id, exchange, group)
+    scale, bias = as_factor("scale", scale, images), as_factor("bias", bias, images)
+    batch = agree(images, texts, group_id, exchange, group)
     ids = None if group_id is None else group_id.to(images.device)
     return _Sigmoid.apply(images, texts, scale, bias, ids, batch)
 
@@ -139,7 +139,7 @@ class _Contrastive(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, images: Tensor, texts: Tensor, scale: Tensor, ids: Tensor | None, batch: _GlobalBatch) -> Tensor:
+    def forward(ctx, images: Tensor, texts: Tensor, scale: Tensor, ids: Tensor | None, batch: GlobalBatch) -> Tensor:
         columns, column_ids = batch.spread(texts), batch.spread(ids)
         row_max, column_max = _vector(images, -torch.inf), _vector(columns, -torch.inf)
         row_sum, column_sum = _vector(images, 0), _vector(columns, 0)
@@ -150,10 +150,10 @@ class _Contrastive(torch.autograd.Function):
             (columns, column_ids), (column_max, column_sum) = read, carry
             if ids is not None:
                 num_positives.add_(_count(ids, column_ids))
-            for rows, cols in _tiles(images, columns):
-                logits = _product(images[rows], columns[cols]).mul_(factor)
-                _add_exponentials(row_max[rows], row_sum[rows], logits, dim=1)
-                _add_exponentials(column_max[cols], column_sum[cols], logits, dim=0)
+            for rows, cols in tiles(images, columns):
+                logits = product(images[rows], columns[cols]).mul_(factor)
+                add_exponentials(row_max[rows], row_sum[rows], logits, dim=1)
+                add_exponentials(column_max[cols], column_sum[cols], logits, dim=0)
                 positive = _positive(logits, rows, cols, offset, ids, column_ids)
                 if positive is not None:
                     target[rows].add_(logits.where(positive, 0).sum(dim=1))
@@ -174,14 +174,14 @@ class _Contrastive(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         images, texts, scale, ids, columns, column_ids, *statistics = ctx.saved_tensors
         row_max, row_sum, column_max, column_sum, num_positives = statistics
-        _refuse_second_derivatives()
+        refuse_second_derivatives()
         grad, factor = grad * ctx.batch.share, scale / LN_2
         # The two softmaxes of a tile, halved and times the incoming gradient, less that gradient's share of each target
         row_factor, column_factor, target = grad / (2 * row_sum), grad / (2 * column_sum), grad / num_positives
 
         def d_logits(rows: slice, cols: slice, offset: int, read: Tensors) -> Tensor:
             columns, column_ids, column_max, column_factor = read
-            logits = _product(images[rows], columns[cols]).mul_(factor)
+            logits = product(images[rows], columns[cols]).mul_(factor)
             result = (logits - column_max[cols]).exp2_().mul_(column_factor[cols])
             result += logits.sub_(row_max[rows, None]).exp2_().mul_(row_factor[rows, None])
             positive = _positive(logits, rows, cols, offset, ids, column_ids)
@@ -189,7 +189,7 @@ class _Contrastive(torch.autograd.Function):
 
         with torch.autocast(images.device.type, enabled=False):
             read = [columns, column_ids, column_max, column_factor]
-            return *_gradients(ctx, images, texts, scale, read, d_logits), None, None
+            return *gradients(ctx, images, texts, scale, read, d_logits), None, None
 
 
 class _Sigmoid(torch.autograd.Function):
@@ -197,15 +197,15 @@ class _Sigmoid(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None, batch: _GlobalBatch
+        ctx, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None, batch: GlobalBatch
     ) -> Tensor:
         columns, column_ids = batch.spread(texts), batch.spread(ids)
         row_loss = _vector(images, 0)
 
         def visit(offset: int, read: Tensors, carry: Tensors) -> None:
             columns, column_ids = read
-            for rows, cols in _tiles(images, columns):
-                logits = _product(images[rows], columns[cols]).mul_(scale).add_(bias)
+            for rows, cols in tiles(images, columns):
+                logits = product(images[rows], columns[cols]).mul_(scale).add_(bias)
                 positive = _positive(logits, rows, cols, offset, ids, column_ids)
                 # Above 40 softplus(x) is x to the last digit of float64.
                 row_loss[rows].add_(F.softplus(_turned(logits, positive), threshold=40).sum(dim=1))
@@ -219,13 +219,13 @@ class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         images, texts, scale, bias, ids, columns, column_ids = ctx.saved_tensors
-        _refuse_second_derivatives()
+        refuse_second_derivatives()
         grad = grad * ctx.batch.share
         d_bias = _vector(images, 0) if ctx.needs_input_grad[3] else None
 
         def d_logits(rows: slice, cols: slice, offset: int, read: Tensors) -> Tensor:
             columns, column_ids = read
-            logits = _product(images[rows], columns[cols]).mul_(scale).add_(bias)
+            logits = product(images[rows], columns[cols]).mul_(scale).add_(bias)
             positive = _positive(logits, rows, cols, offset, ids, column_ids)
             result = _turned(_turned(logits, positive).sigmoid_().mul_(grad), positive)
             if d_bias is not None:
@@ -233,17 +233,17 @@ class _Sigmoid(torch.autograd.Function):
             return result
 
         with torch.autocast(images.device.type, enabled=False):
-            d_images, d_texts, d_scale = _gradients(ctx, images, texts, scale, [columns, column_ids], d_logits)
+            d_images, d_texts, d_scale = gradients(ctx, images, texts, scale, [columns, column_ids], d_logits)
         return d_images, d_texts, d_scale, None if d_bias is None else d_bias.sum(), None, None
 
 
-def _refuse_second_derivatives() -> None:
+def refuse_second_derivatives() -> None:
     """Said aloud: torch's own `once_differentiable` lets a gradient penalty on the loss pass as zero."""
     if torch.is_grad_enabled():  # in a backward pass: with create_graph=True
         raise RuntimeError("the losses have no second derivatives: call backward or grad without create_graph=True.")
 
 
-def _gradients(
+def gradients(
     ctx, images: Tensor, texts: Tensor, scale: Tensor, read: Tensors, d_logits: Callable[..., Tensor]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of images, texts and scale, those of them that are needed.
@@ -257,12 +257,12 @@ def _gradients(
     d_columns = [torch.zeros_like(read[0])] if need_texts else []
 
     def visit(offset: int, read: Tensors, d_columns: Tensors) -> None:
-        for rows, cols in _tiles(images, read[0]):
+        for rows, cols in tiles(images, read[0]):
             tile = d_logits(rows, cols, offset, read)
             if d_images is not None:
-                d_images[rows].add_(_product(tile, read[0][cols].T))
+                d_images[rows].add_(product(tile, read[0][cols].T))
             for d_column in d_columns:
-                d_column[cols].add_(_product(tile.T, images[rows].T))
+                d_column[cols].add_(product(tile.T, images[rows].T))
 
     d_columns = ctx.batch.visit(visit, read, d_columns)
     d_texts = ctx.batch.collect(*d_columns) if need_texts else None
@@ -294,14 +294,14 @@ def _positive(
     return own[:, None] == torch.arange(cols.start, cols.stop, device=logits.device)
 
 
-def _tiles(images: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
+def tiles(images: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
     tile = CPU_TILE if images.device.type == "cpu" else DEVICE_TILE
     for row in range(0, len(images), tile):
         for column in range(0, len(columns), tile):
             yield slice(row, min(row + tile, len(images))), slice(column, min(column + tile, len(columns)))
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """`(m, k)` and `(n, k)` -> `a @ b.T`, on CPUs with oneDNN: MKL is half as fast on processors not Intel's."""
     if HAS_ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
@@ -313,7 +313,7 @@ def _vector(embeds: Tensor, value: float) -> Tensor:
     return embeds.new_full((len(embeds),), value)
 
 
-def _add_exponentials(maximum: Tensor, total: Tensor, logits: Tensor, dim: int) -> None:
+def add_exponentials(maximum: Tensor, total: Tensor, logits: Tensor, dim: int) -> None:
     """Takes a tile into the running maximum and the running sum of exp2(logit - maximum) along `dim`."""
     new = torch.maximum(maximum, logits.amax(dim))
     total.mul_((maximum - new).exp2_()).add_((logits - new.unsqueeze(dim)).exp2_().sum(dim))
@@ -331,7 +331,7 @@ def _count(ids: Tensor, column_ids: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _GlobalBatch:
+class GlobalBatch:
     """How many pairs each rank of `group` holds, and how a rank comes by the columns of the others: here, of none.
 
     Subclasses say how with several ranks. A loss spreads its columns, visits them with what it wants to know of a
@@ -383,7 +383,7 @@ class _GlobalBatch:
         return gradient
 
 
-class _Gather(_GlobalBatch):
+class _Gather(GlobalBatch):
     """Every rank begins with the columns of all."""
 
     @property
@@ -423,7 +423,7 @@ class _Gather(_GlobalBatch):
         return own[: self.sizes[self.rank]]
 
 
-class _Ring(_GlobalBatch):
+class _Ring(GlobalBatch):
     """Columns go round: every rank begins with its own, passes them to the next and gets those of the one before.
 
     What is carried follows when the rank has added to it, and has every rank's part when it is home again.
@@ -461,15 +461,23 @@ class _Ring(_GlobalBatch):
 _EXCHANGES = {"gather": _Gather, "ring": _Ring}
 
 
-def _agree(
-    images: Tensor, texts: Tensor, group_id: Tensor | None, exchange: str, group: dist.ProcessGroup | None
-) -> _GlobalBatch:
-    """Exchange sizes; raise the same ValueError on every rank if the batches do not fit together."""
+def agree(
+    images: Tensor,
+    texts: Tensor,
+    group_id: Tensor | None,
+    exchange: str,
+    group: dist.ProcessGroup | None,
+    teacher_dim: int = 0,
+) -> GlobalBatch:
+    """Exchange sizes; raise the same ValueError on every rank if the batches do not fit together.
+
+    `teacher_dim` is the size of embeddings that travel beside the texts, as a teacher's do.
+    """
     if exchange not in _EXCHANGES:
         raise ValueError(f"exchange is {exchange!r}: expected one of {', '.join(map(repr, _EXCHANGES))}.")
     trained = [int(torch.is_grad_enabled() and embeds.requires_grad) for embeds in (images, texts)]
     ring, has_ids = int(exchange == "ring"), int(group_id is not None)
-    records = [(*images.shape, images.element_size(), has_ids, *trained, ring)]
+    records = [(*images.shape, images.element_size(), has_ids, teacher_dim, *trained, ring)]
     rank = 0
     if dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD if group is None else group
@@ -483,18 +491,19 @@ def _agree(
     _check_agreement(records)
     sizes = tuple(record[0] for record in records)
     if len(sizes) == 1:
-        return _GlobalBatch(None, 0, sizes)
+        return GlobalBatch(None, 0, sizes)
     return _EXCHANGES[exchange](group, rank, sizes)
 
 
 def _check_agreement(records: list[tuple[int, ...]]) -> None:
-    if len({record[1:4] for record in records}) > 1:
+    if len({record[1:5] for record in records}) > 1:
         found = "; ".join(
             f"rank {r}: embeddings ({size}, {dim}) of {8 * itemsize} bits, {'with' if ids else 'without'} group_id"
-            for r, (size, dim, itemsize, ids, *_) in enumerate(records)
+            + (f", a teacher's of size {teacher_dim}" if teacher_dim else "")
+            for r, (size, dim, itemsize, ids, teacher_dim, *_) in enumerate(records)
         )
         raise ValueError(f"the ranks of a group must agree on dim, precision and use of group_id, but found {found}.")
-    if len({record[4:] for record in records}) > 1:
+    if len({record[5:] for record in records}) > 1:
         found = "; ".join(
             f"rank {r}: {'ring' if ring else 'gather'}, gradient of images {bool(image)}, of texts {bool(text)}"
             for r, (*_, image, text, ring) in enumerate(records)
@@ -551,7 +560,7 @@ def _check_inputs(image_embeds: Tensor, text_embeds: Tensor, group_id: Tensor | 
     return image_embeds.to(dtype), text_embeds.to(dtype)
 
 
-def _as_factor(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+def as_factor(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """`value` as a tensor without dimensions, filled in on the device: a copy from the host would wait for it."""
     if isinstance(value, Real):  # Python's numbers and numpy's
         return like.new_full((), float(value))

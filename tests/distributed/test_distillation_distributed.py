@@ -2,10 +2,10 @@
 
 For each world size one set of gloo processes computes every case and saves what each rank found; the tests then
 compare with the definition on the whole batch. Loss value and the gradient of every parameter have to agree,
-`logit_scale` included, for even, uneven and empty local batches.
+`logit_scale` included, for even, uneven and empty local batches, with the texts of all ranks gathered and passed round.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,17 +13,27 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_losses_distributed import LargestTensor
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from hfclip import losses
 from training.distillation import distillation_loss
 
 
 NUM_FEATURES, TEACHER_DIM, TEACHER_SCALE = 7, 4, 20.0
 SIZES = {1: [(5,)], 2: [(4, 4), (5, 2), (1, 6), (0, 3)], 3: [(3, 3, 3), (2, 5, 1), (4, 0, 2)]}
+TILE = 2  # local batches are whole tiles, broken ones, or less than one
 DTYPES = [torch.float64, torch.float32]
-CASES = [(sizes, dtype) for all_sizes in SIZES.values() for sizes in all_sizes for dtype in DTYPES]
+EXCHANGES = ["gather", "ring"]
+CASES = [
+    (sizes, exchange, dtype)
+    for all_sizes in SIZES.values()
+    for sizes in all_sizes
+    for exchange in EXCHANGES
+    for dtype in DTYPES
+]
 
 
 class TwoTowers(nn.Module):
@@ -64,10 +74,23 @@ def loss_and_gradients(model, loss, batch):
     return {"loss": value.detach(), **gradients}
 
 
-def run_case(rank, sizes, dtype):
+def run_case(rank, sizes, exchange, dtype):
     start = sum(sizes[:rank])
     batch = [part[start : start + sizes[rank]] for part in global_batch(sum(sizes), dtype)]
-    return loss_and_gradients(DistributedDataParallel(TwoTowers().to(dtype)), distillation_loss, batch)
+    loss = partial(distillation_loss, exchange=exchange)
+    return loss_and_gradients(DistributedDataParallel(TwoTowers().to(dtype)), loss, batch)
+
+
+def run_largest():
+    """Elements of the largest tensor of a loss on 8 x 6 embeddings, forward and backward."""
+    found = {}
+    for exchange in EXCHANGES:
+        images, texts = (torch.randn(8, 6, requires_grad=True) for _ in range(2))
+        teacher = [torch.randn(8, 5) for _ in range(2)]
+        with LargestTensor() as largest:
+            distillation_loss(images, texts, 1.0, *teacher, 1.0, exchange=exchange).backward()
+        found[exchange] = largest.elements
+    return found
 
 
 def error_of(*args, **kwargs):
@@ -82,6 +105,7 @@ def run_errors(rank):
     only_first = dist.new_group([0])
     return {
         "dim": error_of(embeds, embeds, 1.0, teacher, teacher, 1.0),
+        "exchange": error_of(*[embeds] * 2, 1.0, *[embeds] * 2, 1.0, exchange=EXCHANGES[rank % 2]),
         "empty": error_of(*[embeds[:0]] * 2, 1.0, *[embeds[:0]] * 2, 1.0),
         "group": error_of(embeds, embeds, 1.0, embeds, embeds, 1.0, group=only_first) if rank else None,
     }
@@ -89,10 +113,11 @@ def run_errors(rank):
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
+    losses.CPU_TILE = TILE
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     results = {case: run_case(rank, *case) for case in CASES if len(case[0]) == world}
     if world > 1:
-        results["errors"] = run_errors(rank)
+        results |= {"errors": run_errors(rank), "largest": run_largest()}
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -106,9 +131,9 @@ def results_of(world):
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([*map(str, case[0]), str(case[1])[6:]]))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([*map(str, case[0]), case[1], str(case[2])[6:]]))
 def test_ranks_together_equal_the_definition_on_the_whole_batch(case):
-    sizes, dtype = case
+    sizes, _, dtype = case
     expected = loss_and_gradients(TwoTowers().double(), definition, global_batch(sum(sizes), torch.float64))
     # float64 differs by the order of additions only: some hundred terms of 1e-16. float32 is measured against the
     # float64 reference: a few dozen roundings of 6e-8 each.
@@ -123,9 +148,15 @@ def test_ranks_together_equal_the_definition_on_the_whole_batch(case):
 
 
 @pytest.mark.parametrize("world", [2, 3])
+def test_a_ring_makes_nothing_larger_than_local_embeddings(world):
+    for found in results_of(world):
+        assert found["largest"] == {"gather": world * 8 * 6, "ring": 8 * 6}
+
+
+@pytest.mark.parametrize("world", [2, 3])
 def test_every_rank_returns_the_same_bits(world):
     ranks = results_of(world)
-    for case in ranks[0].keys() - {"errors"}:
+    for case in [case for case in CASES if len(case[0]) == world]:
         assert all(torch.equal(found[case]["loss"], ranks[0][case]["loss"]) for found in ranks)
 
 
@@ -133,6 +164,9 @@ def test_every_rank_returns_the_same_bits(world):
 def test_rejects_ranks_that_do_not_fit_on_every_rank(world):
     for rank, found in enumerate(results_of(world)):
         errors = found["errors"]
-        assert "ranks must agree" in errors["dim"] and "[2, 4, 3, 4], [2, 4, 4, 4]" in errors["dim"]
+        assert "must agree" in errors["dim"]
+        assert all(f"rank {r}: embeddings (2, 4)" in errors["dim"] for r in range(world))
+        assert all(f"a teacher's of size {3 + r}" in errors["dim"] for r in range(world))
+        assert "must agree on `exchange`" in errors["exchange"]
         assert "global batch is empty" in errors["empty"]
         assert rank == 0 or f"rank {rank} is not a member" in errors["group"]

@@ -90,7 +90,7 @@ def step_of(core, model, accelerator, config) -> training_step.TrainingStep:
         model=model,
         core=core,
         optimizer=None,
-        image_processor=HFCLIPImageProcessor(size=16),
+        **training_step.pixel_statistics(HFCLIPImageProcessor(size=16), torch.device("cpu")),
         total_steps=10,
         watch=Stopwatch(torch.device("cpu")),
         phases=Phases([], Phase(16, 10, 0.5), stride=4, steps_per_epoch=10, total_steps=10),
@@ -141,7 +141,7 @@ def reference(world: int, micro: int | None, loss: str) -> dict[str, torch.Tenso
         step = step_of(core, core, rank_accelerator, config)
         step._seed(0)
         pieces = share({name: values for name, values in batch.items() if name != "group_id"}, rank, world)
-        embeds += [step._embed(piece) for piece in training_step.split(pieces, count)]
+        embeds += [step._embed(piece) for piece in training_step.split(pieces, count, trim=True)]
     images, texts = (torch.cat(parts) for parts in zip(*embeds, strict=True))
     ids = batch["group_id"]
     positives = ids[:, None] == ids

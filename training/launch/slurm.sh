@@ -15,9 +15,12 @@
 export FIRST_MACHINE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Jobs of different users may share a machine: the port follows from the job.
 export PORT=$((29500 + SLURM_JOB_ID % 1000))
+# How long processes may take to save after the signal; 30 seconds otherwise.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 # Slurm before 22.05 does not tell when the job ends; there the signal, two minutes ahead, is all the notice.
 if [ -n "$SLURM_JOB_END_TIME" ]; then
-    set -- --stop-after $(((SLURM_JOB_END_TIME - $(date +%s)) / 60 - 10)) "$@"
+    minutes=$(((SLURM_JOB_END_TIME - $(date +%s)) / 60 - 10))
+    set -- --stop-after $((minutes > 1 ? minutes : 1)) "$@"
 fi
 
 srun bash -c 'accelerate launch --config_file training/launch/nodes.yaml \
