@@ -298,6 +298,7 @@ def test_cuts_by_default_and_says_so_once(tokenizer, caplog):
     assert [len(rows[0]), len(rows[2])] == [77, 77]
     assert all(row[-1] == tokenizer.eos_token_id for row in rows)
     assert rows[0][:-1] == tokenizer(texts[0], truncation=False)["input_ids"][:76]
+    tokenizer(texts)  # the same again
     assert sum("2 of 3 texts" in record.getMessage() for record in caplog.records) == 1
 
 

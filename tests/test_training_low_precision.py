@@ -206,7 +206,23 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(moments, text_weig
     train(resumed, other, range(3, 6))
     assert_same_bits(resumed.state_dict(), model.state_dict())
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
-        assert_same_bits(optimizer.state[p], other.state[q])
+        first, second = dict(optimizer.state[p]), dict(other.state[q])
+        assert first.pop("step") == second.pop("step") == 6
+        assert_same_bits(first, second)
+
+
+def test_steps_are_plain_numbers_and_earlier_states_go_on():
+    (model, optimizer), (other_model, other) = (build("bfloat16", "bfloat16") for _ in range(2))
+    train(model, optimizer, range(2))
+    train(other_model, other, range(2))
+    state = other.state_dict()
+    for values in state["state"].values():
+        assert type(values["step"]) is int  # a tensor on a device would make the host wait for it
+        values["step"] = torch.tensor(float(values["step"]))
+    other.load_state_dict(state)
+    assert train(model, optimizer, range(2, 4)) == train(other_model, other, range(2, 4))
+    assert_same_bits(model.state_dict(), other_model.state_dict())
+    assert {(type(values["step"]), values["step"]) for values in other.state.values()} == {(int, 4)}
 
 
 def test_rejects_moments_of_another_type():
@@ -265,43 +281,33 @@ def loss_of(images, texts, logit_scale):
 
 
 def summed_in_float32(model, batches):
-    """The gradients of halved weights by the rule of the cache, each micro-batch's taken alone and added in float32."""
+    """Gradients of the halved weights by the rule of the cache: each micro-batch's alone, and added in float32."""
     parts = [embeds_of(model, batch) for batch in batches]
-    images, texts = (torch.cat(kind).detach().requires_grad_() for kind in zip(*parts, strict=True))
-    pieces = zip(
-        *(
-            grad.split(len(parts[0][0]))
-            for grad in torch.autograd.grad(loss_of(images, texts, model.logit_scale.detach()), (images, texts))
-        ),
-        strict=True,
-    )
+    joined = [torch.cat(kind).detach().requires_grad_() for kind in zip(*parts, strict=True)]
+    gradients = torch.autograd.grad(loss_of(*joined, model.logit_scale.detach()), joined)
     halves = {name: p for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     sums = {name: torch.zeros(p.shape) for name, p in halves.items()}
-    for part, piece in zip(parts, pieces, strict=True):
-        for name, grad in zip(halves, torch.autograd.grad(part, list(halves.values()), piece), strict=True):
-            sums[name] += grad
+    for part, pieces in zip(parts, zip(*(gradient.split(1) for gradient in gradients), strict=True), strict=True):
+        for name, gradient in zip(halves, torch.autograd.grad(part, list(halves.values()), pieces), strict=True):
+            sums[name] += gradient
     return sums
 
 
-def test_cached_gradients_of_many_micro_batches_are_summed_in_float32():
+def test_cache_sums_the_gradients_of_halved_weights_in_float32():
     model = halve_text_weights(tiny_model())
     batches = [{name: values[[i]] for name, values in batch_of(0, 64).items()} for i in range(64)]
-    expected = summed_in_float32(model, batches)
-    errors = {}
-    for case, weights in (("float32", list(model.parameters())), ("bfloat16", ())):
+    expected, errors = summed_in_float32(model, batches), []
+    for weights in (model.parameters(), ()):
         model.zero_grad()
         cached_backward(lambda batch: embeds_of(model, batch), batches, loss_of, [model.logit_scale], weights=weights)
-        found = {name: p.grad for name, p in model.named_parameters() if name in expected}
-        assert all(grad.dtype == torch.bfloat16 for grad in found.values())
-        errors[case] = {
-            name: ((g - expected[name]).norm() / expected[name].norm()).item() for name, g in found.items()
-        }
-    # The sum is rounded twice at the end, before the last micro-batch and after it: by 2^-9 at most, and by less than
-    # half of that on average.
-    print(errors)
-    assert max(errors["float32"].values()) < 0.005
-    # What it is good for: rounded after each of 64 additions, the gradients of the layers are wrong by
-    assert min(errors["bfloat16"].values()) > 0.005
+        found = {name: p.grad for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+        assert found.keys() == expected.keys() and all(grad.dtype == torch.bfloat16 for grad in found.values())
+        errors.append(
+            [((grad - expected[name]).norm() / expected[name].norm()).item() for name, grad in found.items()]
+        )
+    # Rounding to bfloat16 is wrong by 0.16 % on average. It happens twice, before the last micro-batch and after it:
+    # found 0.22 to 0.26 %. Done after each of 64 it adds up: found 0.59 to 0.94 %.
+    assert max(errors[0]) < 0.004 < min(errors[1])
 
 
 def test_gradient_of_a_token_that_is_in_every_text_keeps_growing():

@@ -5,7 +5,7 @@ import re
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,15 @@ from hfclip import HFCLIPConfig, HFCLIPModel
 from training.config import Config, OptimConfig, UsageError, load_yaml
 from training.flops import tower_flops
 from training.low_precision import halve_text_weights
+from training.machine import _check_settings
 from training.optim import build_optimizer
 from training.parallel import shard
 from training.plan import (
     DEVICES,
     Run,
     _parser,
+    batches_ahead,
+    check_run,
     count_parameters,
     from_config,
     image_activations,
@@ -279,6 +282,8 @@ def test_frozen_tower_costs_its_forward_pass_and_no_activations():
     [
         ({"world": 8, "workers": 8, "decode": 1000.0}, "arithmetic"),
         ({"world": 8, "workers": 1, "decode": 10.0}, "data"),
+        ({"world": 8, "workers": 0, "decode": 10.0}, "data"),
+        ({"world": 8, "workers": 0, "decode": 1e6}, "arithmetic"),
         ({"world": 512, "decode": 1e6, "link": 0.1}, "the link"),
         ({"world": 8, "micro_batch": 4096, "device": "v100", "precision": "fp16"}, "memory"),
     ],
@@ -287,6 +292,47 @@ def test_names_the_bottleneck(settings, bottleneck):
     plan = make_plan(run(**settings))
     assert plan.bottleneck.startswith(bottleneck)
     assert f"bottleneck: {bottleneck}" in report(plan)
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory", "message"),
+    [
+        ({"micro_batch": 4096}, 16, "the activations of 4096 pairs, "),
+        ({"precision": "fp32", "batch": 8}, 6.7, "not even the activations of one pair fit. Try --checkpointing or"),
+        ({}, 1, "the most are moments, 3.2 GiB. Try --shard-weights on several devices or --moments bfloat16 or"),
+        ({"moments": "bfloat16", "shard_weights": True}, 1, "Try more devices or a device with more memory"),
+        ({"batch": 8_000_000, "world": 8000}, 16, "the most are texts of all, 45.8 GiB. Try --exchange ring or"),
+        ({"batch": 8_000_000, "world": 2, "exchange": "ring"}, 40, "the most are own embeddings, "),
+    ],
+)
+def test_names_what_does_not_fit_and_what_makes_it_smaller(settings, memory, message):
+    planned = run("ViT-L/14", **{"world": 8, **settings})
+    plan = make_plan(replace(planned, device=replace(planned.device, memory=memory)))
+    assert not plan.fits and message in plan.bottleneck
+    if plan.largest:
+        assert plan.bottleneck.endswith(f"Try --micro-batch {plan.largest} or less")
+
+
+def test_pictures_on_the_device_are_those_of_a_micro_batch():
+    plan = make_plan(run(world=8, micro_batch=100))
+    assert plan.memory["pictures (uint8)"] == 100 * 3 * 224**2
+
+
+@pytest.mark.parametrize(
+    ("local", "workers", "batches"),
+    [
+        (1000, 2, 8),  # 0.14 GiB each: 4 of each worker
+        (4096, 4, 4),  # 0.57 GiB each: 7 are in 4 GiB, one of each worker
+        (4096, 3, 6),
+        (32768, 8, 8),  # 4.6 GiB each: one of each worker all the same
+        (4096, 0, 1),
+    ],
+)
+def test_workers_read_four_batches_or_four_gib_ahead(local, workers, batches):
+    planned = run(batch=8 * local, world=8, workers=workers)
+    assert batches_ahead(planned) == batches
+    size = batches * local * 3 * 224**2 / 2**30
+    assert f"host memory of a process: {batches} batches read ahead, {size:.2f} GiB" in report(make_plan(planned))
 
 
 def test_days_follow_from_the_steps():
@@ -340,11 +386,44 @@ def test_another_device_is_described_by_memory_and_peak():
         (["--model", "RN50", "--device", "v100"], "no bfloat16"),
         (["--model", "RN50", "--world", "0"], "--world: found 0"),
         (["--model", "RN50", "--batch", "4", "--world", "8"], "a pair for each of 8 devices"),
+        (["--model", "RN50", "--peak", "0"], "--peak: found 0.0, expected a number above 0"),
+        (["--model", "RN50", "--took", "0"], "--took: found 0.0"),
+        (["--model", "RN50", "--memory", "-1"], "--memory: found -1.0"),
+        (["--model", "RN50", "--workers", "-1"], "--workers: found -1, expected 0 or more"),
+        (["--model", "RN50", "--share", "nan"], "--share: found nan"),
+        (["--model", "RN50", "--share", "5"], "--share: found 5.0, expected a number above 0, at most 1"),
+        (["--model", "RN50", "--link", "inf"], "--link: found inf"),
+        (["--model", "RN50", "--shard-weights"], "run.shard_weights: found one process"),
     ],
 )
 def test_rejects_what_cannot_be_planned(arguments, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         parsed(*arguments)
+
+
+@dataclass
+class Machine:
+    """What the trainer's check of the settings asks of Accelerate."""
+
+    num_processes: int
+    device: torch.device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("world", [1, 2, 256])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("shard_weights", [False, True])
+@pytest.mark.parametrize("text_weights", ["float32", "bfloat16"])
+def test_refuses_what_the_trainer_refuses(world, precision, shard_weights, text_weights):
+    of_run = {"precision": precision, "shard_weights": shard_weights}
+    config = Config.from_dict({"optim": {"text_weights": text_weights, "batch_size": 256}, "run": of_run})
+    planned = run(world=world, batch=256, text_weights=text_weights, **of_run)
+    said = []
+    for check in (lambda: _check_settings(config, Machine(world)), lambda: check_run(planned)):
+        try:
+            said.append(check())
+        except UsageError as error:
+            said.append(str(error))
+    assert said[0] == said[1]
 
 
 def test_command_prints_a_plan():

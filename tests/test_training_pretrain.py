@@ -29,6 +29,7 @@ from transformers import pipeline
 
 from hfclip import HFCLIPTokenizer
 from training import pretrain as program
+from training.checkpoint import claim
 from training.config import Config
 from training.data import Collate
 from training.machine import build_accelerator
@@ -174,6 +175,43 @@ def test_deadline_saves_and_ends_well(tmp_path):
     # A machine that is busy with other things may come to the deadline before it comes to the first step.
     assert done == 0 or (tmp_path / "run" / f"checkpoint-{done}").is_dir()
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_data_that_changed_is_noticed_on_resume(tmp_path, capsys, monkeypatch):
+    """In another order, samples of the epoch under way would be seen twice, and others not at all."""
+    write_shards(tmp_path, 64)
+    recipe = write_recipe(tmp_path, optim={"steps": 2})
+    assert pretrain("--config", recipe).returncode == 0
+    write_shards(tmp_path, 65)
+    resume = ("--config", recipe, "--optim.steps", "4", "--resume", "auto")
+    code, message = run_here(capsys, monkeypatch, *resume)
+    assert code == 2 and "[65]" in message and "[64]" in message and "seen twice" in message
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
+    write_shards(tmp_path, 64)
+    recipe = write_recipe(tmp_path, optim={"steps": 2})
+    lock = claim(tmp_path / "run")
+    code, message = run_here(capsys, monkeypatch, "--config", recipe, "--resume", "auto")
+    assert code == 2 and "another process trains there" in message
+    lock.release()
+    assert pretrain("--config", recipe).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent is gone")
+@pytest.mark.parametrize("stop_with", [signal.SIGTERM, signal.SIGKILL])
+def test_run_saves_when_its_launcher_is_stopped(stop_with, tmp_path):
+    """The launcher takes signals for itself, and leaves the run behind."""
+    write_shards(tmp_path, 64)
+    recipe = write_recipe(tmp_path, optim={"steps": 100_000})
+    process = subprocess.Popen(
+        command("--config", recipe, processes=1), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    wait_for_steps(tmp_path / "run", process, 3)
+    process.send_signal(stop_with)
+    process.communicate(timeout=120)  # until the run, too, has closed its output
+    done = metrics(tmp_path / "run")[-1]["step"]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{done}"]
 
 
 def run_here(capsys, monkeypatch, *arguments) -> tuple[int, str]:

@@ -177,31 +177,37 @@ def test_measured_peak_is_the_speed_of_matrix_products():
 
 def test_stopwatch_adds_up_the_times_of_a_phase_and_starts_anew_when_read():
     stopwatch = Stopwatch(CPU)
-    for pause in (0.02, 0.03):
+    start = time.perf_counter()
+    for pause in (0.2, 0.3):
         with stopwatch.time("forward"):
             time.sleep(pause)
         with stopwatch.time("loss"):
             time.sleep(0.001)
+    taken = time.perf_counter() - start
     stopwatch.collect()
     seconds = stopwatch.read()
     assert list(seconds) == ["forward", "loss"]
-    assert 0.05 <= seconds["forward"] < 0.5 and 0.002 <= seconds["loss"] < 0.05
+    # A sleep may be long on a busy machine, but is never short.
+    assert 0.5 <= seconds["forward"] and 0.002 <= seconds["loss"] < seconds["forward"]
+    assert sum(seconds.values()) <= taken
     assert stopwatch.read() == {}
 
 
 def test_time_of_a_phase_inside_another_is_its_own_alone():
-    stopwatch = Stopwatch(CPU)
+    stopwatch, start = Stopwatch(CPU), time.perf_counter()
     with pytest.raises(ArithmeticError), stopwatch.time("backward"):
         for _ in range(2):
             with stopwatch.time("forward"):
-                time.sleep(0.04)
+                time.sleep(0.2)
         time.sleep(0.02)
         raise ArithmeticError("a phase ends with an error, too")
-    time.sleep(0.1)
+    taken = time.perf_counter() - start
+    time.sleep(0.6)
     with stopwatch.time("update"):
         pass
     seconds = stopwatch.read()
-    assert 0.08 <= seconds["forward"] and 0.02 <= seconds["backward"] < 0.09 and seconds["update"] < 0.05
+    assert 0.4 <= seconds["forward"] and 0.02 <= seconds["backward"] and seconds["update"] < seconds["forward"]
+    assert seconds["forward"] + seconds["backward"] <= taken  # counted once
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -312,6 +318,7 @@ def test_line_of_nothing_but_skipped_steps_has_no_loss(tracking_of, tmp_path):
 
 
 def test_times_of_the_phases_are_per_step_and_within_the_step(tracking_of, tmp_path):
+    start = time.perf_counter()
     tracking = tracking_of()
     pauses = {"forward": 0.02, "loss": 0.005, "backward": 0.04, "update": 0.01}
     for step in (1, 2, 3, 4):
@@ -321,11 +328,14 @@ def test_times_of_the_phases_are_per_step_and_within_the_step(tracking_of, tmp_p
         with tracking.paused():
             time.sleep(0.1)
         tracking.step(step, metrics(), 0.0, NO_COUNTS, flops=10**9)
-    _, line = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    taken = time.perf_counter() - start
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    line = lines[-1]
     for phase, pause in pauses.items():  # a sleep may be long on a busy machine, but is never short
-        assert pause <= line[f"{phase}_time"] < pause + 0.03
-    # The rest of the step is Python's own, far below the 0.1 s of the pause, which does not count.
-    assert 0 <= line["step_time"] - sum(line[f"{phase}_time"] for phase in pauses) < 0.05
+        assert pause <= line[f"{phase}_time"]
+    assert sum(line[f"{phase}_time"] for phase in pauses) <= line["step_time"]
+    # A line is of two steps; the pauses, 0.1 s a step, do not count.
+    assert sum(2 * line["step_time"] for line in lines) <= taken - 0.4
     # tiny_recipe has 16 pairs a step
     assert line["samples_per_second"] == pytest.approx(16 / line["step_time"], rel=1e-9)
     assert line["tflops"] == pytest.approx(1e-3 / line["step_time"], rel=1e-9)
@@ -335,9 +345,11 @@ def test_times_of_the_phases_are_per_step_and_within_the_step(tracking_of, tmp_p
 def test_time_before_the_start_does_not_count(tracking_of, tmp_path):
     tracking = tracking_of(log_every=1)
     time.sleep(0.2)
+    start = time.perf_counter()
     tracking.start()
     tracking.step(1, metrics(), 0.0, NO_COUNTS)
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["step_time"] < 0.15
+    taken = time.perf_counter() - start
+    assert 0 < read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["step_time"] <= taken
 
 
 def test_last_steps_of_a_run_have_a_line(tracking_of, tmp_path):
@@ -463,6 +475,13 @@ def test_curves_are_a_command(tmp_path):
     assert each.returncode == 0 and all((run / "curves.png").is_file() for run in runs), each.stderr
     wrong = curves_command(tmp_path)
     assert wrong.returncode == 2 and "found no metrics.jsonl" in wrong.stderr
+
+
+@pytest.mark.parametrize("out", ["overlay.jpg", "overlay", "no_such_folder/overlay.png"])
+def test_command_refuses_a_picture_that_it_cannot_write(out, tmp_path):
+    result = curves_command(write_run(tmp_path / "run"), "--out", tmp_path / out)
+    assert result.returncode == 2 and "expected a file that ends with .png, in a folder that exists" in result.stderr
+    assert not (tmp_path / out).exists()
 
 
 def test_command_names_what_is_missing(tmp_path):

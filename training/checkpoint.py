@@ -40,6 +40,7 @@ FIXED_ON_RESUME = (
     "data.split",
     "data.max_samples",
     "data.phases",
+    "data.disk",
     "data.group_captions",
     "optim.loss",
     "optim.batch_size",
@@ -251,7 +252,8 @@ def check_settings(saved: dict, config: Config) -> list[str]:
     for section, settings in config.to_dict().items():
         for key, value in settings.items():
             name, before = f"{section}.{key}", saved.get(section, {}).get(key)
-            if before == value:
+            # The order of the data depends on whether it is streamed, not on how much of it is kept.
+            if before == value or name == "data.disk" and before and value:
                 continue
             if name in FIXED_ON_RESUME:
                 raise UsageError(

@@ -151,18 +151,23 @@ def _save(figure: "Figure", path: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draws curves of runs from their metrics.jsonl.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("--out", type=Path, help=f"draws the losses of all runs here. Default: each run's {PICTURE}")
+    parser.add_argument(
+        "--out", type=Path, help=f"draws the losses of all runs here, a .png. Default: each run's {PICTURE}"
+    )
     arguments = parser.parse_args()
     for folder in arguments.runs:
         if not (folder / METRICS_FILE).is_file():
             parser.error(f"found no {METRICS_FILE} in {folder}, expected the folder of a run (run.output_dir).")
+    out = arguments.out
+    if out is not None and (out.suffix != ".png" or not out.parent.is_dir()):
+        parser.error(f"--out: found {out}, expected a file that ends with .png, in a folder that exists.")
     try:
-        if arguments.out is not None:
-            print(draw_losses(arguments.runs, arguments.out))
+        if out is not None:
+            print(draw_losses(arguments.runs, out))
             return
         for folder in arguments.runs:
             print(draw_run(folder) or f"{folder}: no step is logged yet.")
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         parser.error(str(error))
 
 

@@ -83,6 +83,9 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+BYTES_AHEAD = 4 << 30  # of decoded pictures that a process's workers prepare
+
+
 class Order:
     """Which sample lies in a slot of a step, and which ones stand in for it if it cannot be used.
 
@@ -494,12 +497,14 @@ def build_loader(
         _check_stream(dataset.source, dataset.order, num_ranks)
     slots = rank_slice(config.optim.batch_size, rank, num_ranks)
     workers = config.data.num_workers
+    in_a_batch = 3 * dataset.image_size**2 * len(slots)
     return DataLoader(
         dataset,
         batch_sampler=StepSampler(start, stop, slots, phases),
         collate_fn=collate,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        # Batches that are ready wait in shared memory: a large one must not wait in many copies.
+        prefetch_factor=max(1, min(4, BYTES_AHEAD // (in_a_batch * workers))) if workers else None,
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that starting to read leaves the global random state alone

@@ -19,6 +19,7 @@ import selectors
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
 from types import TracebackType
@@ -33,12 +34,13 @@ LONGEST_PAUSE = 5.0  # seconds from beat to beat
 GATHERING = 1.0  # seconds in which other ranks that are gone are found, to be named together
 GRACE = 5.0  # seconds in which a rank that failed prints its traceback, and others may end by themselves
 SHOWN = 4  # ranks, at most, that a message names
+LONGEST_CAUSE = 600  # characters
 
 
 class Heartbeat:
-    """Ends this process, status 1, within `max_silence` seconds of the end of any other. Does nothing for one process.
+    """Ends this process within `max_silence` seconds of the end of any other, status 1. Does nothing for one process.
 
-    Collective to create, after the process group. A context manager; what comes after it is not watched.
+    After a `UsageError` of another, it ends as the other does, with status 2 and without advice to resume. Collective to create, after the process group. A context manager; what comes after it is not watched.
 
     Args:
         rank, world: of the process group.
@@ -54,7 +56,8 @@ class Heartbeat:
         self._pause = min(LONGEST_PAUSE, max_silence / BEATS)
         self._parted = threading.Event()  # nothing is watched any more
         self._failing = threading.Event()  # the main thread has an exception, which may follow from another's end
-        self._causes: dict[int, str] = {}  # why ranks are gone, in the order in which it was noticed
+        self._arrived = threading.Event()  # all ranks have said hello to rank 0
+        self._causes: dict[int, dict] = {}  # what was told of ranks that are gone, in the order of notice
         self._end_at = float("inf")
         self._lines: list[_Line] = []
         if world == 1:
@@ -76,6 +79,8 @@ class Heartbeat:
         os.register_at_fork(after_in_child=self._leave_to_parent)
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
+        if rank == 0:  # it could not tell its end to one that it has not met; the thread ends a wait that is too long
+            self._arrived.wait()
 
     def __enter__(self) -> "Heartbeat":
         return self
@@ -107,8 +112,14 @@ class Heartbeat:
                 self._thread.join()  # which ends the process
             # Whatever is done on the way out, such as leaving the process group, may wait for others in its turn.
             signal.alarm(int(self.max_silence) + 1)
-        words = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        self._part(_gone(self.rank, f"{self._names[self.rank]} failed: {words}", GRACE))
+        if isinstance(error, UsageError):
+            cause, status = f"{self._names[self.rank]} found an error: {error}", 2
+        else:
+            cause, status = f"{self._names[self.rank]} failed: {type(error).__name__}: {error}", 1
+        # The first rank of a machine shows its error there itself.
+        host = socket.gethostname() if status == 2 and os.environ.get("LOCAL_RANK", "0") == "0" else None
+        cause = textwrap.shorten(cause, LONGEST_CAUSE).rstrip(" .:")
+        self._part({**_gone(self.rank, cause, GRACE), "status": status, "shown_on": host})
 
     def _part(self, last_words: dict) -> None:
         if not self._parted.is_set():
@@ -183,6 +194,8 @@ class Heartbeat:
                 return
             line.rank = message["rank"]
             self._names[line.rank] = message["name"]
+            if self._heard.keys() <= {other.rank for other in self._lines}:
+                self._arrived.set()
         if line.rank in self._heard:
             self._heard[line.rank] = time.monotonic()
         if kind == "bye":
@@ -215,21 +228,26 @@ class Heartbeat:
         now = time.monotonic()
         if not self._causes:
             self._noticed_at = now
-        self._causes[gone["rank"]] = gone["cause"]
+        self._causes[gone["rank"]] = gone
         self._end_at = min(self._end_at, now + gone["patience"])
         if self.rank == 0:
             self._send_all({**gone, "patience": max(gone["patience"], GATHERING)})
 
     def _end(self) -> None:
-        causes = list(self._causes.values())
+        gone, here = list(self._causes.values()), socket.gethostname()
+        causes = [
+            f"rank {one['rank']} found the error above" if one["shown_on"] == here else one["cause"] for one in gone
+        ]
         told = "; ".join(causes[:SHOWN]) + (f"; and {len(causes) - SHOWN} more" if len(causes) > SHOWN else "")
+        status = min(one["status"] for one in gone)  # 2 if nothing but mistakes of the user's ended the run
         last_words = _gone(self.rank, f"{self._names[self.rank]} ended, because {told}", GATHERING)
-        self._send_all({**last_words, "follows": True})
-        message = f"\nRank {self.rank} ends, because {told}. Start the run again with --resume auto.\n"
-        threading.Timer(GATHERING, os._exit, [1]).start()  # should one of the streams be stuck
+        self._send_all({**last_words, "status": status, "follows": True})
+        advice = "" if status == 2 else " Start the run again with --resume auto."
+        threading.Timer(GATHERING, os._exit, [status]).start()  # should one of the streams be stuck
+        message = f"\nRank {self.rank} ends, because {told}.{advice}\n"
         os.write(2, message.encode())  # not through sys.stderr, which the main thread may hold
         sys.stdout.flush()
-        os._exit(1)
+        os._exit(status)
 
     def _send_all(self, message: dict) -> None:
         for line in list(self._lines):
@@ -280,8 +298,10 @@ class _Line:
 
 def _gone(rank: int, cause: str, patience: float) -> dict:
     """A message: that a rank is no more, and in how many seconds to draw the consequence. `follows`: the rank ended
-    for the sake of another, which whoever knows of that one need not hear."""
-    return {"kind": "gone", "rank": rank, "cause": cause, "patience": patience, "follows": False}
+    for the sake of another, which whoever knows of that one need not hear. `status`: what the others end with.
+    `shown_on`: the machine on whose screen the cause stands already."""
+    fate = {"follows": False, "status": 1, "shown_on": None}
+    return {"kind": "gone", "rank": rank, "cause": cause, "patience": patience, **fate}
 
 
 def _listen() -> socket.socket:

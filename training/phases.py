@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hfclip import HFCLIPConfig
 
-from .config import Config, UsageError
+from .config import Config, UsageError, _require
 
 
 class Phase(NamedTuple):
@@ -97,11 +97,6 @@ def _checked(entry: dict, full: Phase, stride: int, name: str) -> Phase:
     _require(good, f"{name}.text_length", length, f"3 (start, a token, end) to the model's {full.text_length} tokens")
     _require(_is_number(dropout) and 0 <= dropout < 1, f"{name}.patch_dropout", dropout, "0 <= value < 1")
     return phase._replace(patch_dropout=float(dropout))
-
-
-def _require(condition: bool, name: str, found: Any, expected: str) -> None:
-    if not condition:
-        raise UsageError(f"{name}: found {found!r}, expected {expected}.")
 
 
 def _is_number(value: Any) -> bool:

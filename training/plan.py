@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig
 
 from hfclip import HFCLIPConfig, HFCLIPModel
 from hfclip.losses import DEVICE_TILE
-from training.config import Config, UsageError, load_yaml
+from training.config import Config, UsageError, _require, load_yaml
 from training.flops import tower_flops, training_flops
 from training.low_precision import text_matrices
 from training.model import build_architecture
@@ -38,8 +38,10 @@ from training.parallel import scalars, units
 
 GIB, HALF, FULL = 2**30, 2, 4  # bytes; bytes of a number in half and in single precision
 RESERVED = 0.1  # share of a device's memory for its context, communication buffers and the allocator's gaps
+PER_PAIR = ("activations", "pictures (uint8)")  # what grows with the micro-batch
 TILES = 4  # tiles of the loss that are alive at a time
 SECONDS_A_DAY = 86400
+AHEAD, AHEAD_BYTES = 4, 4 * GIB  # what workers read ahead: batches of each of them, bytes of all of a process
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,11 @@ class Run:
     @property
     def half(self) -> bool:
         return self.precision != "fp32"
+
+    @property
+    def picture(self) -> int:
+        """Bytes of one, uint8, as it travels to the device."""
+        return 3 * self.architecture.image_size**2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,12 +300,11 @@ def model_bytes(run: Run, cached: bool) -> dict[str, float]:
 
 
 def batch_bytes(run: Run) -> dict[str, float]:
-    """Bytes of the batch itself on one device: pictures, embeddings and loss."""
-    dim, image_size = run.architecture.projection_dim, run.architecture.image_size
+    """Bytes of a batch on one device, whatever its micro-batches: embeddings and loss. Pictures wait on the host."""
+    dim = run.architecture.projection_dim
     columns = 2 * run.local if run.exchange == "ring" and run.world > 1 else run.batch
     vectors = 6 * FULL * (run.local + run.batch)
     return {
-        "pictures (uint8)": run.local * 3 * image_size**2,
         "own embeddings": 2 * 2 * FULL * run.local * dim,  # images and texts, with their gradients
         "texts of all": 2 * FULL * columns * dim if run.world > 1 else 0,
         "loss tiles": TILES * FULL * min(DEVICE_TILE, run.local) * min(DEVICE_TILE, run.batch) + vectors,
@@ -316,6 +322,14 @@ def activation_bytes(run: Run) -> float:
             total += activations.kept(run.checkpointing)
             in_flight = max(in_flight, activations.in_flight)
     return total + in_flight
+
+
+def batches_ahead(run: Run) -> int:
+    """Batches of one process that its workers hold on the host, at most: one for each of them at least."""
+    if not run.workers:
+        return 1  # read when it is needed
+    each = AHEAD_BYTES // (run.workers * run.local * run.picture)
+    return run.workers * max(1, min(AHEAD, each))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,16 +414,50 @@ class Plan:
     def bottleneck(self) -> str:
         run, seconds = self.run, self.seconds
         if not self.fits:
-            advice = "a smaller --micro-batch" if self.largest else "--checkpointing, --shard-weights or more devices"
-            return f"memory: it does not fit. Try {advice}"
+            return f"memory: {_lack(self)}"
         exchanged = sum(value for name, value in seconds.items() if "exchange" in name) - seconds["of it hidden"]
         computed = seconds["towers"] + seconds["loss"] + seconds["update"]
-        if seconds["data"] >= seconds["step"]:
+        if seconds["data"] >= computed + exchanged:
             needed = math.ceil(run.local / ((computed + exchanged) * run.decode))
             return f"data: the devices wait for pictures. {needed} workers a process would keep them busy"
         if exchanged > computed:
             return "the link: the devices wait for each other. A faster link, or a larger batch a device, helps"
         return "arithmetic: the towers. More or faster devices help"
+
+
+def _lack(plan: Plan) -> str:
+    """What does not fit, and what to try."""
+    run, limit = plan.run, usable(plan.run.device)
+    if plan.largest:
+        size = plan.memory["activations"] / GIB
+        return (
+            f"the activations of {plan.micro_batch} pairs, {size:.1f} GiB, do not fit. Try --micro-batch "
+            f"{plan.largest} or less"
+        )
+    fixed = {name: size for name, size in plan.memory.items() if name not in PER_PAIR}
+    if sum(fixed.values()) <= limit:
+        found, tries = "not even the activations of one pair fit", [] if run.checkpointing else ["--checkpointing"]
+    else:
+        largest = max(fixed, key=fixed.get)
+        found = (
+            f"even without activations, {sum(fixed.values()) / GIB:.1f} GiB do not fit into {limit / GIB:.1f}; the "
+            f"most are {largest}, {fixed[largest] / GIB:.1f} GiB"
+        )
+        tries = _savers(run, largest)
+    return f"{found}. Try {' or '.join([*tries, 'a device with more memory'])}"
+
+
+def _savers(run: Run, what: str) -> list[str]:
+    """Settings that make an entry of the memory smaller."""
+    if what == "texts of all":
+        return ["--exchange ring"] if run.exchange == "gather" else ["more devices"]
+    if what in ("own embeddings", "loss tiles"):
+        return ["more devices", "a smaller --batch"]
+    can_share = not run.shard_weights and run.precision != "fp16" and run.text_weights == "float32"
+    tries = ["--shard-weights on several devices"] if can_share else []
+    if run.shard_weights:
+        tries.append("more devices")
+    return tries if run.moments == "bfloat16" else [*tries, "--moments bfloat16"]
 
 
 def usable(device: Device) -> float:
@@ -423,13 +471,14 @@ def make_plan(run: Run) -> Plan:
     fitting = {}
     for cached in (False, True):
         fixed = sum(model_bytes(run, cached).values()) + sum(batch_bytes(run).values())
-        fitting[cached] = max(0, min(run.local, int((usable(run.device) - fixed) // each)))
+        fitting[cached] = max(0, min(run.local, int((usable(run.device) - fixed) // (each + run.picture))))
     largest = run.local if fitting[False] == run.local else fitting[True]
     whole = largest == run.local
     micro = run.micro_batch or (run.local if whole else 2 ** max(0, largest.bit_length() - 1))
     micro = min(micro, run.local)
     num_micro = math.ceil(run.local / micro)
-    memory = {**model_bytes(run, num_micro > 1), "activations": micro * each, **batch_bytes(run)}
+    per_pair = dict(zip(PER_PAIR, (micro * each, micro * run.picture), strict=True))
+    memory = {**model_bytes(run, num_micro > 1), **per_pair, **batch_bytes(run)}
     seconds, steps = step_seconds(run, num_micro), int(run.pairs * run.epochs // run.batch)
     return Plan(run, micro, num_micro, largest, memory, seconds, steps, _days(run, num_micro, steps))
 
@@ -466,6 +515,7 @@ def report(plan: Plan) -> str:
     """The plan as plain text."""
     run, count = plan.run, count_parameters(plan.run.architecture, plan.run.freeze)
     model, again = pair_flops(run, plan.num_micro > 1)
+    ahead = batches_ahead(run)
     lines = [
         f"{count.total / 1e6:.1f}M parameters, {count.trained / 1e6:.1f}M trained; forward and backward "
         f"{model / 1e9:.1f} GFLOPs a pair, and {again / 1e9:.1f} again to save memory",
@@ -476,6 +526,7 @@ def report(plan: Plan) -> str:
         *(f"  {name:<28} {size / GIB:>9.2f}" for name, size in plan.memory.items() if size),
         f"  {'sum':<28} {sum(plan.memory.values()) / GIB:>9.2f}   of {usable(run.device) / GIB:.1f} usable",
         f"  largest micro-batch that fits {plan.largest:>8}",
+        f"host memory of a process: {ahead} batches read ahead, {ahead * run.local * run.picture / GIB:.2f} GiB",
         "",
         "time of a step                       s",
         *(f"  {name:<28} {value:>9.3f}" for name, value in plan.seconds.items() if value and name != "step"),
@@ -550,7 +601,7 @@ def parse_run(options: argparse.Namespace) -> Run:
     """What the command line asks for.
 
     Raises:
-        UsageError: without a model, for values out of range, or bf16 on V100s.
+        UsageError: without a model, for values out of range, bf16 on V100s, and as `check_run`.
     """
     if (options.config is None) == (options.model is None):
         raise UsageError("Expected either --model or --config. `--help` shows examples.")
@@ -563,9 +614,7 @@ def parse_run(options: argparse.Namespace) -> Run:
         fields = from_config(Config.from_dict(load_yaml(options.config)))
     names = Run.__dataclass_fields__.keys() - {"architecture", "device"}
     fields |= {n: value for n in names if (value := getattr(options, n, None)) is not None}
-    for name, value in fields.items():
-        if isinstance(value, (int, float)) and value <= 0 and value is not False and name != "workers":
-            raise UsageError(f"--{name.replace('_', '-')}: found {value}, expected a number above 0.")
+    _check_numbers({**fields, "memory": options.memory, "peak": options.peak, "took": options.took})
     device = DEVICES[options.device]
     if options.device == "v100" and fields.get("precision", "bf16") == "bf16":
         raise UsageError("--precision: V100s have no bfloat16. Plan with --precision fp16.")
@@ -574,9 +623,36 @@ def parse_run(options: argparse.Namespace) -> Run:
     if options.peak is not None:
         device = replace(device, **{"single" if fields.get("precision") == "fp32" else "half": options.peak})
     run = Run(device=device, **fields)
+    check_run(run)
+    return run
+
+
+def _check_numbers(given: dict) -> None:
+    for name, value in given.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            flag = f"--{name.replace('_', '-')}"
+            if name == "workers":
+                _require(value >= 0, flag, value, "0 or more")
+            elif name == "share":
+                _require(0 < value <= 1, flag, value, "a number above 0, at most 1")
+            else:
+                _require(0 < value < math.inf, flag, value, "a number above 0")
+
+
+def check_run(run: Run) -> None:
+    """Refuses what the trainer refuses (machine.py), in its words.
+
+    Raises:
+        UsageError: for settings that do not go together.
+    """
     if run.batch < run.world:
         raise UsageError(f"--batch: found {run.batch}, expected a pair for each of {run.world} devices at least.")
-    return run
+    if run.shard_weights and run.world == 1:
+        raise UsageError("run.shard_weights: found one process, expected several to split the weights over.")
+    if run.shard_weights and run.precision == "fp16":
+        raise UsageError("run.shard_weights: found run.precision fp16, expected bf16 or fp32.")
+    if run.text_weights == "bfloat16" and (run.precision != "bf16" or run.shard_weights):
+        raise UsageError("optim.text_weights: bfloat16 needs run.precision bf16, and run.shard_weights false.")
 
 
 def from_config(config: Config) -> dict:

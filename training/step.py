@@ -174,7 +174,9 @@ class TrainingStep:
             elif weight < 1:
                 value = value + (1 - weight) * sigmoid_loss(images, texts, scale, logit_bias, **how)
             if weight > 0:
-                value = value + weight * distillation_loss(images, texts, scale, *teacher, self.teacher_scale)
+                value = value + weight * distillation_loss(
+                    images, texts, scale, *teacher, self.teacher_scale, exchange=self.config.optim.exchange
+                )
             return value
 
     def _teacher_embeds(

@@ -150,7 +150,8 @@ class HFCLIPTokenizer(TokenizersBackend):
     Use it as any tokenizer of transformers. What differs from the base class:
 
     - Texts of more than `model_max_length` tokens (77) are cut unless `truncation=False`; the end token stays last. A
-      call that was not told to cut (`truncation` not given) and had to logs one warning with the number of texts.
+      call that was not told to cut (`truncation` not given) and had to logs one warning with the number of texts, equal
+      ones once a process: an evaluation embeds the same labels again and again.
     - Padding writes `pad_token_id`, 0 as OpenAI does. Id 0 is also the byte symbol "!", hence no special token of the
       Rust backend: "!" in a text stays an ordinary character, and decoding drops id 0 only before start and after end.
     - Offsets and `char_to_token` refer to `clean_text(text)`, which is the text itself where cleaning moves nothing.
@@ -516,7 +517,7 @@ class HFCLIPTokenizer(TokenizersBackend):
         if strategy == TruncationStrategy.DO_NOT_TRUNCATE:
             self._eventual_warn_about_too_long_sequence(max(rows, key=len, default=()), max_length, verbose)
         elif num_cut and verbose and strategy == TruncationStrategy.ONLY_FIRST:
-            logger.warning(
+            logger.warning_once(
                 f"{num_cut} of {num_texts} texts had more than {max_length} tokens and were cut, end tokens kept. "
                 "truncation=True cuts without this warning, truncation=False keeps all tokens."
             )

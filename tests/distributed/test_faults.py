@@ -18,6 +18,7 @@ SILENCE = 5.0
 # One process of a group that has a Heartbeat; what it does then is the argument.
 PROCESS = """
 import os, sys, time, torch, torch.distributed as dist
+from training.config import UsageError
 from training.heartbeat import Heartbeat
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -31,7 +32,7 @@ WAIT_FOR_RANK_1 = "time.sleep(60) if rank == 1 else dist.all_reduce(torch.ones(1
 class Group:
     """Processes of one group, and how they end."""
 
-    def __init__(self, folder: Path, world: int, action: str):
+    def __init__(self, folder: Path, world: int, action: str, **variables: str):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
@@ -39,7 +40,13 @@ class Group:
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-c", PROCESS, str(SILENCE), action],
-                env={**environment(), **address, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "RANK": str(rank)},
+                env={
+                    **environment(),
+                    **variables,
+                    **address,
+                    "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
+                    "RANK": str(rank),
+                },
                 stdout=subprocess.PIPE,
                 stderr=open(self.errors[rank], "w"),
             )
@@ -115,6 +122,22 @@ def test_exception_of_one_process_is_told_by_all(tmp_path):
             status, errors = group.ended(rank, within=8)
             assert status == 1 and "Traceback" not in errors
             assert f"Rank {rank} ends, because rank 2 (" in errors and "failed: ValueError: no such word." in errors
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_mistake_that_one_process_finds_ends_all_with_its_status(failing, tmp_path):
+    """Found at once, as `--resume` of a folder that is none; nothing is there to resume."""
+    action = (
+        f"if rank == {failing}: raise UsageError('no such\\n' + 'word ' * 200 + '.')\ndist.all_reduce(torch.ones(1))"
+    )
+    with Group(tmp_path, 3, action, LOCAL_RANK="0") as group:
+        for rank in {0, 1, 2} - {failing}:
+            said = f"\nRank {rank} ends, because rank {failing} found the error above.\n"
+            assert group.ended(rank, within=8) == (2, said)
+    with Group(tmp_path, 2, action, LOCAL_RANK="1") as group:  # a rank that leaves it to others to show its error
+        status, errors = group.ended(1 - failing, within=8)
+        assert status == 2 and f"because rank {failing} (" in errors and "found an error: no such word word" in errors
+        assert errors.endswith(" word [...].\n") and "--resume" not in errors
 
 
 def test_exceptions_of_all_processes_keep_their_tracebacks(tmp_path):
