@@ -298,7 +298,7 @@ def test_names_the_bottleneck(settings, bottleneck):
     ("settings", "memory", "message"),
     [
         ({"micro_batch": 4096}, 16, "the activations of 4096 pairs, "),
-        ({"precision": "fp32", "batch": 8}, 6.7, "not even the activations of one pair fit. Try --checkpointing or"),
+        ({"precision": "fp32", "batch": 8}, 7.3, "not even the activations of one pair fit. Try --checkpointing or"),
         ({}, 1, "the most are moments, 3.2 GiB. Try --shard-weights on several devices or --moments bfloat16 or"),
         ({"moments": "bfloat16", "shard_weights": True}, 1, "Try more devices or a device with more memory"),
         ({"batch": 8_000_000, "world": 8000}, 16, "the most are texts of all, 45.8 GiB. Try --exchange ring or"),
@@ -415,7 +415,13 @@ class Machine:
 @pytest.mark.parametrize("text_weights", ["float32", "bfloat16"])
 def test_refuses_what_the_trainer_refuses(world, precision, shard_weights, text_weights):
     of_run = {"precision": precision, "shard_weights": shard_weights}
-    config = Config.from_dict({"optim": {"text_weights": text_weights, "batch_size": 256}, "run": of_run})
+    config = Config.from_dict(
+        {
+            "model": {"preset": "ViT-B/32", "tokenizer": "train"},
+            "optim": {"text_weights": text_weights, "batch_size": 256},
+            "run": of_run,
+        }
+    )
     planned = run(world=world, batch=256, text_weights=text_weights, **of_run)
     said = []
     for check in (lambda: _check_settings(config, Machine(world)), lambda: check_run(planned)):

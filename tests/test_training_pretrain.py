@@ -180,17 +180,17 @@ def test_deadline_saves_and_ends_well(tmp_path):
 def test_data_that_changed_is_noticed_on_resume(tmp_path, capsys, monkeypatch):
     """In another order, samples of the epoch under way would be seen twice, and others not at all."""
     write_shards(tmp_path, 64)
-    recipe = write_recipe(tmp_path, optim={"steps": 2})
+    recipe = write_recipe(tmp_path, optim={"steps": 3})
     assert pretrain("--config", recipe).returncode == 0
-    write_shards(tmp_path, 65)
-    resume = ("--config", recipe, "--optim.steps", "4", "--resume", "auto")
+    write_tar(tmp_path / "shards" / "1.tar", pairs([64]))
+    resume = ("--config", recipe, "--optim.steps", "5", "--resume", "auto")
     code, message = run_here(capsys, monkeypatch, *resume)
     assert code == 2 and "[65]" in message and "[64]" in message and "seen twice" in message
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
     write_shards(tmp_path, 64)
-    recipe = write_recipe(tmp_path, optim={"steps": 2})
+    recipe = write_recipe(tmp_path, optim={"steps": 3})
     lock = claim(tmp_path / "run")
     code, message = run_here(capsys, monkeypatch, "--config", recipe, "--resume", "auto")
     assert code == 2 and "another process trains there" in message
