@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig
 from hfclip import HFCLIPConfig, HFCLIPModel
 from hfclip.losses import DEVICE_TILE
 from training.config import Config, UsageError, _require, load_yaml
+from training.data import BYTES_AHEAD
 from training.flops import tower_flops, training_flops
 from training.low_precision import text_matrices
 from training.model import build_architecture
@@ -41,7 +42,7 @@ RESERVED = 0.1  # share of a device's memory for its context, communication buff
 PER_PAIR = ("activations", "pictures (uint8)")  # what grows with the micro-batch
 TILES = 4  # tiles of the loss that are alive at a time
 SECONDS_A_DAY = 86400
-AHEAD, AHEAD_BYTES = 4, 4 * GIB  # what workers read ahead: batches of each of them, bytes of all of a process
+AHEAD = 4  # batches that a worker reads ahead, at most
 
 
 @dataclass(frozen=True)
@@ -328,7 +329,7 @@ def batches_ahead(run: Run) -> int:
     """Batches of one process that its workers hold on the host, at most: one for each of them at least."""
     if not run.workers:
         return 1  # read when it is needed
-    each = AHEAD_BYTES // (run.workers * run.local * run.picture)
+    each = BYTES_AHEAD // (run.workers * run.local * run.picture)
     return run.workers * max(1, min(AHEAD, each))
 
 
