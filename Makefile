@@ -8,7 +8,7 @@ check:
 	ruff format --check .
 
 test:
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile
 
 bench:
 	python benchmarks/inference.py
