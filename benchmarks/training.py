@@ -193,7 +193,7 @@ def throughput_table(found: dict[str, list[tuple[float, float]]], tokens: float)
     return [
         f"## Throughput: ViT-B/32, bfloat16, batch {BATCH}, captions of {tokens:.1f} tokens, decoding included",
         "",
-        f"hfclip is {ratio:.2f}x {peer} (median of the rounds' ratios).",
+        f"hfclip is {ratio:.2f}x {peer}, the faster one (median of the rounds' ratios).",
         "",
         "| | pairs/s | waiting for data |",
         "|---|---|---|",
