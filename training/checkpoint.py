@@ -265,6 +265,25 @@ def check_settings(saved: dict, config: Config) -> list[str]:
     return changes
 
 
+def check_data(saved: dict, samples: list[int]) -> None:
+    """Refuses to go on with other data than a checkpoint's: its order, a function of the number of samples, differs.
+
+    Args:
+        saved: what `read_state` gave.
+        samples: usable pairs of each source.
+
+    Raises:
+        UsageError: if the numbers are not the checkpoint's.
+    """
+    before = saved.get("samples", samples)
+    if before != samples:
+        raise UsageError(
+            f"data.train: found {samples} usable pairs, but the checkpoint was trained with {before}: in another order, "
+            "some would be seen twice. Put the data back, or start a new run from these weights by "
+            "`--model.checkpoint`."
+        )
+
+
 def _write_model(
     folder: Path, model: HFCLIPModel, processor: HFCLIPProcessor, state_dict: dict[str, Tensor] | None
 ) -> None:

@@ -131,12 +131,7 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
 
     phases = build_phases(config, architecture, processor.tokenizer, dataset.steps_per_epoch, stop)
     about_data = {"samples": list(dataset.order.lengths)}
-    if resumed and state.get("samples", about_data["samples"]) != about_data["samples"]:
-        raise UsageError(
-            f"data.train: found {about_data['samples']} usable pairs, but the checkpoint was trained with "
-            f"{state['samples']}: in another order, some would be seen twice. Put the data back, or start a new run "
-            "from these weights by `--model.checkpoint`."
-        )
+    checkpoint.check_data(state, about_data["samples"])
     teacher, stored = build_teacher(config, processor.tokenizer, source, accelerator)
     collate = Collate(
         processor.tokenizer,

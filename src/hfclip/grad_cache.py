@@ -75,20 +75,8 @@ def cached_backward(
     """
     if not micro_batches:
         raise ValueError("cached_backward: found no micro-batches, expected at least one.")
-    before = [(buffer, buffer.clone()) for buffer in buffers]
-    parts, states = [], []
-    with torch.no_grad(), no_sync(), first_pass():
-        for micro_batch in micro_batches:
-            states.append(_random_state())
-            parts.append(embed(micro_batch))
-        for buffer, value in before:
-            buffer.copy_(value)
-
-    sizes = [len(part[0]) for part in parts]
-    pieces = list(zip(*parts, strict=True))
-    del parts
-    # (size, ...) of each micro-batch -> (local_batch, ...), one kind after the other: never all of them twice
-    joined = [torch.cat(pieces.pop(0)).requires_grad_() for _ in range(len(pieces))]
+    with no_sync(), first_pass():
+        joined, sizes, states = _embeddings_of_all(embed, micro_batches, buffers)
     stand_ins = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in parameters]
     value = loss(*joined, *stand_ins)
     backward(value)
@@ -110,6 +98,26 @@ def cached_backward(
             if i < last:
                 in_halves.take()
     return value.detach()
+
+
+@torch.no_grad()
+def _embeddings_of_all(
+    embed: Callable[[MicroBatch], tuple[Tensor, ...]], micro_batches: Sequence[MicroBatch], buffers: Iterable[Tensor]
+) -> tuple[list[Tensor], list[int], list[dict]]:
+    """Embeddings (local_batch, ...) as leaves, the sizes of the micro-batches, and the random state before each."""
+    before = [(buffer, buffer.clone()) for buffer in buffers]
+    parts, states = [], []
+    for micro_batch in micro_batches:
+        states.append(_random_state())
+        parts.append(embed(micro_batch))
+    for buffer, value in before:
+        buffer.copy_(value)
+    sizes = [len(part[0]) for part in parts]
+    pieces = list(zip(*parts, strict=True))
+    del parts
+    # (size, ...) of each micro-batch -> (local_batch, ...), one kind after the other: never all of them twice
+    joined = [torch.cat(pieces.pop(0)).requires_grad_() for _ in range(len(pieces))]
+    return joined, sizes, states
 
 
 class _Sums:
