@@ -1,6 +1,7 @@
 """The trainer as a program: from files to a usable model, stopped and resumed, wrong input told in one message."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers, is_tensorboard_available
 from safetensors.torch import load_file
 from training_utils import (
+    ROOT,
     command,
     environment,
     image_bytes,
@@ -196,6 +198,35 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
     assert code == 2 and "another process trains there" in message
     lock.release()
     assert pretrain("--config", recipe).returncode == 0
+
+
+def test_signal_of_a_queue_saves_and_ends_well(tmp_path):
+    """It reaches the whole process group: the workers that read the data as well as the run."""
+    write_shards(tmp_path, 64)
+    recipe = write_recipe(tmp_path, data={"num_workers": 1}, optim={"steps": 100_000})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command("--config", recipe), env=environment(), start_new_session=True, **pipes)
+    wait_for_steps(tmp_path / "run", process, 3)
+    os.killpg(process.pid, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Stopped after step" in output, output
+    assert (tmp_path / "run" / f"checkpoint-{metrics(tmp_path / 'run')[-1]['step']}").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [*((name, True) for name in "SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGXCPU".split()), ("nohup", False)],
+)
+def test_signals_request_a_stop(name, stops):
+    """But for the end of a terminal, where `nohup` says to go on without it."""
+    action = "from training.stopping import Stopping; stopping = Stopping(None); stopping.catch_signals()"
+    line = [sys.executable, "-c", f"{action}; print(flush=True); input(); print(stopping.requested)"]
+    line = ["nohup", *line] if name == "nohup" else line
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(line, cwd=ROOT, **pipes) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGHUP if name == "nohup" else signal.Signals[name])
+        assert process.communicate("\n", timeout=60)[0] == f"{stops}\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent is gone")

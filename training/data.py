@@ -30,6 +30,7 @@ from hfclip.image_processing_hfclip import random_square_crop
 from .config import Config, UsageError
 from .phases import Phases
 from .sources import BadSample, MixtureSource, Source, StreamSource
+from .stopping import SIGNALS
 
 
 if TYPE_CHECKING:
@@ -540,7 +541,7 @@ def _check_stream(source: StreamSource, order: LaneOrder, num_ranks: int) -> Non
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; the run, not its workers, decides when to stop reading."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Signals reach the whole process group; the run, not its workers, decides when to stop reading."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,4 +1,5 @@
-"""When a run is to end early: Ctrl-C, SIGTERM, or the deadline of `run.stop_after`."""
+"""When a run is to end early: a signal (Ctrl-C, SIGTERM, or one of those that job queues send), or the deadline of
+`run.stop_after`."""
 
 import ctypes
 import os
@@ -8,6 +9,12 @@ from contextlib import suppress
 
 
 PR_SET_PDEATHSIG = 1  # prctl.h
+# Requests to stop: of the terminal, of whoever ends processes, and of queues before they take a machine away.
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+)
 
 
 class Stopping:
@@ -24,8 +31,9 @@ class Stopping:
 
     def catch_signals(self) -> None:
         """From now on signals are wishes to stop; and so is the end of the launcher, which takes SIGTERM for itself."""
-        signal.signal(signal.SIGINT, self._handle)
-        signal.signal(signal.SIGTERM, self._handle)
+        for number in SIGNALS:
+            if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self._handle)
         if "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ:  # launched
             with suppress(AttributeError, OSError, TypeError):  # Linux has it
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
