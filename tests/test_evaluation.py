@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from hfclip.evaluation.retrieval import retrieval_recall
-from hfclip.evaluation.zero_shot import load_labelled_folder, zero_shot_accuracy
+from hfclip.evaluation.zero_shot import UndecodableImage, load_labelled_folder, zero_shot_accuracy
 from hfclip.zero_shot import ZeroShotClassifier
 
 
@@ -231,6 +231,21 @@ def test_accuracy_leaves_undecodable_images_out_and_counts_them(model_folder, tm
     write_tar(tmp_path / "0.tar", {"a.png": b"", "a.cls": b"0"})
     with pytest.raises(ValueError, match="none of the 1 images can be decoded"):
         zero_shot_accuracy(model, processor, load_labelled_folder(tmp_path).samples, labels, templates)
+
+
+def test_samples_are_upright_and_of_the_formats_of_photographs(tmp_path):
+    """As the processor reads a file: an EPS file named jpg would start Ghostscript."""
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.new("RGB", (4, 8)).save(tmp_path / "cat" / "b.jpg", exif=exif)
+    PIL.Image.fromarray(np.full((4, 4), 51200, np.uint16)).save(tmp_path / "cat" / "c.png")
+    samples = load_labelled_folder(tmp_path).samples
+    with pytest.raises(UndecodableImage, match="a.jpg cannot be decoded: .*its format is EPS"):
+        samples[0]
+    assert samples[1][0].size == (8, 4)
+    assert samples[2][0].getpixel((0, 0)) == 200
 
 
 def test_rejects_names_that_cannot_be_used(tmp_path):

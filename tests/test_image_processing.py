@@ -1,15 +1,17 @@
 """The image processor against openai/CLIP's transform, written here once more in plain PIL and torch."""
 
 import base64
-import functools
+import contextlib
+import gzip
 import hashlib
-import http.server
 import io
 import json
 import os
 import pickle
 import resource
+import socketserver
 import threading
+import time
 
 import numpy as np
 import PIL.Image
@@ -218,6 +220,21 @@ def test_big_endian_16_bit_is_read_right():
     assert np.array_equal(np.asarray(open_image(image)), values >> 8)
 
 
+@pytest.mark.parametrize("maxval", [1000, 65535])
+def test_16_bit_pgm_keeps_its_high_byte(maxval):
+    values = np.linspace(0, maxval, 40 * 30).astype(">u2").reshape(40, 30)
+    image = open_image(b"P5 30 40 %d\n" % maxval + values.tobytes())
+    assert image.mode == "L"
+    assert np.abs(np.asarray(image) - values.astype(float) * 65535 / maxval // 256).max() <= 1  # PIL's rounding
+
+
+def test_16_bit_png_is_turned_upright():
+    values, file, exif = np.arange(600, dtype=np.uint16).reshape(20, 30) * 100, io.BytesIO(), Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(values).save(file, "PNG", exif=exif)
+    assert np.array_equal(np.asarray(open_image(file.getvalue())), values[::-1, ::-1] >> 8)
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_rejects_32_bit_images_of_unknown_range(processor, mode):
     with pytest.raises(ValueError, match=f"mode '{mode}'.*unknown range.*scale it to 0..255"):
@@ -236,6 +253,50 @@ def test_truncated_file_is_named(tmp_path, processor, file_format):
         processor(path.read_bytes())
 
 
+def test_formats_of_photographs_are_opened_and_no_others(tmp_path, processor):
+    """By content, whatever the name says: an EPS file named jpg would start Ghostscript."""
+    from hfclip.image_processing_hfclip import FORMATS
+
+    PIL.Image.init()
+    image, opened = Image.fromarray(noise(40, 50)), set()
+    for name in sorted(PIL.Image.SAVE.keys() & PIL.Image.OPEN.keys()):
+        path = tmp_path / f"{name}.jpg"
+        try:
+            image.save(tmp_path / "any.name", name)
+        except Exception:  # a format without RGB or without its library
+            continue
+        (tmp_path / "any.name").rename(path)  # not saved as jpg: PIL would take that for SPIDER's ending from then on
+        if name in FORMATS:
+            assert open_image(path).size == (50, 40)
+            opened.add(name)
+        else:
+            for source in (path, path.read_bytes()):
+                with pytest.raises(ValueError, match=r"cannot be decoded \(.*Expected one of JPEG, PNG, WEBP"):
+                    processor(source)
+    assert opened >= {"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"}
+
+
+def test_eps_named_jpg_is_refused_by_name_and_starts_nothing(tmp_path, processor, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")  # what PIL would run
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10 10 rectfill\nshowpage\n%%EOF\n"
+    (tmp_path / "photo.jpg").write_bytes(eps)
+    for source in (eps, tmp_path / "photo.jpg", base64.b64encode(eps).decode()):
+        with pytest.raises(ValueError, match="its format is EPS.*Expected one of JPEG"):
+            processor(source)
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize(
+    "data, found",
+    [(b"", "it is empty"), (b"<!DOCTYPE html>", "begins with b'<!DOCTYPE html>'"), (b"8BPS\0\1", "its format is PSD")],
+)
+def test_what_is_no_image_is_named(processor, data, found):
+    with pytest.raises(ValueError, match=f"image 0: the image cannot be decoded .*{found}"):
+        processor(data)
+
+
 def test_missing_file_and_unreachable_url_are_named(processor):
     with pytest.raises(ValueError, match=r"image 0 \(nowhere.jpg\).*neither an existing file, nor a URL"):
         processor("nowhere.jpg")
@@ -249,18 +310,123 @@ def test_directory_is_named(tmp_path, processor):
             processor(source)
 
 
-def test_url_is_fetched(tmp_path, processor):
-    Image.fromarray(noise(20, 30)).save(tmp_path / "a.png")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+@contextlib.contextmanager
+def serving(answer):
+    """The URL of a local server of raw replies: `answer(socket, path)` writes whatever it likes."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            path = self.request.makefile("rb").readline().split()[1].decode()
+            with contextlib.suppress(OSError):  # the client went away
+                answer(self.request, path)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
-            found = processor(f"http://127.0.0.1:{server.server_port}/a.png", return_tensors="np")["pixel_values"]
-            with pytest.raises(ValueError, match="404"):
-                processor(f"http://127.0.0.1:{server.server_port}/b.png")
+            yield f"http://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()
-    assert np.array_equal(found, processor(tmp_path / "a.png", return_tensors="np")["pixel_values"])
+
+
+OK = b"HTTP/1.0 200 OK\r\n"
+
+
+def png(image=None) -> bytes:
+    file = io.BytesIO()
+    (image or Image.fromarray(noise(20, 30))).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_url_is_fetched(processor, chunked):
+    data = png()
+
+    def answer(socket, path):
+        if path == "/moved":
+            socket.sendall(b"HTTP/1.1 302 Found\r\nLocation: /a.png\r\nContent-Length: 0\r\n\r\n")
+        elif path != "/a.png":
+            socket.sendall(b"HTTP/1.0 404 Not Found\r\n\r\n")
+        elif chunked:
+            parts = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (data[:100], data[100:], b""))
+            socket.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + parts)
+        else:
+            socket.sendall(OK + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+
+    with serving(answer) as url:
+        for path in ("a.png", "moved"):
+            assert np.array_equal(np.asarray(open_image(f"{url}/{path}")), noise(20, 30))
+            assert open_image(f"{url.upper()}/{path}").size == (30, 20)
+        with pytest.raises(ValueError, match="image 0 .*b.png cannot be fetched .*404"):
+            processor(f"{url}/b.png")
+
+
+@pytest.mark.parametrize(
+    "reply, reason",
+    [
+        (OK + b"Content-Length: 1000\r\n\r\n" + png()[:500], "IncompleteRead"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1000\r\nabc", "IncompleteRead"),
+        (OK + b"Content-Length: 1000000000000000000\r\n\r\n" + png(), "IncompleteRead"),
+        (b"", "closed connection"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "BadStatusLine"),
+        (OK + b"a: b\r\n" * 200 + b"\r\n", "more than 100 headers"),
+        (OK + b"a: " + b"b" * 10**5, "LineTooLong"),
+        (OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(png()), r"compressed \(gzip\)"),
+        (b"HTTP/1.0 302 Found\r\nLocation: file:///etc/hostname\r\n\r\n", "'file:///etc/hostname' is not allowed"),
+        (b"HTTP/1.0 302 Found\r\nLocation: ftp://127.0.0.1/a.png\r\n\r\n", "unknown url type: ftp"),
+        (b"HTTP/1.0 302 Found\r\nLocation: /loop\r\n\r\n", "infinite loop"),
+        (OK + b"\r\n<html>", "begins with b'<html>'"),
+    ],
+)
+def test_replies_that_are_no_image_are_refused_with_the_reason(processor, reply, reason):
+    with serving(lambda socket, path: socket.sendall(reply)) as url:
+        with pytest.raises(ValueError, match=f"image 0 .*{reason}"):
+            processor(f"{url}/a.png")
+
+
+@pytest.mark.parametrize("head", [OK + b"\r\n", OK + b"a: ", b"", b"HTTP/1.0 302 Found\r\nLocation: /b\r\n\r\n"])
+def test_endless_replies_end_at_a_bound_of_time_and_of_size(processor, monkeypatch, head):
+    monkeypatch.setattr("hfclip.download_hfclip.MAX_SECONDS", 0.5)
+    monkeypatch.setattr("hfclip.download_hfclip.MAX_BYTES", 2**20)
+
+    def drip(socket, path):
+        socket.sendall(head)
+        for _ in range(100):
+            socket.sendall(b"x")
+            time.sleep(0.05)
+
+    def flood(socket, path):
+        socket.sendall(head)
+        while True:
+            socket.sendall(b"x\r\n" * 2**12)
+
+    with serving(drip) as url, pytest.raises(ValueError, match="takes more than 0.5 seconds|timed out"):
+        processor(url)
+    with (
+        serving(flood) as url,
+        pytest.raises(ValueError, match="more than 1,048,576 bytes|LineTooLong|BadStatusLine|100"),
+    ):
+        processor(url)
+
+
+def test_silence_is_bounded(processor, monkeypatch):
+    monkeypatch.setattr("hfclip.download_hfclip.MAX_SILENCE", 0.1)
+    for head in (b"", OK + b"Content-Length: 9\r\n\r\nabc"):
+        with serving(lambda socket, path: (socket.sendall(head), time.sleep(2))) as url:
+            with pytest.raises(ValueError, match="timed out"):
+                processor(url)
+
+
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1/a.png", "file:///etc/hostname", "gopher://a", "s3://bucket/a.png"])
+def test_other_schemes_are_refused_by_name(processor, url):
+    with pytest.raises(ValueError, match=f"has the scheme '{url.split(':')[0]}', expected http or https"):
+        processor(url)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://a b/", "http://host:port/", "http://[::1/", "http://a..b/"])
+def test_malformed_urls_are_refused(processor, url):
+    with pytest.raises(ValueError, match="image 0 .*cannot be fetched"):
+        processor(url)
 
 
 def test_long_lists_of_paths_do_not_exhaust_open_files(tmp_path, processor):
@@ -323,9 +489,33 @@ def test_arrays_and_tensors_equal_the_image(processor):
 def test_grey_and_rgba_arrays_equal_the_image(channels, mode):
     pixels = noise(50, 70, channels)
     image = Image.frombytes(mode, (70, 50), pixels.tobytes())
-    sources = [pixels, pixels.transpose(2, 0, 1)] + [pixels[..., 0]] * (channels == 1)
-    for source in sources:
-        assert open_image(source) == image
+    assert open_image(pixels) == image
+    assert open_image(pixels.transpose(2, 0, 1), "channels_first") == image
+    if channels == 1:
+        assert open_image(pixels[..., 0]) == open_image(pixels.transpose(2, 0, 1)) == image
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy])
+def test_four_grey_images_are_never_read_as_one_rgba_image(processor, make):
+    grey = make(noise(40, 50, 4).transpose(2, 0, 1).copy())  # (4, 40, 50)
+    with pytest.raises(ValueError, match=r"\(4, 40, 50\) is one RGBA image or four grey ones.*channels_first.*list"):
+        processor(grey)
+    four = processor([Image.fromarray(np.asarray(plane)) for plane in grey], return_tensors="pt")["pixel_values"]
+    for images in (list(grey), grey[:, None], grey[..., None]):
+        assert torch.equal(processor(images, return_tensors="pt")["pixel_values"], four)
+    one = processor(grey, input_data_format="channels_first", return_tensors="pt")["pixel_values"]
+    rgba = Image.fromarray(np.ascontiguousarray(np.asarray(grey).transpose(1, 2, 0)))
+    assert rgba.mode == "RGBA" and torch.equal(one, processor(rgba, return_tensors="pt")["pixel_values"])
+    # in a batch the second dimension is that of the channels, and nothing is ambiguous
+    assert torch.equal(processor(grey[None], return_tensors="pt")["pixel_values"], one)
+
+
+@pytest.mark.parametrize("num_images", [2, 5, 32])
+def test_other_numbers_of_grey_images_are_refused(processor, num_images):
+    grey = noise(40, 50, num_images).transpose(2, 0, 1)
+    with pytest.raises(ValueError, match=rf"\({num_images}, 40, 50\).*Grey images.*list\(images\)"):
+        processor(grey)
+    assert processor(list(grey), return_tensors="np")["pixel_values"].shape == (num_images, 3, 224, 224)
 
 
 def test_floats_are_rounded_to_the_nearest_level():
@@ -346,6 +536,8 @@ def test_half_precision_tensors_are_accepted():
         (np.full((4, 4, 3), np.nan), "0..1, found nan"),
         (np.zeros((4, 4, 3), np.int64), "uint8 or of floating point.*int64"),
         (np.zeros((4, 4, 3), bool), "uint8 or of floating point.*bool"),
+        (np.full((4, 4, 3), 200, np.int16), "uint8 or of floating point.*int16"),
+        (torch.full((3, 40, 50), 255.0), "0..1, found 255.0"),
         (np.zeros((0, 4, 3), np.uint8), "empty"),
         (np.zeros((5, 5, 2), np.uint8), r"RGBA\) channels, found shape \(5, 5, 2\)"),
         (np.zeros((3, 8, 3), np.uint8), "channels first or last.*input_data_format"),
@@ -480,6 +672,12 @@ def test_rescaling_and_normalisation_are_separate():
         ({"size": -1}, "size must be a positive integer.*found -1"),
         ({"size": True}, "size must be a positive integer.*found True"),
         ({"size": {"longest_edge": 5}}, "size must be.*longest_edge"),
+        ({"size": 10**12}, "size must be.*up to 4096.*found 1000000000000"),
+        ({"size": {"height": 1, "width": 30000}}, "size must be.*up to 4096"),
+        ({"crop_size": 30000}, "crop_size must be.*up to 4096.*found 30000"),
+        ({"image_mean": [10**400, 0, 0]}, "image_mean must be three numbers"),
+        ({"image_std": [1e-50, 1, 1]}, "image_std must be positive, at least 1e-06"),
+        ({"rescale_factor": 1e300}, "rescale_factor must be a positive number"),
         ({"crop_size": 0}, "crop_size must be.*found 0"),
         ({"crop_size": {"shortest_edge": 5}}, r"crop_size must be .*\(height and width\), found"),
         ({"resample": 99}, "resample must be one of.*3: 'BICUBIC'.*found 99"),
@@ -495,6 +693,13 @@ def test_rejects_bad_options_at_construction_and_per_call(processor, options, me
         HFCLIPImageProcessor(**options)
     with pytest.raises((TypeError, ValueError), match=message):
         processor(Image.new("RGB", (4, 4)), **options)
+
+
+def test_rejects_absurd_sizes_in_a_saved_folder(tmp_path):
+    for name in ("crop_size", "size"):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({name: {"height": 30000, "width": 30000}}))
+        with pytest.raises(ValueError, match=f"{name} must be .*up to 4096.*found"):
+            HFCLIPImageProcessor.from_pretrained(tmp_path)
 
 
 def test_rejects_options_of_transformers_that_it_would_ignore():

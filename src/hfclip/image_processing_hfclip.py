@@ -8,10 +8,10 @@ expects it. Resizing is PIL's whether or not torchvision is installed; only `res
 import base64
 import difflib
 import io
-import math
 import os
-import urllib.request
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +22,8 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
+
+from .download_hfclip import download
 
 
 ImageSource = PIL.Image.Image | np.ndarray | torch.Tensor | bytes | str | os.PathLike
@@ -37,7 +39,10 @@ _TURNS = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-_URL_TIMEOUT = 30  # seconds
+# Formats of photographs, the last two with a plugin of the user's. PIL opens many more: EPS would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF", "JXL")
+MAX_EDGE = 4096  # pixels of a processed image: one of 4096 x 4096 takes 200 MB
+_MAX_NUMBER = 1e6
 _BICUBIC = PILImageResampling.BICUBIC
 # PIL's filters that torch also has with antialiasing
 _TORCH_MODES = {PILImageResampling.BILINEAR: "bilinear", _BICUBIC: "bicubic"}
@@ -48,16 +53,20 @@ def open_image(source: ImageSource, input_data_format: str | None = None) -> PIL
 
     Args:
         source: PIL image (never modified), encoded bytes, path, http(s) URL, base64 string, numpy array or tensor.
-            Arrays are (height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels,
-            either uint8 or floating point in 0..1; floats are rounded to the nearest of the 256 levels.
-        input_data_format: "channels_first" or "channels_last", for arrays whose shape does not tell.
+            Files are of one of `FORMATS`; replies to a URL are bounded (see `download`). Arrays are (height, width),
+            (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels, either uint8 or floating
+            point in 0..1; floats are rounded to the nearest of the 256 levels.
+        input_data_format: "channels_first" or "channels_last", for arrays whose shape does not tell. Of two readings
+            the one with three channels counts. (4, height, width) is refused without it, since four grey images look
+            the same.
 
     An EXIF orientation is applied, as `transformers.image_utils.load_image` does (openai/CLIP ignores it); a tag that
     cannot be read counts as none. 16-bit grey keeps its high byte (`value >> 8`), as PIL does with 16-bit RGB; PIL's
     own conversion would clip everything above 255 to white.
 
-    Raises `ValueError` for damaged files, images above PIL's size limit, empty images, arrays of other shapes, ranges
-    or types, and modes `I` and `F`, whose range is unknown; `TypeError` for anything that is not an image.
+    Raises `ValueError` for damaged files, other formats, images above PIL's size limit, empty images, arrays of other
+    shapes, ranges or types, and modes `I` and `F` where their range is unknown; `TypeError` for anything that is not an
+    image.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _image_from_array(source, input_data_format)
@@ -67,10 +76,17 @@ def open_image(source: ImageSource, input_data_format: str | None = None) -> PIL
             image = source
             image.load()
         else:
-            with PIL.Image.open(file) as image:  # closes the file, keeps the pixels
+            PIL.Image.init()  # registers all formats, once
+            formats = [name for name in FORMATS if name in PIL.Image.OPEN]
+            with PIL.Image.open(file, formats=formats) as image:  # closes the file, keeps the pixels
                 image.load()
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"{error} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust its origin.") from error
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError(
+            f"the image cannot be decoded ({_unknown_format(file)}). Expected one of {', '.join(FORMATS)}: convert it, "
+            "or pass it as a PIL image if you trust its origin."
+        ) from error
     except Exception as error:  # PIL's codecs raise nearly anything on damaged data
         raise ValueError(
             f"the image cannot be decoded ({type(error).__name__}: {error}). Expected a complete image file; fetch it "
@@ -78,7 +94,7 @@ def open_image(source: ImageSource, input_data_format: str | None = None) -> PIL
         ) from error
     if 0 in image.size:
         raise ValueError(f"the image is empty: {image.width} x {image.height} (width x height). Leave it out.")
-    return _to_eight_bits(_upright(image))
+    return _to_eight_bits(_upright(image), image.format)
 
 
 def _as_file(source: bytes | str | os.PathLike) -> io.BytesIO | str | os.PathLike:
@@ -93,17 +109,31 @@ def _as_file(source: bytes | str | os.PathLike) -> io.BytesIO | str | os.PathLik
         return source
     if os.path.isdir(source):
         raise ValueError(f"{_short(source)} is a directory. Expected an image: pass the files in it.")
-    text = os.fspath(source)
-    if isinstance(text, str) and text.startswith(("http://", "https://")):
-        try:
-            with urllib.request.urlopen(text, timeout=_URL_TIMEOUT) as response:
-                return io.BytesIO(response.read())
-        except OSError as error:
-            raise ValueError(f"{text} cannot be fetched ({error}). Check the address and the connection.") from error
+    text = str(os.fspath(source))
+    if isinstance(source, str) and (scheme := re.match(r"([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE)):
+        if scheme[1].lower() not in ("http", "https"):
+            raise ValueError(
+                f"{_short(text)} has the scheme {scheme[1]!r}, expected http or https. Fetch it yourself."
+            )
+        return io.BytesIO(download(text))
     try:
-        return io.BytesIO(base64.b64decode(str(text).rpartition("base64,")[2], validate=True))
+        return io.BytesIO(base64.b64decode(text.rpartition("base64,")[2], validate=True))
     except ValueError:
         raise ValueError(f"{_short(text)} is neither an existing file, nor a URL, nor a base64 image.") from None
+
+
+def _unknown_format(file: io.BytesIO | str | os.PathLike) -> str:
+    """What a file is that is of none of `FORMATS`, by its first bytes; nothing in it is decoded."""
+    if isinstance(file, io.BytesIO):
+        head = file.getvalue()[:16]
+    else:
+        with open(file, "rb") as opened:
+            head = opened.read(16)
+    for name, (_, has_signature) in PIL.Image.OPEN.items():
+        with suppress(Exception):  # signatures are longer than some files
+            if name not in FORMATS and has_signature and has_signature(head) is True:
+                return f"its format is {name}"
+    return f"it begins with {head!r}, as no image does" if head else "it is empty"
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -120,14 +150,16 @@ def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
     return image
 
 
-def _to_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+def _to_eight_bits(image: PIL.Image.Image, file_format: str | None) -> PIL.Image.Image:
+    # PIL opens 16-bit grey of these formats with mode I: PGM always, PNG before Pillow 11
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM"))
+    if is_16_bit:
+        return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(
             f"mode {image.mode!r} holds 32-bit values of unknown range. Expected 8 or 16 bits a channel: scale it to "
             "0..255 and convert it to 'L' first."
         )
-    if image.mode.startswith("I;16"):
-        return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image
 
 
@@ -161,16 +193,14 @@ def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarr
         return array[..., None]
     if array.ndim != 3:
         raise ValueError(f"expected an image of 2 or 3 dimensions, found shape {array.shape}.")
-    first, last = array.shape[0], array.shape[2]
+    shape = array.shape
     if input_data_format is None:
-        fits_first, fits_last = first in (1, 3, 4), last in (1, 3, 4)
-        if fits_first and fits_last and (first == 3) == (last == 3):
+        input_data_format = _data_format(shape)
+        if input_data_format == "channels_first" and shape[0] == 4:
             raise ValueError(
-                f"shape {array.shape} can be read with the channels first or last. Say which with "
-                "input_data_format='channels_first' or 'channels_last'."
+                f"shape {shape} is one RGBA image or four grey ones. Say input_data_format='channels_first' for the "
+                "one, pass list(images) for the four."
             )
-        # with two candidates, the one of three channels: (1, 1, 3) is one RGB pixel
-        input_data_format = "channels_first" if fits_first and (not fits_last or first == 3) else "channels_last"
     if input_data_format not in ("channels_first", "channels_last"):
         raise ValueError(
             f"input_data_format must be 'channels_first' or 'channels_last', found {input_data_format!r}."
@@ -179,9 +209,22 @@ def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarr
         array = array.transpose(1, 2, 0)
     if array.shape[2] not in (1, 3, 4):
         raise ValueError(
-            f"expected 1 (grey), 3 (RGB) or 4 (RGBA) channels, found shape {(first, array.shape[1], last)}."
+            f"expected 1 (grey), 3 (RGB) or 4 (RGBA) channels, found shape {shape}. Grey images without a channel "
+            "dimension go into a list: list(images)."
         )
     return array
+
+
+def _data_format(shape: Sequence[int]) -> str:
+    """Where the channels of an image of three dimensions are, as `open_image` says."""
+    fits_first, fits_last = shape[0] in (1, 3, 4), shape[2] in (1, 3, 4)
+    if fits_first and fits_last and (shape[0] == 3) == (shape[2] == 3):
+        raise ValueError(
+            f"shape {tuple(shape)} can be read with the channels first or last. Say which with "
+            "input_data_format='channels_first' or 'channels_last'."
+        )
+    # with two candidates, the one of three channels: (1, 1, 3) is one RGB pixel
+    return "channels_first" if fits_first and (not fits_last or shape[0] == 3) else "channels_last"
 
 
 def _resized(
@@ -401,9 +444,9 @@ class HFCLIPImageProcessor(BaseImageProcessor):
         if return_tensors not in (None, "pt", "np"):
             raise ValueError(f"return_tensors must be 'pt', 'np' or None, found {return_tensors!r}.")
         crops, factors = [], []
-        for index, image in enumerate(_flat(images)):
+        for index, (image, data_format) in enumerate(_flat(images, input_data_format)):
             try:
-                crops.append(_cropped(open_image(image, input_data_format), options))
+                crops.append(_cropped(open_image(image, data_format), options))
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"image {index}{_name(image)}: {error}") from error
@@ -449,15 +492,16 @@ class HFCLIPImageProcessor(BaseImageProcessor):
         return super().from_dict(image_processor_dict, **kwargs)
 
 
-def _flat(images: Any) -> Iterator[ImageSource]:
-    """The single images in nested lists and batches, in order."""
+def _flat(images: Any, data_format: str | None) -> Iterator[tuple[ImageSource, str | None]]:
+    """The single images in nested lists and batches, in order, each with the place of its channels where known."""
     if isinstance(images, (list, tuple)):
         for item in images:
-            yield from _flat(item)
+            yield from _flat(item, data_format)
     elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-        yield from images
+        data_format = data_format or _data_format(images.shape[1:])
+        yield from ((image, data_format) for image in images)
     else:
-        yield images
+        yield images, data_format
 
 
 def _name(image: Any) -> str:
@@ -504,15 +548,15 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
         filters = {int(member): member.name for member in PILImageResampling}
         raise ValueError(f"resample must be one of PIL's {filters}, found {options['resample']!r}.") from None
     factor = options["rescale_factor"]
-    if not _is_number(factor) or factor <= 0:
+    if not _is_number(factor) or factor < 1 / _MAX_NUMBER:
         raise ValueError(f"rescale_factor must be a positive number, found {factor!r}.")
     for name in ("image_mean", "image_std"):
         values = options[name]
         if not isinstance(values, (list, tuple)) or len(values) != 3 or not all(map(_is_number, values)):
             raise ValueError(f"{name} must be three numbers (red, green, blue), found {values!r}.")
         options[name] = tuple(values)
-    if min(options["image_std"]) <= 0:
-        raise ValueError(f"image_std must be positive, found {options['image_std']}.")
+    if min(options["image_std"]) < 1 / _MAX_NUMBER:
+        raise ValueError(f"image_std must be positive, at least {1 / _MAX_NUMBER}, found {options['image_std']}.")
     if options["resize_backend"] not in ("pil", "torch"):
         raise ValueError(f"resize_backend must be 'pil' or 'torch', found {options['resize_backend']!r}.")
     if options["resize_backend"] == "torch" and options["resample"] not in _TORCH_MODES:
@@ -523,7 +567,8 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # also false for NaN, and for what float32 would make infinite
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER
 
 
 def _crop_of(size: SizeDict) -> SizeDict:
@@ -541,10 +586,12 @@ def _size(name: str, value: Any) -> SizeDict:
     if isinstance(edges, (Mapping, SizeDict)):
         edges = dict(edges)
         known = set(edges) == {"height", "width"} or (name == "size" and set(edges) == {"shortest_edge"})
-        if known and all(type(edge) is int and edge > 0 for edge in edges.values()):
+        if known and all(type(edge) is int and 0 < edge <= MAX_EDGE for edge in edges.values()):
             return SizeDict(**edges)
     keys = "height and width, or shortest_edge" if name == "size" else "height and width"
-    raise ValueError(f"{name} must be a positive integer or a dict of positive integers ({keys}), found {value!r}.")
+    raise ValueError(
+        f"{name} must be a positive integer up to {MAX_EDGE} or a dict of such ({keys}), found {value!r}."
+    )
 
 
 __all__ = ["HFCLIPImageProcessor"]

@@ -3,7 +3,6 @@
 folder -> labels, templates, samples -> classifier -> hits of this rank's share -> one sum over ranks -> accuracy
 """
 
-import io
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils.logging import tqdm
 
+from ..image_processing_hfclip import open_image
 from ..zero_shot import DEFAULT_TEMPLATES, Template, ZeroShotClassifier, check_labels, check_templates
 
 
@@ -183,13 +183,9 @@ class LazyImages(Sequence):
             file.seek(entry.offset)
             data = file.read(entry.size)
         try:
-            image = PIL.Image.open(io.BytesIO(data))
-            image.load()
-        except Exception as error:  # PIL's codecs raise nearly anything on damaged data
-            raise UndecodableImage(
-                f"{entry.name} cannot be decoded ({type(error).__name__}: {error}): fetch it again."
-            ) from error
-        return image, entry.target
+            return open_image(data), entry.target
+        except ValueError as error:
+            raise UndecodableImage(f"{entry.name} cannot be decoded: {error}") from error
 
 
 class LabelledFolder(NamedTuple):
