@@ -319,17 +319,19 @@ def test_pictures_on_the_device_are_those_of_a_micro_batch():
 
 
 @pytest.mark.parametrize(
-    ("local", "workers", "batches"),
+    ("world", "local", "workers", "batches"),
     [
-        (1000, 2, 8),  # 0.14 GiB each: 4 of each worker
-        (4096, 4, 4),  # 0.57 GiB each: 7 are in 4 GiB, one of each worker
-        (4096, 3, 6),
-        (32768, 8, 8),  # 4.6 GiB each: one of each worker all the same
-        (4096, 0, 1),
+        (1, 1000, 2, 8),  # 0.14 GiB each: 4 of each worker
+        (1, 4096, 4, 4),  # 0.57 GiB each: 7 are in 4 GiB, one of each worker
+        (1, 4096, 3, 6),
+        (1, 32768, 8, 8),  # 4.6 GiB each: one of each worker all the same
+        (1, 4096, 0, 1),
+        (8, 1000, 1, 3),  # 4 GiB for eight processes
+        (64, 1000, 1, 3),  # of each machine
     ],
 )
-def test_workers_read_four_batches_or_four_gib_ahead(local, workers, batches):
-    planned = run(batch=8 * local, world=8, workers=workers)
+def test_workers_read_four_batches_or_four_gib_a_machine_ahead(world, local, workers, batches):
+    planned = run(batch=world * local, world=world, workers=workers)
     assert batches_ahead(planned) == batches
     size = batches * local * 3 * 224**2 / 2**30
     assert f"host memory of a process: {batches} batches read ahead, {size:.2f} GiB" in report(make_plan(planned))

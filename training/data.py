@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from hfclip.image_processing_hfclip import random_square_crop
 
 from .config import Config, UsageError
+from .loading import HandingOver
 from .phases import Phases
 from .sources import BadSample, MixtureSource, Source, StreamSource
 from .stopping import SIGNALS
@@ -84,7 +85,7 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-BYTES_AHEAD = 4 << 30  # of decoded pictures that a process's workers prepare
+BYTES_AHEAD = 4 << 30  # of decoded pictures that the workers of a machine prepare
 
 
 class Order:
@@ -498,15 +499,16 @@ def build_loader(
         _check_stream(dataset.source, dataset.order, num_ranks)
     slots = rank_slice(config.optim.batch_size, rank, num_ranks)
     workers = config.data.num_workers
+    bytes_ahead = BYTES_AHEAD // min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), num_ranks)
     in_a_batch = 3 * dataset.image_size**2 * len(slots)
     return DataLoader(
         dataset,
         batch_sampler=StepSampler(start, stop, slots, phases),
-        collate_fn=collate,
+        collate_fn=HandingOver(collate) if workers else collate,
         num_workers=workers,
-        # Batches that are ready wait in shared memory: a large one must not wait in many copies.
-        prefetch_factor=max(1, min(4, BYTES_AHEAD // (in_a_batch * workers))) if workers else None,
-        worker_init_fn=_start_worker,
+        # Batches that are ready wait in memory: a large one must not wait in many copies.
+        prefetch_factor=max(1, min(4, bytes_ahead // (in_a_batch * workers))) if workers else None,
+        worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that starting to read leaves the global random state alone
     )
@@ -540,7 +542,7 @@ def _check_stream(source: StreamSource, order: LaneOrder, num_ranks: int) -> Non
     cache.check_disk()
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """Signals reach the whole process group; the run, not its workers, decides when to stop reading."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -43,6 +43,7 @@ PER_PAIR = ("activations", "pictures (uint8)")  # what grows with the micro-batc
 TILES = 4  # tiles of the loss that are alive at a time
 SECONDS_A_DAY = 86400
 AHEAD = 4  # batches that a worker reads ahead, at most
+DEVICES_A_MACHINE = 8  # at most, which share what is read ahead
 
 
 @dataclass(frozen=True)
@@ -329,7 +330,7 @@ def batches_ahead(run: Run) -> int:
     """Batches of one process that its workers hold on the host, at most: one for each of them at least."""
     if not run.workers:
         return 1  # read when it is needed
-    each = BYTES_AHEAD // (run.workers * run.local * run.picture)
+    each = BYTES_AHEAD // (min(run.world, DEVICES_A_MACHINE) * run.workers * run.local * run.picture)
     return run.workers * max(1, min(AHEAD, each))
 
 

@@ -35,6 +35,7 @@ from training.data import Collate, PairDataset, build_loader
 from training.distillation import build_teacher
 from training.evaluation import Evaluator
 from training.heartbeat import Heartbeat
+from training.loading import Batches
 from training.machine import build_accelerator, on_main_process
 from training.model import build_architecture, build_model, build_processor, describe, resumed_from, suited_to
 from training.phases import build_phases
@@ -47,6 +48,8 @@ from training.tracking import Tracking, check_trackers
 
 
 SECONDS_BETWEEN_CURVES = 60  # a drawing takes about one
+SECONDS_BETWEEN_LOOKS = 1.0  # for signals and the deadline, while a step waits for its batch
+SECONDS_TO_SAY_SO = 60  # that it waits
 
 
 @dataclass(kw_only=True, slots=True)
@@ -227,11 +230,12 @@ def train(run: Run) -> int:
             evaluate(run, run.start)  # the run was killed between saving and this
     run.tracking.start()
     bad_in_a_row, waiting_since = 0, time.perf_counter()
-    with Trace(traced, run.folder / "profile", run.tracking.say) as trace:
-        for step, batch in enumerate(run.loader, run.start):
-            data_time = time.perf_counter() - waiting_since
-            if is_to_stop(run, step, batch.get("failure")):
+    with Trace(traced, run.folder / "profile", run.tracking.say) as trace, Batches(run.loader) as batches:
+        for step in range(run.start, run.stop):
+            batch = next_batch(run, batches, step)
+            if batch is None:
                 return step
+            data_time = time.perf_counter() - waiting_since
             counts = batch.pop("counts")
             metrics = run.step(batch, step)
             flops = metrics.pop("flops")
@@ -253,21 +257,34 @@ def train(run: Run) -> int:
     return run.stop
 
 
-def is_to_stop(run: Run, step: int, failure: str | None) -> bool:
-    """Whether any process was told to stop or has no data, agreed upon by all; saves if so.
+def next_batch(run: Run, batches: Batches, step: int) -> dict | None:
+    """This process's batch of a step, once all have theirs; None if the run is to stop, which is saved then. Collective.
+
+    Whoever still waits for data says so to the others each second: none of them sits in a collective meanwhile, where
+    it would hear no signal.
 
     Raises:
         UsageError: on all processes, if the data of one ended.
     """
-    flags = torch.tensor([run.stopping.requested, failure is not None], dtype=torch.int, device=run.accelerator.device)
-    interrupted, failed = run.accelerator.reduce(flags, "sum").tolist()
-    if interrupted or failed:
-        run.tracking.say(f"Stopping after step {step} ...")
-        if step > run.saved:
-            save(run, step)
-    if failed:
-        raise UsageError(next(message for message in gather_object([failure]) if message))
-    return bool(interrupted)
+    batch, since, is_said = None, time.monotonic(), False
+    while True:
+        batch = batch or batches.wait(SECONDS_BETWEEN_LOOKS)
+        failure = batch and batch.get("failure")
+        flags = [run.stopping.requested, failure is not None, batch is None]
+        flags = torch.tensor(flags, dtype=torch.int, device=run.accelerator.device)
+        interrupted, failed, waiting = run.accelerator.reduce(flags, "sum").tolist()
+        if interrupted or failed:
+            run.tracking.say(f"Stopping after step {step} ...")
+            if step > run.saved:
+                save(run, step)
+            if failed:
+                raise UsageError(next(message for message in gather_object([failure]) if message))
+            return None
+        if not waiting:
+            return batch
+        if not is_said and time.monotonic() - since > SECONDS_TO_SAY_SO:
+            run.tracking.say(f"Step {step + 1} has waited {SECONDS_TO_SAY_SO} s for data in {waiting} processes ...")
+            is_said = True
 
 
 def give_up(run: Run, done: int, bad_in_a_row: int, batch: dict[str, torch.Tensor]) -> None:
