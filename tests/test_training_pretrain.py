@@ -1,6 +1,7 @@
 """The trainer as a program: from files to a usable model, stopped and resumed, wrong input told in one message."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -227,6 +229,49 @@ def test_signals_request_a_stop(name, stops):
         process.stdout.readline()
         process.send_signal(signal.SIGHUP if name == "nohup" else signal.Signals[name])
         assert process.communicate("\n", timeout=60)[0] == f"{stops}\n"
+
+
+def data_workers(run: psutil.Process) -> list[psutil.Process]:
+    """Forked from the run, they have its command line."""
+    return [child for child in run.children() if child.cmdline() == run.cmdline()]
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="knows workers by what they are forked from")
+@pytest.mark.parametrize("processes", [None, 2])
+def test_run_saves_and_names_the_reader_that_was_killed(processes, tmp_path):
+    """As the system does it where memory runs out, in one of two processes."""
+    write_shards(tmp_path, 64)
+    model = model_with_tokenizer(tmp_path)
+    recipe = write_recipe(tmp_path, model=model, data={"num_workers": 2}, optim={"steps": 100_000})
+    line = command("--config", recipe, processes=processes)
+    process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(tmp_path / "run", process, 3)
+    run = psutil.Process(process.pid)
+    run = run if processes is None else run.children()[-1]
+    victim = data_workers(run)[0]
+    victim.kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert (
+        f"Process {victim.pid}, one of 2 that read data, was killed by SIGKILL" in errors and "num_workers" in errors
+    )
+    assert "DataLoader worker" not in errors
+    done = metrics(tmp_path / "run")[-1]["step"]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{done}"]
+
+
+def test_run_needs_no_shared_memory_for_its_batches(tmp_path):
+    """A container has 64 MB of it, and a batch may be larger; here it has 256 kB, and a batch three times as much."""
+    small = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=256k tmpfs /dev/shm && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*small, "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs unshare and the right to mount")
+    write_shards(tmp_path, 260)
+    sections = {"model": model_with_tokenizer(tmp_path), "data": {"num_workers": 2}}
+    recipe = write_recipe(tmp_path, optim={"batch_size": 256, "steps": 3}, **sections)
+    line = [*small, *command("--config", recipe)]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent is gone")

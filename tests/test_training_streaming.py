@@ -14,10 +14,21 @@ from contextlib import contextmanager
 
 import fsspec
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
-from training_utils import ROOT, caption, environment, model_with_tokenizer, pairs, pretrain, tiny_recipe, write_tar
+from training_utils import (
+    ROOT,
+    caption,
+    command,
+    environment,
+    model_with_tokenizer,
+    pairs,
+    pretrain,
+    tiny_recipe,
+    write_tar,
+)
 
 from hfclip import HFCLIPTokenizer
 from training.config import Config, UsageError
@@ -459,3 +470,61 @@ def test_run_saves_before_it_ends_for_a_shard_that_vanished(shards, tmp_path):
     assert done.returncode != 0
     assert f"{max(late):02d}.tar cannot be fetched: FileNotFoundError" in done.stderr
     assert list((tmp_path / "run").glob("checkpoint-*"))
+
+
+class Hanging(Handler):
+    """Answers no request for a tar while `hangs` is set."""
+
+    hangs, answers = threading.Event(), threading.Event()
+
+    def do_GET(self):
+        if self.path.endswith(".tar") and self.hangs.is_set():
+            self.answers.wait(120)
+        super().do_GET()
+
+
+@pytest.fixture
+def hanging(shards, tmp_path):
+    """The recipe of a run on streamed shards, and the event that makes their store hang."""
+    Hanging.hangs, Hanging.answers = threading.Event(), threading.Event()
+    with server(shards, Hanging) as (address, _):
+        count_shards(address + URL, tmp_path / "cache")
+        recipe = tiny_recipe(tmp_path, data={"train": address + URL, "disk": total(shards) * 0.4 / 1e9})
+        recipe["model"], recipe["optim"]["steps"] = model_with_tokenizer(tmp_path), 100_000
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        yield tmp_path / "recipe.yaml", Hanging.hangs
+        Hanging.answers.set()
+
+
+def steps_when_waiting(folder, process, hangs):
+    """How many steps are done when the store hangs and all that was read ahead is used up."""
+    file, done = folder / "run" / "metrics.jsonl", [0, 0, 0]
+    end = time.monotonic() + 120
+    while done[-1] < 4 or len(set(done[-3:])) > 1:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.5)
+        done.append(len(file.read_text().splitlines()) if file.is_file() else 0)
+        if done[-1] > 2:
+            hangs.set()
+    return done[-1]
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_run_that_waits_for_a_store_saves_and_ends_when_one_of_its_processes_is_told_to(told, hanging, tmp_path):
+    recipe, hangs = hanging
+    line = command("--config", recipe, "--data.num_workers", "1", processes=2)
+    launch = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = steps_when_waiting(tmp_path, launch, hangs)
+    psutil.Process(launch.pid).children()[told].send_signal(signal.SIGTERM)
+    output, errors = launch.communicate(timeout=30)
+    assert launch.returncode == 0, errors
+    assert f"Stopped after step {done} of 100000" in output and (tmp_path / "run" / f"checkpoint-{done}").is_dir()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_deadline_ends_a_run_that_waits_for_a_store(workers, hanging):
+    recipe, hangs = hanging
+    hangs.set()
+    done = pretrain("--config", recipe, "--data.num_workers", workers, "--stop-after", "0.05", timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Stopped after step 0 of 100000" in done.stdout
