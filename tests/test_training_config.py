@@ -78,7 +78,7 @@ def test_saved_config_names_the_same_run(tmp_path):
         (["--optim.batch_size", "1"], ["optim.batch_size", "no negatives"]),
         (["--optim.batch_size", "[1"], ["optim.batch_size", "not a YAML value"]),
         (["--run.precision", "fp8"], ["run.precision", "'fp8'", "'bf16', 'fp16', 'fp32'"]),
-        (["--data.num_workers", "null"], ["data.num_workers", "None", "int"]),
+        (["--data.num_workers", "few"], ["data.num_workers", "'few'", "int or null"]),
         (["--config", "quickstart", "--model.preset", "ViT-B/32"], ["preset and config", "exactly one", "null"]),
         (["--model.preset", "ViT-B/32"], ["model.tokenizer", "null", '"train"', "merges file"]),
         (["--data.train", "x.tar"], ["nothing names the model"]),

@@ -242,6 +242,20 @@ def find_resumed(run_folder: Path, resume: str | None) -> tuple[Path, dict] | No
     return checkpoint, state
 
 
+def precision_of(run_folder: Path, resume: str | None) -> str | None:
+    """`run.precision` of the run that is about to be resumed, as far as its newest checkpoint can be read; else None.
+
+    Read before the process group is set up for it. What is wrong with a checkpoint is told by `find_resumed`.
+    """
+    checkpoints = list_checkpoints(run_folder)[-1:] if resume == "auto" else [Path(resume)] if resume else []
+    for checkpoint in checkpoints:
+        try:
+            return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["config"]["run"]["precision"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+    return None
+
+
 def check_settings(saved: dict, config: Config) -> list[str]:
     """Settings that change what the steps compute and differ from the checkpoint's, as lines to show.
 

@@ -120,8 +120,9 @@ class DataConfig:
     group_captions: bool = False
     """Pairs with the same caption are positives of each other, not negatives. (Where equal texts have equal embeddings,
     without dropout in the text tower, the contrastive loss and its gradient are the same either way.)"""
-    num_workers: int = 4
-    """Processes per rank that read and decode. 0: none, in the training process itself."""
+    num_workers: int | None = None
+    """Processes per rank that read and decode. null: as many as the machine has cores for, divided among its ranks: all
+    but one beside a GPU, a quarter where the CPU trains. 0: none, in the training process itself."""
     cache_dir: str = "~/.cache/hfclip"
     """Where remote shards and the indices of shards are kept."""
     disk: float | None = None
@@ -137,7 +138,8 @@ class DataConfig:
         _require(bool(self.train), "data.train", self.train, "a path, a URL, a name on the Hub or 'scenes'")
         samples = self.max_samples
         _require(samples is None or samples >= 1, "data.max_samples", samples, "null or at least 1")
-        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        workers = self.num_workers
+        _require(workers is None or workers >= 0, "data.num_workers", workers, "null or 0 or more")
         disk = self.disk
         _require(disk is None or 0 < disk < math.inf, "data.disk", disk, "null or above 0, in gigabytes")
         _require(self.max_bad_in_a_row >= 1, "data.max_bad_in_a_row", self.max_bad_in_a_row, "at least 1")
@@ -230,8 +232,8 @@ class RunConfig:
     """The run's folder: config.yaml, metrics.jsonl, checkpoint-<step>/ and, at the end, model/."""
     seed: int = 0
     """Initial weights, order of the data, crops, choice of captions and dropout follow from it."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Of the computation. Weights and optimizer state are float32, but for optim.moments and optim.text_weights."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the computation. auto: bf16 where the device has it in hardware, else fp32; a resumed run keeps its own. Weights and optimizer state are float32, but for optim.moments and optim.text_weights."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     save_every: int | None = None

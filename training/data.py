@@ -29,6 +29,7 @@ from hfclip.image_processing_hfclip import random_square_crop
 
 from .config import Config, UsageError
 from .loading import HandingOver
+from .machine import num_workers
 from .phases import Phases
 from .sources import BadSample, MixtureSource, Source, StreamSource
 from .stopping import SIGNALS
@@ -498,7 +499,7 @@ def build_loader(
     if isinstance(dataset.source, StreamSource):
         _check_stream(dataset.source, dataset.order, num_ranks)
     slots = rank_slice(config.optim.batch_size, rank, num_ranks)
-    workers = config.data.num_workers
+    workers = num_workers(config.data.num_workers)
     bytes_ahead = BYTES_AHEAD // min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), num_ranks)
     in_a_batch = 3 * dataset.image_size**2 * len(slots)
     return DataLoader(

@@ -31,7 +31,7 @@ from hfclip import HFCLIPModel, HFCLIPProcessor
 from training.config import DataConfig, UsageError
 from training.data import caption_id
 from training.distillation import ARRAYS, HEADER, computing_in, load_teacher, usable_captions
-from training.machine import PRECISIONS
+from training.machine import PRECISIONS, num_workers, settled_precision
 from training.sources import BadSample, Source, num_samples, open_source
 
 
@@ -67,9 +67,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--caption_key", help="as data.caption_key")
     add("--max_samples", type=int, help="as data.max_samples")
     add("--cache_dir", default=defaults.cache_dir, help="as data.cache_dir")
-    add("--num_workers", type=int, default=defaults.num_workers, help="processes that read and decode")
+    add("--num_workers", type=int, help="processes that read and decode; else as many as the machine has cores for")
     add("--batch_size", type=int, default=256, help="images, or captions, at a time")
-    add("--precision", choices=list(PRECISIONS), default="bf16", help="of the computation")
+    add("--precision", choices=["auto", *PRECISIONS], default="auto", help="as run.precision")
     return parser.parse_args(argv)
 
 
@@ -82,6 +82,7 @@ def embed(arguments: argparse.Namespace) -> Path:
     out, names = arguments.out.expanduser(), ("split", "image_key", "caption_key", "max_samples", "cache_dir")
     if out.exists():
         raise UsageError(f"--out: {out} exists. Remove it or choose another folder.")
+    arguments.num_workers = num_workers(arguments.num_workers)
     if arguments.batch_size < 1 or arguments.num_workers < 0:
         raise UsageError("--batch_size must be at least 1, and --num_workers at least 0.")
     try:
@@ -93,7 +94,8 @@ def embed(arguments: argparse.Namespace) -> Path:
     model, processor = load_teacher(arguments.model, device)
     source = open_source(name, config, config.split, model.config.image_size)
     writer = Writer(out, source, num_samples(source, config), model, arguments.model)
-    with computing_in(arguments.precision, device):
+    precision = settled_precision(arguments.precision, device)[0]
+    with computing_in(precision, device):
         embed_samples(model, processor, source, writer, arguments)
     writer.finish()
     return out

@@ -22,6 +22,7 @@ from hfclip.evaluation.zero_shot import UndecodableImage, load_labelled_folder, 
 from hfclip.zero_shot import evaluating
 
 from .config import Config, UsageError
+from .machine import num_workers
 from .sources import BadSample, Source, open_source
 
 
@@ -70,7 +71,7 @@ class Evaluator:
                     task.labels,
                     task.templates,
                     batch_size=self.config.eval.batch_size,
-                    num_workers=self.config.data.num_workers,
+                    num_workers=num_workers(self.config.data.num_workers),
                 )
                 del measured["num_samples"]
                 unreadable = measured.pop("num_skipped")

@@ -8,9 +8,12 @@ optimizer; so a share of peak is comparable between settings, and is the "model 
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from hfclip import HFCLIPConfig
@@ -181,21 +184,37 @@ def _convolution(side: int, kernel: int, incoming: int, outgoing: int) -> int:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of the fastest of the square matrix products in `dtype` that `device` computes within `seconds`.
+    """FLOP/s of the fastest of the matrix products and convolutions that `device` computes within `seconds` each.
 
+    In `dtype`, or in float32 where that is faster: a device that has no such hardware computes in float32 itself.
     Measured with torch's present settings (threads, TF32). Several processes of one machine get, at the same time,
     each what the others leave.
     """
-    size = 1024 if device.type == "cpu" else 8192  # large enough for the device's best, and 400 MB at most
-    left, right = torch.randn(2, size, size, device=device).to(dtype)
-    product, fastest, end = left @ right, float("inf"), time.perf_counter() + seconds
+    on_cpu, fastest = device.type == "cpu", 0.0
+    size = 1024 if on_cpu else 8192  # large enough for the device's best, and 400 MB at most
+    images, channels, side = (8, 256, 16) if on_cpu else (64, 256, 56)
+    for kind in {torch.float32, dtype}:
+        left, right = torch.randn(2, size, size, device=device).to(kind)
+        pictures = torch.randn(images, channels, side, side, device=device).to(kind)
+        weight = torch.randn(channels, channels, 3, 3, device=device).to(kind)
+        products = (
+            (_matmul(size, size, size), partial(torch.mm, left, right, out=torch.empty_like(left))),
+            (images * _convolution(side, 3, channels, channels), partial(F.conv2d, pictures, weight, padding=1)),
+        )
+        fastest = max([fastest, *(flops / _shortest(run, device, seconds) for flops, run in products)])
+    return fastest
+
+
+def _shortest(run: Callable[[], torch.Tensor], device: torch.device, seconds: float) -> float:
+    """Seconds of the fastest of the runs within `seconds`."""
+    fastest, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or fastest == float("inf"):
         _finish(device)
         start = time.perf_counter()
-        torch.mm(left, right, out=product)
+        run()
         _finish(device)
         fastest = min(fastest, time.perf_counter() - start)
-    return _matmul(size, size, size) / fastest
+    return fastest
 
 
 def _finish(device: torch.device) -> None:

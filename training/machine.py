@@ -1,46 +1,61 @@
-"""The machine a run finds itself on: Accelerate as the launcher set it up, and CPUs used well."""
+"""The machine a run finds itself on: Accelerate as the launcher set it up, its precision, threads and workers."""
 
 import ctypes
 import os
+import time
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
+from torch.nn import functional as F
 
+from .checkpoint import precision_of
 from .config import NO_ACCUMULATION, Config, UsageError
+from .cores import cores_of_this_process, threads_are_given
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def build_accelerator(config: Config) -> Accelerator:
+def build_accelerator(config: Config, resume: str | None = None) -> Accelerator:
     """Accelerate as the launcher set it up, on the CPU where there is nothing else.
+
+    Settles `config.run.precision`: behind this it is not "auto".
+
+    Args:
+        resume: as `parse_arguments` gives it; a run that goes on keeps its precision.
 
     Raises:
         UsageError: for what the machine cannot do, or the launcher's settings would make wrong.
     """
     _check_launcher()
-    precision = config.run.precision
+    # Not told so, Accelerate leaves each of several processes on a machine without GPU to itself.
+    # Others wait while one process fetches the data: hence the hours.
+    state = PartialState(cpu=computes_on_cpu(), timeout=timedelta(hours=2))
+    if state.device.type == "cpu":
+        make_the_most_of_the_cpu()
+    config.run.precision, reason = on_main_process(state, _precision_of_run, config, resume, state.device)
+    _check_settings(config, state, reason)
     try:
         accelerator = Accelerator(
-            # Not told so, Accelerate leaves each of several processes on a machine without GPU to itself.
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision="no" if precision == "fp32" else precision,
+            mixed_precision="no" if config.run.precision == "fp32" else config.run.precision,
             log_with=config.run.trackers or None,
             project_dir=config.run.output_dir,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # others wait while one fetches the data
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except ValueError as error:
         raise UsageError(f"run.precision: {error} Use bf16 or fp32.") from error
-    _check_settings(config, accelerator)
-    if accelerator.device.type == "cpu":
-        make_the_most_of_the_cpu()
+    if reason:
+        accelerator.print(f"precision {config.run.precision} ({reason})")
     return accelerator
+
+
+def computes_on_cpu() -> bool:
+    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
 
 
 def _check_launcher() -> None:
@@ -55,13 +70,13 @@ def _check_launcher() -> None:
         raise UsageError(f"The launcher's configuration has gradient_accumulation_steps {steps}.{NO_ACCUMULATION}")
 
 
-def _check_settings(config: Config, accelerator: Accelerator) -> None:
-    optim, run, processes = config.optim, config.run, accelerator.num_processes
+def _check_settings(config: Config, state: PartialState, reason: str = "") -> None:
+    optim, run, processes = config.optim, config.run, state.num_processes
     if optim.batch_size < processes:
         raise UsageError(
             f"optim.batch_size: found {optim.batch_size}, expected a pair for each of {processes} processes at least."
         )
-    if run.precision == "fp16" and accelerator.device.type == "cpu":
+    if run.precision == "fp16" and state.device.type == "cpu":
         # Accelerate would say nothing and compute in float32
         raise UsageError("run.precision: fp16 needs a GPU, found none. Use bf16 or fp32.")
     if run.shard_weights and processes == 1:
@@ -69,15 +84,92 @@ def _check_settings(config: Config, accelerator: Accelerator) -> None:
     if run.shard_weights and run.precision == "fp16":
         raise UsageError("run.shard_weights: found run.precision fp16, expected bf16 or fp32.")
     if optim.text_weights == "bfloat16" and (run.precision != "bf16" or run.shard_weights):
-        raise UsageError("optim.text_weights: bfloat16 needs run.precision bf16, and run.shard_weights false.")
+        found = f" Found {run.precision} ({reason}): set optim.text_weights to float32." if reason else ""
+        raise UsageError(f"optim.text_weights: bfloat16 needs run.precision bf16, and run.shard_weights false.{found}")
+
+
+def on_main_process(state: Accelerator | PartialState, function, *arguments):
+    """The result of `function` on the main process, sent to all."""
+    result = [function(*arguments) if state.is_main_process else None]
+    return broadcast_object_list(result)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _precision_of_run(config: Config, resume: str | None, device: torch.device) -> tuple[str, str]:
+    before = precision_of(Path(config.run.output_dir), resume)
+    return settled_precision(config.run.precision, device, before)
+
+
+def settled_precision(asked: str, device: torch.device, before: str | None = None) -> tuple[str, str]:
+    """The precision for what is asked, "auto" among it, and what to say about it; "" where nothing is to be said.
+
+    Args:
+        before: of the run that is resumed.
+    """
+    precision, said = asked, []
+    if asked == "auto" and before is not None:
+        precision, said = before, ["as the run began"]
+    if precision in ("auto", "bf16"):
+        in_hardware = computes_bfloat16(device)
+        if precision == "auto":
+            precision = "bf16" if in_hardware else "fp32"
+            said = [
+                f"auto: this {device.type} device {'has' if in_hardware else 'does not have'} bfloat16 in hardware"
+            ]
+        elif not in_hardware:
+            said.append(f"WARNING: slow, as this {device.type} device only emulates bfloat16; fp32 would be faster")
+    return precision, ", ".join(said)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 in hardware. Others emulate it: right, but on CPUs up to a hundred times slower.
+
+    A CPU is measured: what matters is that matrix products and convolutions of this torch gain by it here, whatever
+    the processor lists.
+    """
+    if device.type == "cpu":
+        return all(_gains_by_bfloat16(product) for product in (_matrix_product, _convolution))
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).is_bf16_supported(including_emulation=False)
+    return False
+
+
+def _gains_by_bfloat16(product: Callable[[torch.dtype], Callable[[], torch.Tensor]]) -> bool:
+    halved, full = (min(_seconds(run) for _ in range(6)) for run in map(product, (torch.bfloat16, torch.float32)))
+    return halved < 0.8 * full  # about 0.5 in hardware, from 1 on where it is emulated
+
+
+def _matrix_product(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    matrix = torch.ones(256, 256, dtype=dtype)
+    return lambda: matrix @ matrix
+
+
+def _convolution(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    images, weight = torch.ones(8, 64, 16, 16, dtype=dtype), torch.ones(64, 64, 3, 3, dtype=dtype)
+    return lambda: F.conv2d(images, weight, padding=1)
+
+
+def _seconds(run: Callable[[], torch.Tensor]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Threads and workers
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def make_the_most_of_the_cpu() -> None:
-    """All cores for the processes of this machine, and no memory given back to the system between two layers."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
-    if launched and os.environ.get("OMP_NUM_THREADS") == "1":  # which launchers set where the user says nothing
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
+    """A thread on each core for the processes of this machine, unless the user says otherwise by OMP_NUM_THREADS; and no
+    memory given back to the system between two layers.
+    """
+    if not threads_are_given():
+        torch.set_num_threads(cores_of_this_process())
     try:
         mallopt = ctypes.CDLL(None).mallopt  # of glibc; a training step takes about 30 % less time with it
     except (AttributeError, OSError, TypeError):
@@ -86,7 +178,13 @@ def make_the_most_of_the_cpu() -> None:
     mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
-def on_main_process(accelerator: Accelerator, function, *arguments):
-    """The result of `function` on the main process, sent to all."""
-    result = [function(*arguments) if accelerator.is_main_process else None]
-    return broadcast_object_list(result)[0]
+def num_workers(asked: int | None) -> int:
+    """Processes that read and decode for this one: `data.num_workers`, or what the machine has for it.
+
+    Beside a GPU all cores but the one that feeds it. A CPU that trains needs its cores for that, and much longer for an
+    image than it takes to decode it.
+    """
+    if asked is not None:
+        return asked
+    cores = cores_of_this_process()
+    return max(cores // 4 if computes_on_cpu() else cores - 1, 1)

@@ -664,16 +664,19 @@ def from_config(config: Config) -> dict:
         "architecture": build_architecture(config),
         "batch": optim.batch_size,
         "micro_batch": optim.micro_batch_size,
-        "precision": config.run.precision,
         "checkpointing": config.model.gradient_checkpointing,
         "shard_weights": config.run.shard_weights,
         "ema": optim.ema_decay is not None,
         "freeze": config.model.freeze,
         "phases": tuple(config.data.phases),
-        "workers": config.data.num_workers,
         "epochs": optim.epochs,
         **{name: getattr(optim, name) for name in ("exchange", "moments", "text_weights")},
     }
+    # What is left to the machine is planned as `Run` has it: of these devices, all but V100s have bfloat16.
+    if config.run.precision != "auto":
+        fields["precision"] = config.run.precision
+    if config.data.num_workers is not None:
+        fields["workers"] = config.data.num_workers
     if config.data.max_samples is not None:
         fields["pairs"] = config.data.max_samples
     return fields if optim.steps is None else {**fields, "pairs": optim.steps * optim.batch_size, "epochs": 1.0}

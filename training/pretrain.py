@@ -36,7 +36,7 @@ from training.distillation import build_teacher
 from training.evaluation import Evaluator
 from training.heartbeat import Heartbeat
 from training.loading import Batches
-from training.machine import build_accelerator, on_main_process
+from training.machine import build_accelerator, num_workers, on_main_process
 from training.model import build_architecture, build_model, build_processor, describe, resumed_from, suited_to
 from training.phases import build_phases
 from training.publish import check_token, leave, print_summary, publish
@@ -91,7 +91,7 @@ def main() -> None:
         stopping = Stopping(config.run.stop_after)
         check_trackers(config.run.trackers)
         check_token(config)
-        accelerator = build_accelerator(config)
+        accelerator = build_accelerator(config, resume)
         with Heartbeat(accelerator.process_index, accelerator.num_processes, config.run.max_silence):
             run = build(config, resume, accelerator, stopping)
             done = train(run)
@@ -203,7 +203,8 @@ def introduce(run: Run, left_out: dict[str, int], resumed: Path | None, changes:
     say(describe(run.core))
     say(
         f"{run.stop} steps ({run.stop / run.steps_per_epoch:.4g} epochs of {run.steps_per_epoch}) of {batch} pairs, "
-        f"{config.run.precision} on {processes} x {accelerator.device.type}, run folder {run.folder}"
+        f"{config.run.precision} on {processes} x {accelerator.device.type}, "
+        f"{num_workers(config.data.num_workers)} worker(s) each, run folder {run.folder}"
     )
     if left_out:
         say("Left out of the data: " + ", ".join(f"{count} with {kind}" for kind, count in left_out.items()))
