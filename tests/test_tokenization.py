@@ -595,6 +595,27 @@ def test_rejects_garbled_merges(tmp_path, content, message):
         HFCLIPTokenizer.from_openai_bpe(tmp_path / "merges.txt.gz")
 
 
+def test_rejects_a_gzip_bomb_without_unpacking_it(tmp_path):
+    """A gigabyte of zeros in a megabyte, in a process that has room for neither it nor its lines."""
+    path = tmp_path / "merges.txt.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(2**10):
+            file.write(bytes(2**20))
+    program = f"""
+import resource, sys
+from hfclip.bpe_hfclip import read_openai_merges
+from pathlib import Path
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
+try:
+    read_openai_merges(Path({str(path)!r}))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "is no merges file, gzipped or not: it holds more than 67,108,864 bytes" in done.stdout, done.stderr
+
+
 def test_rejects_missing_files(tmp_path, tokenizer):
     with pytest.raises(FileNotFoundError, match="no merges file"):
         HFCLIPTokenizer.from_openai_bpe(tmp_path / "nothing.gz")
@@ -611,6 +632,63 @@ def test_rejects_a_vocabulary_too_small_and_unknown_cleaning():
         HFCLIPTokenizer.train_new_from_iterator(SENTENCES, vocab_size=513)
     with pytest.raises(ValueError, match="openai"):
         HFCLIPTokenizer(clean="yes")
+
+
+@pytest.mark.parametrize("token_id", [2**31, 2**32, -1, 1.5, "3", True, None])
+def test_rejects_ids_that_are_none(tokenizer, tmp_path, token_id):
+    """In a saved folder, too; id 2**31 would take gigabytes when the tokenizer is saved again."""
+    with pytest.raises(ValueError, match=r"strings with ids 0..16777216, found '<new>'"):
+        HFCLIPTokenizer(vocab={**tokenizer.get_vocab(), "<new>": token_id})
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    saved["model"]["vocab"]["<new>"] = token_id
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"strings with ids 0..16777216, found '<new>'"):
+        HFCLIPTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab": "/etc/passwd"}, "is damaged: its vocabulary is '/etc/passwd'"),  # a path to no file of the folder
+        ({"vocab": [["a", 0.5]]}, "A merge must be of two tokens of the vocabulary"),
+        ({"merges": [["a", "zzz"]]}, r"A merge must be of two tokens .* found \('a', 'zzz'\)"),
+        ({"merges": [[1, 2]]}, "A merge must be"),
+        ({"type": "WordPiece"}, "is damaged"),
+    ],
+)
+def test_rejects_a_damaged_tokenizer_file(tokenizer, tmp_path, change, message):
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    saved["model"] |= change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=message):
+        HFCLIPTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("model_max_length", value) for value in (10**9, 2**63, -5, 0, 1, 7.5, "77", True, [77])],
+        *[("pad_token_id", value) for value in (2**31, 2**32, 10**6, -1, "0", None)],
+        *[("eos_token", value) for value in ("", 5)],
+    ],
+)
+def test_rejects_settings_out_of_range_in_a_saved_folder(tokenizer, tmp_path, name, value):
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {name: value}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{name} must be .*found"):
+        HFCLIPTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("token_id", [-1, -100, 2**32, 2**63])
+def test_rejects_decoding_of_ids_that_are_none(tokenizer, token_id):
+    for decode in (tokenizer.decode, tokenizer.convert_ids_to_tokens):
+        for skip_special_tokens in (False, True):
+            with pytest.raises(ValueError, match=rf"token ids must lie in 0..\d+, found .*{token_id}"):
+                decode([0, token_id], skip_special_tokens=skip_special_tokens)
+    assert tokenizer.decode([2**31]) == ""  # as any tokenizer of transformers leaves ids out that it does not have
 
 
 def test_says_that_byte_symbols_are_missing(caplog):

@@ -40,6 +40,8 @@ except ImportError:  # a Hub repository's code may run where hfclip, which requi
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
 NUM_OPENAI_MERGES = 49152 - 256 - 2
+MAX_TOKEN_ID = 2**24  # the Rust tokenizer takes memory for every id below the largest
+_MAX_MERGES_BYTES = 2**26  # OpenAI's file has 3 million, in 1.4 million gzipped
 WORD_END = "</w>"
 # A contraction, letters, one digit, anything else that is not white space: OpenAI's clip/simple_tokenizer.py
 WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -158,7 +160,23 @@ def read_vocab(vocab, merges):
         return vocab, merges
     if merges is None:
         raise ValueError(f"The vocabulary {str(vocab)!r} comes without its merges.txt")
-    return BPE.read_file(str(vocab), str(merges))
+    try:
+        return BPE.read_file(str(vocab), str(merges))
+    except Exception as error:  # of no narrower class
+        raise ValueError(f"{str(vocab)!r} and {str(merges)!r} are no vocabulary and merges: {error}") from error
+
+
+def _check_vocab(vocab, merges) -> None:
+    if not isinstance(vocab, dict):
+        raise ValueError(f"The vocabulary must be a dict of tokens to ids, found {type(vocab).__name__}")
+    for token, token_id in vocab.items():
+        if not isinstance(token, str) or type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
+            raise ValueError(
+                f"The vocabulary must be of strings with ids 0..{MAX_TOKEN_ID}, found {token!r}: {token_id!r}"
+            )
+    for merge in merges:
+        if len(merge) != 2 or not vocab.keys() >= {*merge} or "".join(merge) not in vocab:
+            raise ValueError(f"A merge must be of two tokens of the vocabulary whose union is one, found {merge!r}")
 
 
 def read_openai_merges(path: Path) -> list[tuple[str, str]]:
@@ -167,9 +185,14 @@ def read_openai_merges(path: Path) -> list[tuple[str, str]]:
             f"There is no merges file {str(path)!r}. OpenAI's is clip/bpe_simple_vocab_16e6.txt.gz in "
             "https://github.com/openai/CLIP."
         )
-    content = path.read_bytes()
+    with open(path, "rb") as file:
+        is_gzipped = file.read(2) == b"\x1f\x8b"
     try:
-        lines = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8").split("\n")
+        with (gzip.open if is_gzipped else open)(path, "rb") as file:
+            content = file.read(_MAX_MERGES_BYTES + 1)
+        if len(content) > _MAX_MERGES_BYTES:
+            raise OSError(f"it holds more than {_MAX_MERGES_BYTES:,} bytes")
+        lines = content.decode("utf-8").split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} is no merges file, gzipped or not: {error}") from error
     merges = [tuple(line.split()) for line in lines[1 : NUM_OPENAI_MERGES + 1]]  # the first line is a header
@@ -185,6 +208,7 @@ def read_openai_merges(path: Path) -> list[tuple[str, str]]:
 
 def build_backend(vocab: dict[str, int], merges: list, bos: str, eos: str, unk: str | None) -> Tokenizer:
     """The Rust tokenizer that `tokenizer.json` holds: as near to OpenAI's as it gets without Python."""
+    _check_vocab(vocab, merges)
     backend = Tokenizer(
         BPE(vocab=vocab, merges=merges, unk_token=unk, continuing_subword_prefix="", end_of_word_suffix=WORD_END)
     )

@@ -40,6 +40,7 @@ from .bpe_hfclip import (
     BYTE_SYMBOLS,
     CONTEXT_LENGTH,
     EOS,
+    MAX_TOKEN_ID,
     WORD_END,
     WordIds,
     build_backend,
@@ -51,6 +52,8 @@ from .bpe_hfclip import (
 
 
 logger = logging.get_logger(__name__)
+
+_MAX_CONTEXT_LENGTH = 2**20
 
 # What a call may name, in the order of their declaration; the base class passes on whatever else it is given.
 _CALL_OPTIONS = tuple(TextKwargs.__annotations__)
@@ -140,6 +143,15 @@ def _pad_rows(rows: list[list[int]], width: int, pad_id: int, side: str) -> dict
     return {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
 
 
+def _context_length(value) -> int:
+    """`model_max_length`; of folders without a limit, which hold 1e30 or nothing, CLIP's."""
+    if value is None or (isinstance(value, (int, float)) and value > LARGE_INTEGER):
+        return CONTEXT_LENGTH
+    if not isinstance(value, (int, float)) or value != int(value) or not 2 <= value <= _MAX_CONTEXT_LENGTH:
+        raise ValueError(f"model_max_length must be a whole number from 2 to {_MAX_CONTEXT_LENGTH}, found {value!r}")
+    return int(value)
+
+
 def _number(tokens: Iterable[str]) -> dict[str, int]:
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
@@ -169,7 +181,7 @@ class HFCLIPTokenizer(TokenizersBackend):
             more than `tokenizer.json`.
 
     Raises:
-        ValueError: `clean` is unknown.
+        ValueError: an argument is out of its range, or vocabulary and merges do not fit together.
 
     Source: Radford et al. 2021, section 2.4; https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py
     """
@@ -194,6 +206,11 @@ class HFCLIPTokenizer(TokenizersBackend):
     ):
         if clean not in ("openai", "none"):
             raise ValueError(f'clean must be "openai" or "none", found {clean!r}')
+        for name, token in (("bos_token", bos_token), ("eos_token", eos_token)):
+            if not isinstance(token, (str, AddedToken)) or not str(token):
+                raise ValueError(f"{name} must be a token, found {token!r}")
+        if type(pad_token_id) is not int or not 0 <= pad_token_id <= MAX_TOKEN_ID:
+            raise ValueError(f"pad_token_id must be an id of the vocabulary, found {pad_token_id!r}")
         self.clean = clean
         self.cache: dict = {}  # `WordIds` once needed; `datasets` leaves a `cache` out of its fingerprints
         vocab, merges = read_vocab(vocab, merges)
@@ -202,8 +219,7 @@ class HFCLIPTokenizer(TokenizersBackend):
         self._tokenizer = build_backend(vocab, merges or [], str(bos_token), str(eos_token), str(unk_token))
         if pad_token is not None and self._tokenizer.token_to_id(str(pad_token)) is None:
             kwargs["pad_token"] = pad_token  # a token of its own, which the base class adds to the vocabulary
-        if model_max_length is None or model_max_length > LARGE_INTEGER:  # folders without a limit hold 1e30
-            model_max_length = CONTEXT_LENGTH
+        model_max_length = _context_length(model_max_length)
         super().__init__(
             bos_token=bos_token,
             eos_token=eos_token,
@@ -217,6 +233,8 @@ class HFCLIPTokenizer(TokenizersBackend):
         # Not before: the base class would turn "!" into a special token that splits texts
         if pad_token is None:
             self.pad_token_id = pad_token_id
+            if self.pad_token is None:
+                raise ValueError(f"pad_token_id must be an id of the vocabulary of {len(self)}, found {pad_token_id}")
         else:
             self.pad_token = pad_token
         missing = sum(self._tokenizer.token_to_id(symbol) is None for symbol in BASE_VOCAB)
@@ -240,14 +258,20 @@ class HFCLIPTokenizer(TokenizersBackend):
     def convert_to_native_format(cls, **kwargs) -> dict[str, Any]:
         """Arguments of `__init__` from the files of a folder, ours or one of transformers' `CLIPTokenizer`."""
         kwargs.pop("trust_remote_code", None)  # with it, the base class would take the backend as the file has it
-        kwargs = super().convert_to_native_format(**kwargs)
+        folder, vocab_file = kwargs.get("name_or_path"), kwargs.get("vocab_file")
+        try:
+            kwargs = super().convert_to_native_format(**kwargs)
+        except Exception as error:  # what JSON of any shape meets in transformers and in Rust
+            raise ValueError(f"The tokenizer in {folder!r} is damaged ({type(error).__name__}: {error})") from error
         # How it was loaded is no setting to save again; special tokens, truncation and padding are this class's own
         loading = ("is_local", "local_files_only")
         baked_in = ("post_processor", "tokenizer_truncation", "tokenizer_padding", "_json_truncation", "_json_padding")
         kwargs = {name: value for name, value in kwargs.items() if name not in (*loading, *baked_in)}
-        kwargs["vocab"], kwargs["merges"] = read_vocab(kwargs.get("vocab"), kwargs.get("merges"))
-        if kwargs["vocab"] is None:
-            folder = kwargs.get("name_or_path")
+        if kwargs.get("vocab") is not None and kwargs.get("vocab") == vocab_file:  # not a path that a JSON file names
+            kwargs["vocab"], kwargs["merges"] = read_vocab(vocab_file, kwargs.get("merges"))
+        elif isinstance(kwargs.get("vocab"), str):
+            raise ValueError(f"The tokenizer in {folder!r} is damaged: its vocabulary is {kwargs['vocab']!r}")
+        if kwargs.get("vocab") is None:
             raise ValueError(f"No tokenizer in {folder!r}: expected tokenizer.json, or vocab.json and merges.txt")
         # A folder's pad_token counts where it exists for padding alone
         other_uses = {*kwargs["vocab"], *(str(kwargs.get(f"{use}_token")) for use in ("bos", "eos", "unk"))}
@@ -528,12 +552,18 @@ class HFCLIPTokenizer(TokenizersBackend):
         if skip_special_tokens and not isinstance(ids, int):
             special_ids = {token_id for token_id, token in self.added_tokens_decoder.items() if token.special}
             ids = [token_id for token_id in self._without_padding(map(int, ids)) if token_id not in special_ids]
-        return super().convert_ids_to_tokens(ids)
+        try:
+            return super().convert_ids_to_tokens(ids)
+        except OverflowError as error:
+            raise ValueError(f"token ids must lie in 0..{len(self) - 1}, found {ids}") from error
 
     def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs) -> str:
         if skip_special_tokens and isinstance(token_ids, (list, tuple)):
             token_ids = self._without_padding(token_ids)
-        return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        try:
+            return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        except OverflowError as error:
+            raise ValueError(f"token ids must lie in 0..{len(self) - 1}, found {token_ids}") from error
 
     def _without_padding(self, token_ids: Iterable[int]) -> list[int]:
         """Ids without the pad ids before the start and after the end: elsewhere, id 0 is text."""
