@@ -10,9 +10,10 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPProcessor, CLIPTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.processing_utils import AudioKwargs, ImagesKwargs, ProcessingKwargs, TextKwargs, VideosKwargs
 from transformers.utils.logging import warning_once
 
-from hfclip import HFCLIPImageProcessor, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 
 
 CAPTIONS = ["a photo of a cat", "two dogs", "A red car, parked!"]
@@ -81,6 +82,65 @@ def test_rejects_unknown_options(processor):
         processor(text=CAPTIONS, paddin=True)
     with pytest.raises(TypeError, match="no option 'do_rezise'. The nearest is 'do_resize'"):
         processor(images=IMAGE, do_rezise=True)
+
+
+def test_takes_every_keyword_that_processors_of_transformers_take(processor):
+    """As sentence-transformers passes them, for modalities that CLIP does not have, too."""
+    expected = processor(IMAGE, CAPTIONS, return_tensors="pt")
+    parts = {
+        "text_kwargs": {"padding": True, "truncation": "longest_first"},
+        "images_kwargs": {"data_format": "channels_first", "device": "cpu", "disable_grouping": True, "do_pad": False},
+        "audio_kwargs": {"padding": True, "sampling_rate": 16000},
+        "videos_kwargs": {"fps": 2},
+        "common_kwargs": {"return_tensors": "pt", "padding": True},
+    }
+    assert equal(processor(images=IMAGE, text=CAPTIONS, videos=None, audio=None, **parts), expected)
+    for group in ProcessingKwargs.__annotations__:
+        empty = {} if group.endswith("_kwargs") else None
+        assert equal(processor(IMAGE, CAPTIONS, return_tensors="pt", **{group: empty}), expected)
+    for kind in (TextKwargs, ImagesKwargs, VideosKwargs, AudioKwargs):
+        for name in kind.__annotations__.keys() - {"return_tensors"}:
+            assert equal(processor(IMAGE, CAPTIONS, return_tensors="pt", **{name: None}), expected), name
+    assert equal(processor(IMAGE, CAPTIONS, None, None, return_tensors="pt", fps=2, sampling_rate=8000), expected)
+
+
+def test_rejects_videos_audio_and_options_that_it_would_have_to_follow(processor):
+    for name in ("videos", "audio"):
+        with pytest.raises(ValueError, match=f"takes images and texts, found {name}"):
+            processor(text=CAPTIONS, **{name: [np.zeros((2, 8, 8, 3), np.uint8)]})
+    with pytest.raises(TypeError, match="no option 'paddin'. The nearest is 'padding'"):
+        processor(text=CAPTIONS, common_kwargs={"paddin": True})
+    for option in ({"data_format": "channels_last"}, {"do_pad": True}, {"default_to_square": True}):
+        with pytest.raises(TypeError, match="no option"):
+            processor(images=IMAGE, **option)
+
+
+@pytest.mark.peers
+def test_sentence_transformers_embeds_images_and_texts(tmp_path, processor):
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="compares with sentence-transformers")
+    from sentence_transformers.sentence_transformer.modules.clip_model import CLIPModel
+
+    torch.manual_seed(0)
+    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    last = processor.tokenizer.eos_token_id
+    text = dict(model_type="hfclip_text", vocab_size=last + 1, bos_token_id=last - 1, eos_token_id=last, **tower)
+    vision = dict(model_type="hfclip_vit", image_size=32, patch_size=8, **tower)
+    model = HFCLIPModel(HFCLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+
+    with torch.no_grad():
+        inputs = processor([IMAGE, IMAGE.rotate(90)], CAPTIONS, return_tensors="pt")
+        images = model.encode_image(inputs["pixel_values"])
+        texts = model.encode_text(inputs["input_ids"], inputs["attention_mask"])
+    wrapped = sentence_transformers.SentenceTransformer(modules=[CLIPModel(str(tmp_path))])
+    for encoder in (sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu"), wrapped):
+        for found, expected in (
+            (encoder.encode([IMAGE, IMAGE.rotate(90)]), images),
+            (encoder.encode(CAPTIONS), texts),
+        ):
+            found = torch.nn.functional.normalize(torch.as_tensor(found), dim=-1)
+            torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-5)
 
 
 def test_rejects_swapped_and_wrong_inputs(processor):

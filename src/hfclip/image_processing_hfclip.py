@@ -357,6 +357,13 @@ _OPTIONS = (
     "do_convert_rgb",
     "resize_backend",
 )
+# options of transformers' image processors that a call may give, where they ask for what is done anyway
+_AS_IT_IS = {
+    "data_format": (None, "channels_first"),
+    "default_to_square": (None, False),
+    "disable_grouping": (None, False, True),
+    "do_pad": (None, False),
+}
 # what files saved by transformers' CLIP processors hold besides, without effect on the pixels
 _INERT = {
     "_valid_processor_keys",
@@ -436,10 +443,11 @@ class HFCLIPImageProcessor(BaseImageProcessor):
         images: Any,
         return_tensors: str | None = None,
         input_data_format: str | None = None,
+        device: str | torch.device | None = None,
         **kwargs: Unpack[HFCLIPImageProcessorKwargs],
     ) -> BatchFeature:
-        """`pixel_values`, float32: a tensor (batch, 3, height, width) for `return_tensors="pt"`, an array for "np",
-        for None a list of arrays (3, height, width), which may differ in size."""
+        """`pixel_values`, float32: a tensor (batch, 3, height, width) on `device` for `return_tensors="pt"`, an array
+        for "np", for None a list of arrays (3, height, width), which may differ in size."""
         options = self._options(kwargs)
         if return_tensors not in (None, "pt", "np"):
             raise ValueError(f"return_tensors must be 'pt', 'np' or None, found {return_tensors!r}.")
@@ -466,12 +474,12 @@ class HFCLIPImageProcessor(BaseImageProcessor):
         batch = np.empty((len(crops), 3, *crops[0].shape[:2]), np.float32)
         for crop, factor, out in zip(crops, factors, batch):
             normalize(crop, mean, std, factor, out)
-        return BatchFeature({"pixel_values": torch.from_numpy(batch) if return_tensors == "pt" else batch})
+        return BatchFeature({"pixel_values": torch.from_numpy(batch).to(device) if return_tensors == "pt" else batch})
 
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options, those `given` before the processor's own, checked and in one form."""
         for name, value in given.items():
-            if name not in _OPTIONS and value is not None:
+            if name not in _OPTIONS and value not in _AS_IT_IS.get(name, (None,)):
                 near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.0)[0]
                 raise TypeError(f"{type(self).__name__} has no option {name!r}. The nearest is {near!r}.")
         options = {name: getattr(self, name) if given.get(name) is None else given[name] for name in _OPTIONS}

@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import BatchFeature
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+from transformers.processing_utils import (
+    AudioKwargs,
+    ProcessingKwargs,
+    ProcessorMixin,
+    TextKwargs,
+    Unpack,
+    VideosKwargs,
+)
 
 from .image_processing_hfclip import HFCLIPImageProcessor
 from .tokenization_hfclip import HFCLIPTokenizer
@@ -32,6 +39,8 @@ class HFCLIPProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
+        videos: None = None,
+        audio: None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """`pixel_values` (batch, 3, height, width) of `images`, `input_ids` and `attention_mask` (batch, tokens) of
@@ -42,19 +51,24 @@ class HFCLIPProcessor(ProcessorMixin):
             text: One text or many. They are padded to the longest, which leaves the embeddings as they are (the text
                 tower reads no further than the end token), unless `padding` says otherwise, here or where the tokenizer
                 was made. The tokenizer cuts texts beyond the context length and keeps the end token.
+            videos, audio: Refused; they stand here for callers that pass None to processors of every kind.
             kwargs: Options of the image processor and of the tokenizer, sorted by name; `return_tensors` ("pt", "np"
                 or None for lists) goes to both. The dictionaries `images_kwargs` and `text_kwargs` hold options for
-                one alone, `common_kwargs` such for both.
+                one alone, `common_kwargs` such for both. transformers' options for videos and audio have no effect.
 
         Raises:
-            TypeError: `text` is not made of strings, or an option is unknown to both.
-            ValueError: there is neither an image nor a text, or an option is given twice.
+            TypeError: `text` is not made of strings, or an option is unknown to transformers' processors.
+            ValueError: there is neither an image nor a text, there are videos or audio, or an option is given twice.
         """
+        for name, value in (("videos", videos), ("audio", audio)):
+            if value is not None:
+                raise ValueError(f"{type(self).__name__} takes images and texts, found {name}. Frames go to `images`.")
         if images is None and text is None:
             raise ValueError(f"{type(self).__name__} needs images, text or both, found neither.")
         if text is not None:
             _check_text(text)
         image_options, text_options = self._options_by_part(kwargs)
+        text_options = {name: value for name, value in text_options.items() if value is not None}
         features = {}
         if text is not None:
             features |= self.tokenizer(text, **{"padding": True, **self._tokenizer_defaults(), **text_options})
@@ -73,9 +87,12 @@ class HFCLIPProcessor(ProcessorMixin):
             "images_kwargs": set(type(self.image_processor).valid_kwargs.__annotations__),
             "text_kwargs": set(TextKwargs.__annotations__),
         }
+        elsewhere = {*VideosKwargs.__annotations__, *AudioKwargs.__annotations__}
+        groups = {*ProcessingKwargs.__annotations__, "common_kwargs"}
         names = set.union(*parts.values())
-        flat = {name: value for name, value in given.items() if name not in (*parts, "common_kwargs")}
-        for name in flat.keys() - names:
+        flat = {name: value for name, value in given.items() if name not in groups or name in names}
+        common = given.get("common_kwargs") or {}
+        for name in {*flat, *common} - names - elsewhere:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
             raise TypeError(f"{type(self).__name__} has no option {name!r}. The nearest is {near!r}.")
         options = []
@@ -83,7 +100,8 @@ class HFCLIPProcessor(ProcessorMixin):
             own, by_name = given.get(part) or {}, {name: flat[name] for name in flat.keys() & valid}
             if twice := own.keys() & by_name.keys():
                 raise ValueError(f"{min(twice)!r} was given twice: in {part} and by itself. Give it once.")
-            options.append({**(given.get("common_kwargs") or {}), **by_name, **own})
+            shared = {name: common[name] for name in common.keys() & valid}
+            options.append({**shared, **by_name, **own})
         return options[0], options[1]
 
     def _tokenizer_defaults(self) -> dict[str, Any]:
