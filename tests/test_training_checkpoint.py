@@ -1,6 +1,7 @@
 """Checkpoints: usable models, written whole or not at all, found again, and refused when damaged."""
 
 import copy
+import json
 import os
 import pickle
 import shutil
@@ -250,6 +251,44 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(file, damage, parts, tmp
     message = capsys.readouterr().out
     assert "WARNING" in message and path.name in message and "damaged-checkpoint-10" in message
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-5", "damaged-checkpoint-10"}
+
+
+def with_checksum(state: dict) -> str:
+    return json.dumps({**state, "checksum": checkpoint._checksum(state)})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "null",
+        "10",
+        '"step"',
+        "{}",
+        "[" * 100_000,
+        '{"checksum": 0, "files": {}}',
+        '{"step": 10, "checksum": 0, "files": []}',
+        with_checksum({"step": "10", "files": {}}),
+        with_checksum({"step": True, "files": {}}),
+        with_checksum({"step": 10, "files": {"/etc/passwd": [1, 1]}}),
+        with_checksum({"step": 10, "files": {"../x": [1, 1]}}),
+        with_checksum({"step": 10, "files": {}, "config": "text"}),
+        with_checksum({"step": 10, "files": {}, "config": {"optim": 1}}),
+        with_checksum({"step": 10, "files": {}, "counts": {"skipped": "many"}}),
+        with_checksum({"step": 10, "files": {}, "num_processes": None}),
+        with_checksum({"step": 10, "files": {}, "trackers": {"wandb": "id"}}),
+    ],
+)
+def test_state_of_another_form_gives_way_to_the_checkpoint_before(text, parts, tmp_path, capsys):
+    save(parts, tmp_path, 5)
+    for step in (10, 15):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state").mkdir(parents=True)
+        (tmp_path / f"checkpoint-{step}" / checkpoint.STATE_FILE).write_text(text)
+    found, state = checkpoint.find_resumed(tmp_path, "auto")
+    assert found.name == "checkpoint-5" and state["step"] == 5
+    message = capsys.readouterr().out
+    assert "checkpoint-10 has no readable" in message and "Setting it aside" in message
+    assert checkpoint._saved_at(tmp_path / "damaged-checkpoint-10") is None or "saved_at" in text
 
 
 def test_refuses_to_begin_anew_where_all_checkpoints_are_damaged(parts, tmp_path):

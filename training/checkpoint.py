@@ -18,17 +18,18 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers.utils import logging
 
-from hfclip import HFCLIPModel, HFCLIPProcessor
+from .config import CONFIG_FILE, PATHS, Config, UsageError, recorded
 
-from .config import Config, UsageError
+
+if TYPE_CHECKING:  # torch takes seconds to import; a folder that is in the way is told before
+    from torch import Tensor
+
+    from hfclip import HFCLIPModel, HFCLIPProcessor
 
 
 # Settings that decide what a step sees, or what the weights are.
@@ -51,36 +52,55 @@ FIXED_ON_RESUME = (
 )
 HARMLESS_ON_RESUME = ("data.num_workers", "data.cache_dir", "data.max_bad_in_a_row", "optim.exchange")
 LOCK_FILE = ".lock"
+LEFT_BY_A_START = (LOCK_FILE, "hfclip", "wandb")  # that was killed before its first step: trackers have folders
 STATE_FOLDER = "trainer_state"
 STATE_FILE = f"{STATE_FOLDER}/state.json"
+MODEL_FOLDER = "model"
+# Of the values in state.json: those that each has, and those that a run's checkpoints have besides.
+STATE_TYPES = {"step": int, "checksum": int, "files": dict}
+STATE_TYPES_OF_RUNS = {
+    "saved_at": float,
+    "config": dict,
+    "num_processes": int,
+    "counts": dict,
+    "samples": list,
+    "trackers": dict,
+}
 
 
 def save_model(
-    folder: Path, model: HFCLIPModel, processor: HFCLIPProcessor, state_dict: dict[str, Tensor] | None = None
+    folder: Path,
+    model: "HFCLIPModel",
+    processor: "HFCLIPProcessor",
+    state_dict: "dict[str, Tensor] | None" = None,
+    card: str | None = None,
 ) -> None:
     """Writes weights, config, tokenizer, image processor and code so that `folder` appears at once or not at all.
 
     Args:
         state_dict: all weights, where `model` itself holds but a shard of them.
+        card: README.md of the folder.
 
     Raises:
         UsageError: if it cannot be written, because the disk is full for instance.
     """
     with _replacing(folder) as temporary:
         _write_model(temporary, model, processor, state_dict)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def save_checkpoint(
     run_folder: Path,
     step: int,
-    model: HFCLIPModel,
-    processor: HFCLIPProcessor,
+    model: "HFCLIPModel",
+    processor: "HFCLIPProcessor",
     states: dict[str, Any],
     about: dict,
     *,
     keep: int,
     keep_every_hours: float | None = None,
-    state_dict: dict[str, Tensor] | None = None,
+    state_dict: "dict[str, Tensor] | None" = None,
 ) -> Path:
     """Writes `checkpoint-<step>`, then removes older ones.
 
@@ -111,6 +131,8 @@ def save_checkpoint(
 
 def load_states(checkpoint: Path) -> dict[str, Any]:
     """The `states` of `save_checkpoint` by name, tensors on the CPU."""
+    import torch
+
     files = sorted((checkpoint / STATE_FOLDER).glob("*.pt"))
     return {file.stem: torch.load(file, map_location="cpu", weights_only=True) for file in files}
 
@@ -150,10 +172,14 @@ def read_state(checkpoint: Path) -> dict:
         UsageError: if the folder is no checkpoint of a run, or a file is missing or damaged.
     """
     try:
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        checksum, files = state.pop("checksum"), state["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{checkpoint} has no readable {STATE_FILE}: not a checkpoint to resume from.") from error
+        state = _read_json(checkpoint / STATE_FILE)
+    except (OSError, ValueError) as error:
+        newest = next(reversed(list_checkpoints(checkpoint)), None)  # of a run's folder
+        hint = f" The newest in that folder is {newest}." if newest else ""
+        raise UsageError(
+            f"{checkpoint} has no readable {STATE_FILE}: not a checkpoint to resume from.{hint}"
+        ) from error
+    checksum, files = state.pop("checksum"), state["files"]
     if checksum != _checksum(state):
         raise UsageError(f"{checkpoint / STATE_FILE} is damaged: {checkpoint.name} cannot be resumed.")
     for name, expected in files.items():
@@ -162,6 +188,29 @@ def read_state(checkpoint: Path) -> dict:
         if found != expected:
             raise UsageError(f"{path} is {'damaged' if found else 'missing'}: {checkpoint.name} cannot be resumed.")
     del state["files"]
+    return state
+
+
+def _read_json(path: Path) -> dict:
+    """A state.json. Raises OSError if it cannot be read, and ValueError if it is not what `save_checkpoint` writes."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"found {type(state).__name__}, expected an object")
+    for name, kind in (STATE_TYPES | {n: kind for n, kind in STATE_TYPES_OF_RUNS.items() if n in state}).items():
+        if type(state.get(name)) is not kind:
+            raise ValueError(f"found {name} {state.get(name)!r}, expected {kind.__name__}")
+    sections = [*state.get("config", {}).values(), *state.get("trackers", {}).values()]
+    numbers = [state["step"], *state.get("counts", {}).values()]
+    files = [Path(name) for name in state["files"]]
+    if (
+        not all(isinstance(section, dict) for section in sections)
+        or not all(type(number) is int and number >= 0 for number in numbers)
+        or any(file.is_absolute() or ".." in file.parts for file in files)
+    ):
+        raise ValueError("found other values than a checkpoint has")
     return state
 
 
@@ -188,6 +237,11 @@ def newest_checkpoint(run_folder: Path) -> tuple[Path, dict] | None:
     if damaged:
         told = "\n".join(map(str, damaged.values()))
         raise UsageError(f"{told}\nNo checkpoint is left to go on from. Move them away to start from the beginning.")
+    if (run_folder / MODEL_FOLDER).exists():
+        raise UsageError(
+            f"{run_folder} holds a trained model and no checkpoint to go on from. Choose another folder by "
+            "`--run.output_dir`, or move the model away to start from the beginning."
+        )
     return None
 
 
@@ -211,6 +265,47 @@ def claim(run_folder: Path) -> FileLock:
     return lock
 
 
+@contextmanager
+def taken_back_if_it_fails(run_folder: Path, is_main: bool) -> Iterator[None]:
+    """Removes what a start has made in the run's folder if it fails before there is a config.yaml: then no run is there,
+    and the mended command is not in anybody's way.
+    """
+    before = set(run_folder.iterdir()) if run_folder.is_dir() else None
+    try:
+        yield
+    except BaseException:
+        if is_main and run_folder.is_dir() and not (run_folder / CONFIG_FILE).exists():
+            for path in set(run_folder.iterdir()) - (before or set()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if before is None:
+                run_folder.rmdir()
+        raise
+
+
+def check_free(run_folder: Path, resume: str | None) -> None:
+    """Refuses a new run where another process trains, or where there is a run already.
+
+    Raises:
+        UsageError: naming what is there.
+    """
+    if (run_folder / LOCK_FILE).exists() and os.environ.get("WORLD_SIZE", "1") == "1":  # several would meet each other
+        claim(run_folder).release()
+    if resume is None:
+        _refuse_if_occupied(run_folder)
+
+
+def _refuse_if_occupied(run_folder: Path) -> None:
+    if _is_occupied(run_folder):
+        raise UsageError(
+            f"run.output_dir {str(run_folder)!r} holds a run already. Go on with it by `--resume auto`, choose "
+            "another folder by `--run.output_dir`, or remove it."
+        )
+
+
+def _is_occupied(run_folder: Path) -> bool:
+    return run_folder.is_dir() and any(path.name not in LEFT_BY_A_START for path in run_folder.iterdir())
+
+
 def find_resumed(run_folder: Path, resume: str | None) -> tuple[Path, dict] | None:
     """The checkpoint to go on from and its state; None for a new run.
 
@@ -218,19 +313,17 @@ def find_resumed(run_folder: Path, resume: str | None) -> tuple[Path, dict] | No
         UsageError: if a new run would overwrite an old one, or `resume` names no checkpoint that is whole.
     """
     if resume == "auto":
-        return newest_checkpoint(run_folder)
-    occupied = run_folder.is_dir() and any(path.name != LOCK_FILE for path in run_folder.iterdir())
+        found = newest_checkpoint(run_folder)
+        if found is None:
+            print(f"--resume auto: no checkpoint in {run_folder.absolute()}, starting anew.", flush=True)
+        return found
     if resume is None:
-        if occupied:
-            raise UsageError(
-                f"run.output_dir {str(run_folder)!r} holds a run already. Go on with it by `--resume auto`, choose "
-                "another folder by `--run.output_dir`, or remove it."
-            )
+        _refuse_if_occupied(run_folder)
         return None
     checkpoint = Path(resume)
     state = read_state(checkpoint)
     if checkpoint.resolve().parent != run_folder.resolve():
-        if occupied:
+        if _is_occupied(run_folder):
             raise UsageError(
                 f"--resume {resume} is of another run, and run.output_dir {str(run_folder)!r} is not empty."
             )
@@ -263,13 +356,14 @@ def check_settings(saved: dict, config: Config) -> list[str]:
         UsageError: for one that decides what a step sees or what the weights are.
     """
     changes = []
-    for section, settings in config.to_dict().items():
+    for section, settings in config.record().items():
         for key, value in settings.items():
-            name, before = f"{section}.{key}", saved.get(section, {}).get(key)
+            name = f"{section}.{key}"
+            before = recorded(name, saved.get(section, {}).get(key))
             # The order of the data depends on whether it is streamed, not on how much of it is kept.
             if before == value or name == "data.disk" and before and value:
                 continue
-            if name in FIXED_ON_RESUME:
+            if name in FIXED_ON_RESUME and not (name in PATHS and _last_names(before) == _last_names(value)):
                 raise UsageError(
                     f"{name}: found {value!r}, but the checkpoint was trained with {before!r}. Put it back, or start "
                     "a new run from these weights by `--model.checkpoint`."
@@ -277,6 +371,13 @@ def check_settings(saved: dict, config: Config) -> list[str]:
             if name == "run.precision" or section not in ("run", "eval") and name not in HARMLESS_ON_RESUME:
                 changes.append(f"{name} is {value!r} and was {before!r}")
     return changes
+
+
+def _last_names(value: Any) -> Any:
+    """What is the same of data or a file that was moved. How many samples there are, `check_data` compares."""
+    if isinstance(value, dict):
+        return [(_last_names(name), weight) for name, weight in value.items()]
+    return Path(value).name if isinstance(value, str) else value
 
 
 def check_data(saved: dict, samples: list[int]) -> None:
@@ -299,17 +400,23 @@ def check_data(saved: dict, samples: list[int]) -> None:
 
 
 def _write_model(
-    folder: Path, model: HFCLIPModel, processor: HFCLIPProcessor, state_dict: dict[str, Tensor] | None
+    folder: Path, model: "HFCLIPModel", processor: "HFCLIPProcessor", state_dict: "dict[str, Tensor] | None"
 ) -> None:
+    from transformers.utils import logging
+
     logging.disable_progress_bar()  # of save_pretrained, which would break into the training's
     try:
         model.save_pretrained(folder, state_dict=None if state_dict is None else dict(state_dict))  # which it empties
         processor.save_pretrained(folder)
     finally:
         logging.enable_progress_bar()
+    for path in folder.glob("*.safetensors"):  # which safetensors lets nobody else read
+        path.chmod((folder / "config.json").stat().st_mode)
 
 
 def _write_tensors(path: Path, value: Any) -> None:
+    import torch
+
     try:
         with open(path, "wb") as file:  # given the path, torch would not say why it could not write
             torch.save(value, file)
@@ -359,7 +466,7 @@ def _told_if_not_written(target: Path, temporary: Path) -> Iterator[None]:
 def _tidy(parent: Path) -> None:
     """Puts right what a process left that was killed while it replaced or removed a folder."""
     for path in parent.glob(".*-*"):
-        match = re.fullmatch(r"\.(tmp|old)-(checkpoint-\d+|model)", path.name)
+        match = re.fullmatch(rf"\.(tmp|old)-(checkpoint-\d+|{MODEL_FOLDER})", path.name)
         if match and match[1] == "old" and not (parent / match[2]).exists():
             os.replace(path, parent / match[2])
         elif match:
@@ -379,7 +486,7 @@ def _superfluous(checkpoints: list[Path], keep: int, keep_every_hours: float | N
 
 def _saved_at(checkpoint: Path) -> float | None:
     try:
-        return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["saved_at"]
+        return _read_json(checkpoint / STATE_FILE)["saved_at"]
     except (OSError, ValueError, KeyError):  # damaged: not to stay for good
         return None
 

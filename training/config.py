@@ -10,15 +10,19 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from .redaction import MASK, redacted
 
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -27,6 +31,20 @@ QUICKSTART = "quickstart"
 NAMES_A_RUN = ("data.train",) + tuple(
     f"model.{origin}" for origin in ("preset", "config", "checkpoint", "vision_checkpoint", "text_checkpoint")
 )
+# Settings that name what lies somewhere: a file, a folder or a URL, some of them also something on the Hub.
+PATHS = tuple(
+    f"model.{name}" for name in ("config", "checkpoint", "vision_checkpoint", "text_checkpoint", "tokenizer")
+) + (
+    "data.train",
+    "data.cache_dir",
+    "distill.teacher",
+    "distill.embeddings",
+    "run.output_dir",
+    "eval.zero_shot",
+    "eval.retrieval",
+)
+NO_PATHS = ("scenes", "train")  # words with a meaning of their own
+CONFIG_FILE = "config.yaml"
 SHORT_FLAGS = {"run.stop_after": ("--stop-after",), "run.profile": ("--profile",)}
 # Asked for out of habit. The answer is why there is none.
 ACCUMULATION = ("gradient_accumulation_steps", "accumulation_steps", "gradient_accumulation", "accum_freq")
@@ -229,7 +247,8 @@ class RunConfig:
     """Where the run is kept, how it computes and what it reports."""
 
     output_dir: str = "runs/clip"
-    """The run's folder: config.yaml, metrics.jsonl, checkpoint-<step>/ and, at the end, model/."""
+    """The run's folder: config.yaml, metrics.jsonl, checkpoint-<step>/ and, at the end, model/. That of a config.yaml
+    which lies in a run's folder is this folder, wherever it was moved."""
     seed: int = 0
     """Initial weights, order of the data, crops, choice of captions and dropout follow from it."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -312,6 +331,12 @@ class Config:
     run: RunConfig
     eval: EvalConfig
 
+    def __post_init__(self):
+        for name in PATHS:
+            section, key = name.split(".")
+            settings = getattr(self, section)
+            setattr(settings, key, _in_names(_expanded, getattr(settings, key)))
+
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
         """Builds and checks a config.
@@ -332,19 +357,100 @@ class Config:
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
+    def record(self) -> dict:
+        """What is written of the settings: paths of what is here from the root, and no credentials."""
+        return {
+            section: {key: recorded(f"{section}.{key}", value) for key, value in settings.items()}
+            for section, settings in self.to_dict().items()
+        }
+
+    def value(self, name: str) -> Any:
+        """The value of `section.key`."""
+        section, key = name.split(".")
+        return getattr(getattr(self, section), key)
+
+    def masked(self) -> dict[str, str]:
+        """Settings with credentials, which are masked, as the command line gives them."""
+        values = {name: self.value(name) for name in PATHS}
+        masked = {name: _without_credentials(value) for name, value in values.items()}
+        return {name: _as_text(value) for name, value in masked.items() if MASK in str(value)}
+
     def save(self, path: Path) -> None:
         """Writes the YAML file of this run, whole or not at all."""
         temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        temporary.write_text(yaml.safe_dump(self.record(), sort_keys=False, allow_unicode=True), encoding="utf-8")
         temporary.replace(path)
 
 
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths and URLs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def recorded(name: str, value: Any) -> Any:
+    """The value of a setting as it is written, see `Config.record`."""
+    return _without_credentials(_in_names(_from_root, value) if name in PATHS else value)
+
+
+def _in_names(function: Callable[[str], str], value: Any) -> Any:
+    """Applies `function` to a name, or to each name of a mixture."""
+    if isinstance(value, dict):
+        return {function(name) if isinstance(name, str) else name: weight for name, weight in value.items()}
+    return function(value) if isinstance(value, str) else value
+
+
+def _expanded(path: str) -> str:
+    """A path, or several that "::" joins, with the home folder in the place of `~`."""
+    return "::".join(map(os.path.expanduser, path.split("::")))
+
+
+def _from_root(path: str) -> str:
+    """An absolute path if something is there now; others (URLs, names on the Hub) as they are."""
+    if "::" in path:
+        return "::".join(map(_from_root, path.split("::")))
+    if path in NO_PATHS or "://" in path:
+        return path
+    fixed = re.split(r"[*?\[{]", path)[0]  # of a pattern, what comes before it
+    there = fixed if fixed == path else os.path.dirname(fixed) or os.curdir
+    return os.path.abspath(path) if os.path.exists(there) else path
+
+
+def _without_credentials(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_without_credentials(key): _without_credentials(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_credentials(entry) for entry in value]
+    return redacted(value) if isinstance(value, str) else value
+
+
+def _check_credentials(config: Config) -> None:
+    """Raises UsageError for a URL out of a file of a run, where its credentials are masked."""
+    for name, value in config.masked().items():
+        if value == _as_text(config.value(name)):
+            raise UsageError(
+                f"{name}: {value!r} has lost its credentials, which no file of a run keeps. Give it again on the "
+                f"command line: `--{name} URL`."
+            )
+
+
+def _as_text(value: Any) -> str:
+    """The value of a setting as the command line gives it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip() if isinstance(value, dict) else value
+
+
+def run_folder_of(config_file: str) -> Path | None:
+    """The folder in which a saved config.yaml lies beside what a run has left there; None for any other file."""
+    path = Path(config_file).expanduser()
+    is_of_run = any(path.parent.glob("checkpoint-*")) or (path.parent / "metrics.jsonl").exists()
+    return path.parent if path.name == CONFIG_FILE and path.is_file() and is_of_run else None
+
+
 def load_yaml(name: str) -> dict:
     """Reads a config file, given as a path or as the name of a recipe in `training/configs`."""
-    path = Path(name)
+    path = Path(name).expanduser()
     if not path.is_file():
         path = CONFIG_FOLDER / f"{name}.yaml"
     if not path.is_file():
@@ -367,6 +473,8 @@ def parse_arguments(argv: list[str]) -> tuple[Config, str | None]:
     named = any(getattr(arguments, name) is not None for name in NAMES_A_RUN)
     recipe = arguments.config or (None if named else QUICKSTART)
     values = load_yaml(recipe) if recipe else {}
+    if recipe and (folder := run_folder_of(recipe)) is not None and isinstance(values.get("run") or {}, dict):
+        values["run"] = {**(values.get("run") or {}), "output_dir": str(folder)}
     for name, (hint, _) in _settings().items():
         text = getattr(arguments, name)
         if text is not None:
@@ -375,7 +483,9 @@ def parse_arguments(argv: list[str]) -> tuple[Config, str | None]:
                 isinstance(values.get(section) or {}, dict), section, values.get(section), "a mapping of settings"
             )
             values[section] = (values.get(section) or {}) | {key: _from_command_line(text, hint, name)}
-    return Config.from_dict(values), arguments.resume
+    config = Config.from_dict(values)
+    _check_credentials(config)
+    return config, arguments.resume and os.path.expanduser(arguments.resume)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -388,7 +498,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="training/pretrain.py",
         usage="%(prog)s [--config FILE] [--resume WHERE] [--section.setting VALUE ...]",
         description="Trains a CLIP model. Without arguments: a small one on built-in pictures, minutes on a CPU.",
-        epilog="Several processes: accelerate launch training/pretrain.py ... (see training/launch).",
+        epilog="Paths: `~` is the home folder, and relative paths are taken from where the command is run. The config.yaml "
+        "of a run's folder has them from the root, and goes on in the folder where it lies. Credentials in URLs are "
+        "never written: give such a URL again with --resume. Several processes: accelerate launch training/pretrain.py "
+        "... (see training/launch).",
         allow_abbrev=False,
     )
     recipe = (
@@ -397,7 +510,10 @@ def _parser() -> argparse.ArgumentParser:
         "is not given has the default that is shown below"
     )
     parser.add_argument("--config", metavar="FILE", help=recipe)
-    resume = '"auto" (the newest complete checkpoint of the run folder, if any) or a checkpoint folder'
+    resume = (
+        '"auto": the newest whole checkpoint of the run folder; where there is none, the run starts anew and says so. '
+        "Or a checkpoint folder"
+    )
     parser.add_argument("--resume", metavar="WHERE", help=resume)
     groups = {name: parser.add_argument_group(name, section.__doc__) for name, section in SECTIONS.items()}
     for name, (hint, text) in _settings().items():

@@ -32,6 +32,7 @@ from training.config import DataConfig, UsageError
 from training.data import caption_id
 from training.distillation import ARRAYS, HEADER, computing_in, load_teacher, usable_captions
 from training.machine import PRECISIONS, num_workers, settled_precision
+from training.redaction import redacted
 from training.sources import BadSample, Source, num_samples, open_source
 
 
@@ -44,7 +45,7 @@ def main() -> None:
         out = embed(arguments)
         print(f"The embeddings are in {out}. Train with\n    --distill.embeddings {out}")
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
@@ -91,7 +92,7 @@ def embed(arguments: argparse.Namespace) -> Path:
         raise UsageError(f"--data: found {arguments.data!r}, expected a name or {{name: weight, ...}}.") from error
     config = DataConfig(train=name, **{key: getattr(arguments, key) for key in names})
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model, processor = load_teacher(arguments.model, device)
+    model, processor = load_teacher(os.path.expanduser(arguments.model), device)
     source = open_source(name, config, config.split, model.config.image_size)
     writer = Writer(out, source, num_samples(source, config), model, arguments.model)
     precision = settled_precision(arguments.precision, device)[0]
@@ -177,7 +178,7 @@ class Writer:
     def __init__(self, out: Path, source: Source, length: int, model: HFCLIPModel, name: str):
         self.out, self.folder = out, out.with_name(f".{out.name}.partial")
         header = {
-            "model": name,
+            "model": redacted(name),
             "scale": model.logit_scale.exp().item(),
             "dim": model.config.projection_dim,
             "num_samples": length,

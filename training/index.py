@@ -25,6 +25,7 @@ if not __package__:  # run as a script, Python looks for modules in this folder;
 import fsspec
 
 from training.config import DataConfig, UsageError
+from training.redaction import redacted
 from training.shards import (
     NUM_THREADS,
     check_space,
@@ -64,9 +65,9 @@ def main() -> None:
             f"{len(counted)} tars, {sum(shard.size for shard in counted) / 1e9:,.1f} GB, {', '.join(counts)}: {path}"
         )
         if arguments.upload:
-            print(f"Uploaded to {upload(arguments.url, path)}")
+            print(f"Uploaded to {redacted(upload(arguments.url, path))}")
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)

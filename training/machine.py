@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch.nn import functional as F
 
 from .checkpoint import precision_of
-from .config import NO_ACCUMULATION, Config, UsageError
+from .config import Config, UsageError
 from .cores import cores_of_this_process, threads_are_given
 
 
@@ -30,9 +30,8 @@ def build_accelerator(config: Config, resume: str | None = None) -> Accelerator:
         resume: as `parse_arguments` gives it; a run that goes on keeps its precision.
 
     Raises:
-        UsageError: for what the machine cannot do, or the launcher's settings would make wrong.
+        UsageError: for what the machine cannot do.
     """
-    _check_launcher()
     # Not told so, Accelerate leaves each of several processes on a machine without GPU to itself.
     # Others wait while one process fetches the data: hence the hours.
     state = PartialState(cpu=computes_on_cpu(), timeout=timedelta(hours=2))
@@ -47,8 +46,12 @@ def build_accelerator(config: Config, resume: str | None = None) -> Accelerator:
             project_dir=config.run.output_dir,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
-    except ValueError as error:
-        raise UsageError(f"run.precision: {error} Use bf16 or fp32.") from error
+    except (ValueError, ImportError) as error:
+        raise UsageError(
+            f"Accelerate cannot start with run.precision {config.run.precision} and the launcher's settings: {error}"
+        ) from error
+    if accelerator.distributed_type == DistributedType.XLA:
+        raise UsageError("The launcher started XLA (tpu), expected processes of torch.distributed on GPUs or CPUs.")
     if reason:
         accelerator.print(f"precision {config.run.precision} ({reason})")
     return accelerator
@@ -56,18 +59,6 @@ def build_accelerator(config: Config, resume: str | None = None) -> Accelerator:
 
 def computes_on_cpu() -> bool:
     return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-
-
-def _check_launcher() -> None:
-    """Refuses what an `accelerate` configuration may ask for and CLIP cannot use."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UsageError(
-            "The launcher's configuration has fsdp settings, with which the scalar logit_scale cannot be trained. Take "
-            "them out (as in training/launch/nodes.yaml) and set run.shard_weights to true, which is FSDP2."
-        )
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if steps not in ("1", ""):
-        raise UsageError(f"The launcher's configuration has gradient_accumulation_steps {steps}.{NO_ACCUMULATION}")
 
 
 def _check_settings(config: Config, state: PartialState, reason: str = "") -> None:

@@ -9,17 +9,40 @@ follows from the settings, the weights and the step's number, so a run that was 
 interrupted, bit for bit.
 """
 
+# ruff: noqa: E402 - mistakes are told before torch is imported
 import math
+import shlex
 import sys
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 
 if not __package__:  # run as a script, Python looks for modules in this folder; they are named from the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from training import checkpoint, launcher
+from training.config import CONFIG_FILE, Config, UsageError, parse_arguments
+from training.launcher import leave
+from training.redaction import redacted
+
+
+def read_command_line() -> tuple[Config, str | None]:
+    """The run that is asked for and what it resumes; ends the program where settings, launcher or folder rule it out."""
+    try:
+        config, resume = parse_arguments(sys.argv[1:])
+        launcher.check_settings(config)
+        checkpoint.check_free(Path(config.run.output_dir), resume)
+    except UsageError as error:
+        leave(f"error: {error}", status=2)
+    return config, resume
+
+
+if __name__ == "__main__":
+    read_command_line()  # what follows takes seconds
 
 import torch
 from accelerate import Accelerator
@@ -28,8 +51,7 @@ from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from hfclip import HFCLIPModel, HFCLIPProcessor
-from training import checkpoint, optim, parallel
-from training.config import Config, UsageError, parse_arguments
+from training import optim, parallel
 from training.curves import draw_curves
 from training.data import Collate, PairDataset, build_loader
 from training.distillation import build_teacher
@@ -39,8 +61,8 @@ from training.loading import Batches
 from training.machine import build_accelerator, num_workers, on_main_process
 from training.model import build_architecture, build_model, build_processor, describe, resumed_from, suited_to
 from training.phases import build_phases
-from training.publish import check_token, leave, print_summary, publish
-from training.sources import open_source
+from training.publish import check_token, print_summary, publish, write_card
+from training.sources import BadSample, StreamSource, open_source
 from training.step import TrainingStep, build_step, num_micro_batches
 from training.stopping import Stopping
 from training.timing import Stopwatch, Trace
@@ -73,6 +95,8 @@ class Run:
     stop: int
     saved: int
     """The step of the newest checkpoint."""
+    whole_at: int | None = None
+    """After which step weights, moments and all else are those of one step; None while a step is under way."""
     drawn_at: float = -math.inf
 
     @property
@@ -86,23 +110,35 @@ class Run:
 
 
 def main() -> None:
+    config, resume = read_command_line()
+    launcher.prefix()
+    sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers look at them
     try:
-        config, resume = parse_arguments(sys.argv[1:])
         stopping = Stopping(config.run.stop_after)
         check_trackers(config.run.trackers)
         check_token(config)
         accelerator = build_accelerator(config, resume)
-        with Heartbeat(accelerator.process_index, accelerator.num_processes, config.run.max_silence):
+        folder, is_main = Path(config.run.output_dir), accelerator.is_main_process
+        with (
+            Heartbeat(accelerator.process_index, accelerator.num_processes, config.run.max_silence),
+            checkpoint.taken_back_if_it_fails(folder, is_main),
+        ):
             run = build(config, resume, accelerator, stopping)
-            done = train(run)
+            with saved_if_it_fails(run):
+                done = train(run)
             results = finish(run, done)
             accelerator.end_training()
-        if config.run.push_to_hub and results is not None and accelerator.is_main_process:
+            if run.lock is not None:
+                run.lock.release()
+        if config.run.push_to_hub and results is not None and is_main:
             publish(config, run.core.config, run.stop, results)
     except UsageError as error:
         leave(f"error: {error}", status=2)
     except KeyboardInterrupt:
         leave("Stopped at once. Nothing is lost but what came after the last checkpoint.", status=130)
+    except Exception:
+        sys.stderr.write(redacted(traceback.format_exc()))
+        sys.exit(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,7 +152,7 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
     main = accelerator.is_main_process
     lock = checkpoint.claim(folder) if main and folder.exists() else None
     resumed, state = on_main_process(accelerator, checkpoint.find_resumed, folder, resume) or (None, {"step": 0})
-    changes = checkpoint.check_settings(state["config"], config) if resumed else []
+    changes = checkpoint.check_settings(state.get("config", {}), config) if resumed else []
 
     origin = resumed_from(config, resumed)
     architecture = build_architecture(origin)
@@ -159,12 +195,12 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
     )
     if resumed:
         step.load_state(checkpoint.load_states(resumed))
-        changes += changes_of_processes(core, state["num_processes"], accelerator.num_processes)
+        changes += changes_of_processes(core, state.get("num_processes"), accelerator.num_processes)
     if main and lock is None:
         lock = checkpoint.claim(folder)
-    tracking = Tracking(accelerator, config, start, stop, step.watch, state.get("counts", {}))
-    if main:
-        config.save(folder / "config.yaml")
+    tracking = Tracking(
+        accelerator, config, start, stop, step.watch, state.get("counts", {}), state.get("trackers", {})
+    )
     run = Run(
         config=config,
         accelerator=accelerator,
@@ -185,7 +221,7 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
     return run
 
 
-def changes_of_processes(core: HFCLIPModel, before: int, now: int) -> list[str]:
+def changes_of_processes(core: HFCLIPModel, before: int | None, now: int) -> list[str]:
     """A line to show if another number of processes changes what the steps compute, beyond the order of sums."""
     dropouts = ("patch_dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
     towers = (core.vision_model.config, core.text_model.config)
@@ -219,6 +255,21 @@ def introduce(run: Run, left_out: dict[str, int], resumed: Path | None, changes:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def saved_if_it_fails(run: Run) -> Iterator[None]:
+    """Saves what was done if it can be trusted: no step is under way, and no other process is needed to save."""
+    try:
+        yield
+    except Exception as error:
+        if run.accelerator.num_processes == 1 and run.whole_at is not None and run.whole_at > run.saved:
+            try:
+                save(run, run.whole_at)
+                run.tracking.say(f"Saved after step {run.saved}, since the run ends: {error}")
+            except UsageError as too:
+                run.tracking.say(f"Not saved, as the run ends: {too}")
+        raise
+
+
 def train(run: Run) -> int:
     """Runs the steps that are left. Returns how many of the run are done, which is fewer if it was interrupted."""
     run.stopping.catch_signals()
@@ -238,10 +289,13 @@ def train(run: Run) -> int:
                 return step
             data_time = time.perf_counter() - waiting_since
             counts = batch.pop("counts")
+            run.whole_at = None
             metrics = run.step(batch, step)
             flops = metrics.pop("flops")
 
-            done = step + 1
+            run.whole_at = done = step + 1
+            if step == run.start:
+                keep_settings(run)
             about = {"epoch": done / run.steps_per_epoch, "logit_scale": run.core.logit_scale.detach().exp()}
             run.tracking.step(done, metrics | about, data_time, counts, flops)
             bad_in_a_row = bad_in_a_row + 1 if metrics["skipped"] else 0
@@ -308,6 +362,12 @@ def give_up(run: Run, done: int, bad_in_a_row: int, batch: dict[str, torch.Tenso
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def keep_settings(run: Run) -> None:
+    """Writes config.yaml: from now on the folder holds a run, which others do not begin in."""
+    if run.accelerator.is_main_process:
+        run.config.save(run.folder / CONFIG_FILE)
+
+
 def save(run: Run, done: int) -> None:
     """Writes `checkpoint-<done>`. Collective."""
     with run.tracking.paused():
@@ -315,8 +375,8 @@ def save(run: Run, done: int) -> None:
         states, counts = run.step.state(), run.tracking.total_counts()
         weights = parallel.whole_state_dict(run.core, main) if parallel.is_sharded(run.core) else None
         if main:
-            about = {"config": run.config.to_dict(), "num_processes": run.accelerator.num_processes}
-            about |= {"counts": counts} | run.about_data
+            about = {"config": run.config.record(), "num_processes": run.accelerator.num_processes}
+            about |= {"counts": counts, "trackers": run.tracking.tracked} | run.about_data
             keep = {"keep": run.config.run.keep_checkpoints, "keep_every_hours": run.config.run.keep_every_hours}
             checkpoint.save_checkpoint(
                 run.folder, done, run.core, run.processor, states, about, state_dict=weights, **keep
@@ -362,8 +422,8 @@ def finish(run: Run, done: int) -> dict[str, float] | None:
     """
     if done < run.stop:
         run.tracking.bar.close()
-        command = f"accelerate launch {sys.argv[0]} --config {run.folder / 'config.yaml'} --resume auto"
-        run.accelerator.print(f"Stopped after step {done} of {run.stop}. Go on with:\n    {command}")
+        keep_settings(run)
+        run.accelerator.print(f"Stopped after step {done} of {run.stop}. Go on with:\n    {resume_command(run)}")
         return None
     if done > run.saved:
         save(run, done)
@@ -373,13 +433,36 @@ def finish(run: Run, done: int) -> dict[str, float] | None:
         results = measure(run, done, model)
         run.tracking.bar.close()
         if run.accelerator.is_main_process:
-            model_folder = run.folder / "model"
+            model_folder = run.folder / checkpoint.MODEL_FOLDER
             checkpoint.save_model(model_folder, model, run.processor)
+            title = run.folder.resolve().name
+            write_card(model_folder, run.config, model.config, run.stop, results, name=".", title=title)
             picture = run.evaluator.draw(model, run.folder / "predictions.png")
             draw_curves(run.folder)
-            print_summary(results, problems, model_folder, picture)
+            print_summary(results, problems, model_folder, picture, example_labels(run))
     run.accelerator.wait_for_everyone()
     return results
+
+
+def resume_command(run: Run) -> str:
+    """What goes on with the run when it is pasted: the same launcher, and what no file keeps."""
+    words = [*launcher.prefix(), "--config", str(run.folder / CONFIG_FILE), "--resume", "auto"]
+    masked = run.config.masked()
+    for name, value in masked.items():
+        words += [f"--{name}", value]
+    return shlex.join(words) + ("\n(with its credentials in the place of ***)" if masked else "")
+
+
+def example_labels(run: Run) -> list[str]:
+    """Two texts that fit the run's pictures: labels that were measured, or captions."""
+    for task in run.evaluator.labelled:
+        return list(dict.fromkeys(task.labels))[:2]
+    source, texts = run.loader.dataset.source, []
+    if not isinstance(source, StreamSource):  # which would have to fetch them
+        for index in range(0, len(source), max(len(source) // 9, 1)):
+            with suppress(BadSample):
+                texts += (" ".join(text.split()) for text in source.captions(index) if 0 < len(text.strip()) <= 80)
+    return list(dict.fromkeys(texts))[:2] or ["a photo of a cat", "a photo of a dog"]
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """The end of a run: what was measured on the screen, and the trained model on the Hub."""
 
+import json
 import os
-import sys
 from pathlib import Path
 
 from huggingface_hub import EvalResult, get_token
 
 from hfclip import HFCLIPConfig, __version__
-from hfclip.hub import HubError, end_on_interrupt, model_card, push
+from hfclip.hub import HubError, end_on_interrupt, push
+from hfclip.model_card import model_card
 
 from .config import Config, UsageError
+from .launcher import leave
+from .redaction import redacted
 
 
 def check_token(config: Config) -> None:
@@ -18,16 +21,10 @@ def check_token(config: Config) -> None:
         raise UsageError("run.push_to_hub: found no token. Log in with `hf auth login`, or set HF_TOKEN.")
 
 
-def leave(message: str, status: int) -> None:
-    """Ends this process without traceback; the first one of each machine speaks."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"\n{message}", file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
 def print_summary(
-    results: dict[str, float], problems: dict[str, int], model_folder: Path, picture: Path | None
+    results: dict[str, float], problems: dict[str, int], model_folder: Path, picture: Path | None, labels: list[str]
 ) -> None:
+    """Prints what was measured and how to use the model, with `labels` that its data has."""
     shown = {name: value for name, value in results.items() if name.endswith(("top1", "recall@1", "recall@5"))}
     width = max(map(len, shown), default=0)
     for name, value in shown.items():
@@ -38,16 +35,22 @@ def print_summary(
     print(
         "Use it:\n\n"
         "    import hfclip, transformers\n"
-        f'    classify = transformers.pipeline("zero-shot-image-classification", "{model_folder}")\n'
-        '    classify("picture.png", candidate_labels=["a red circle", "a blue star"])'
+        f'    classify = transformers.pipeline("zero-shot-image-classification", {json.dumps(str(model_folder))})\n'
+        f'    classify("picture.png", candidate_labels={json.dumps(labels, ensure_ascii=False)})'
     )
 
 
-def publish(config: Config, model_config: HFCLIPConfig, steps: int, results: dict[str, float]) -> None:
-    """Pushes the trained model with a card of settings and results. Comes last: no other process waits for it."""
-    folder, repo_id = Path(config.run.output_dir) / "model", config.run.push_to_hub
-    again = f"{folder} holds the trained model. Publish it:\n    python conversion/push_to_hub.py {folder} {repo_id}"
-    end_on_interrupt(f"Stopped. {again}")
+def write_card(
+    folder: Path,
+    config: Config,
+    model_config: HFCLIPConfig,
+    steps: int,
+    results: dict[str, float],
+    *,
+    name: str,
+    title: str | None = None,
+) -> None:
+    """Writes the README.md of a trained model: its architecture, settings of the run, and what was measured."""
     provenance = {
         "Trained with": f"hfclip {__version__}",
         "Steps": steps,
@@ -56,9 +59,18 @@ def publish(config: Config, model_config: HFCLIPConfig, steps: int, results: dic
         "Peak learning rate": config.optim.lr,
         "Precision": config.run.precision,
     }
+    results = as_eval_results(config, results)
+    card = model_card(model_config, name=name, title=title, provenance=provenance, results=results)
+    (folder / "README.md").write_text(redacted(card), encoding="utf-8")
+
+
+def publish(config: Config, model_config: HFCLIPConfig, steps: int, results: dict[str, float]) -> None:
+    """Pushes the trained model with a card of settings and results. Comes last: no other process waits for it."""
+    folder, repo_id = Path(config.run.output_dir) / "model", config.run.push_to_hub
+    again = f"{folder} holds the trained model. Publish it:\n    python conversion/push_to_hub.py {folder} {repo_id}"
+    end_on_interrupt(f"Stopped. {again}")
     try:
-        card = model_card(model_config, name=repo_id, provenance=provenance, results=as_eval_results(config, results))
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_card(folder, config, model_config, steps, results, name=repo_id)
         push(folder, repo_id)
     except (HubError, ValueError, OSError) as error:
         leave(f"error: {error}\n{again}", status=1)

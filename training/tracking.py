@@ -20,7 +20,11 @@ from .curves import METRICS_FILE, read_metrics
 from .data import COUNTED
 from .flops import measured_peak
 from .machine import PRECISIONS
+from .redaction import redacted
 from .timing import Stopwatch
+
+
+TELL_RUNS_BY = {"wandb": ("id", "name"), "trackio": ("name",)}  # what of a run makes its tracker find it again
 
 
 def check_trackers(names: list[str]) -> None:
@@ -44,6 +48,8 @@ class Tracking:
 
     `tflops` is what the towers need (10**12 FLOP per second, see `flops.py`) of one process, the main one, and
     `share_of_peak` the same in parts of the matrix products that its device was measured to do at the start.
+
+    `tracked` says as what wandb and trackio know the run, so that a resumed one goes on there and is no new one.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class Tracking:
         stop: int,
         watch: Stopwatch | None = None,
         counts: dict[str, int] | None = None,
+        tracked: dict[str, dict[str, str]] | None = None,
     ):
         self.accelerator, self.every, self.batch_size = accelerator, config.run.log_every, config.optim.batch_size
         self.path, self.stop = Path(config.run.output_dir) / METRICS_FILE, stop
@@ -70,7 +77,7 @@ class Tracking:
         self.counts = torch.tensor([before.get(name, 0) for name in COUNTED])
         if accelerator.is_main_process:
             _forget_after(self.path, start)
-        _init_trackers(accelerator, config)
+        self.tracked = _init_trackers(accelerator, config, start, tracked or {})
         # On all processes at once: on a CPU they share the cores, as they will in training.
         self.peak = measured_peak(accelerator.device, PRECISIONS[config.run.precision])
         self.watch = watch or Stopwatch(accelerator.device)
@@ -176,17 +183,35 @@ class Tracking:
     def say(self, message: str) -> None:
         """A line above the progress bar, from the main process."""
         if self.accelerator.is_main_process:
-            self.bar.write(message)
+            self.bar.write(redacted(message))
 
 
-def _init_trackers(accelerator: Accelerator, config: Config) -> None:
-    """Raises UsageError for a tracker that does not start (no login, no network), with the reason it gives."""
+def _init_trackers(
+    accelerator: Accelerator, config: Config, start: int, tracked: dict[str, dict[str, str]]
+) -> dict[str, dict[str, str]]:
+    """Starts the trackers, where they know a run from before in that one. Returns as what each of them knows it.
+
+    Raises:
+        UsageError: for one that does not start (no login, no network), with the reason it gives.
+    """
     folder = Path(config.run.output_dir).resolve()
-    options = {"wandb": {"name": folder.name, "dir": str(folder)}, "trackio": {"name": folder.name}}
+    options = {
+        "wandb": {"name": folder.name, "dir": str(folder)},
+        "trackio": {"name": folder.name},
+        # What was written after the checkpoint is written again.
+        "tensorboard": {"purge_step": start + 1} if start else {},
+    }
+    for tracker, known in tracked.items():
+        options[tracker] = {**options.get(tracker, {}), **known, "resume": "allow"}
     try:
-        accelerator.init_trackers("hfclip", config=_flat(config.to_dict()), init_kwargs=options)
+        accelerator.init_trackers("hfclip", config=_flat(config.record()), init_kwargs=options)
     except Exception as error:  # each tracker has its own
         raise UsageError(f"run.trackers: {error}") from error
+    if not accelerator.is_main_process:
+        return {}
+    named = {tracker.name: tracker.tracker for tracker in accelerator.trackers if tracker.name in TELL_RUNS_BY}
+    now = {name: {key: getattr(run, key) for key in TELL_RUNS_BY[name]} for name, run in named.items()}
+    return {**tracked, **now}
 
 
 def _forget_after(path: Path, step: int) -> None:

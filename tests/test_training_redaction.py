@@ -1,0 +1,53 @@
+"""Credentials are masked in any text, and nothing else is."""
+
+import pytest
+
+from training.redaction import redacted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://user:PW@host/a/{0..3}.tar",
+        "'https://user:P@PW@host:8080/x' cannot be fetched",
+        "https://PW@host/x.git",
+        "s3://PW:PW@bucket/x.tar",
+        "https://b.s3.amazonaws.com/x.tar?X-Amz-Algorithm=AWS4&X-Amz-Credential=PW&X-Amz-Signature=PW",
+        "https://b.s3.amazonaws.com/x.tar?AWSAccessKeyId=PW&Signature=PW%3D&Expires=1",
+        "https://storage.googleapis.com/b/x.tar?GoogleAccessId=a&X-Goog-Signature=PW",
+        "https://account.blob.core.windows.net/c/x.tar?sv=2020&sig=PW%2Fd%3D&download=true",
+        "https://d1.cloudfront.net/x.tar?Policy=PW&Key-Pair-Id=PW",
+        "https://host/x.tar?token=PW::https://user:PW@host/y.tar",
+        "simplecache::https://user:PW@host/y.tar",
+        "{'key': 'PW', 'secret': 'PW'}",
+        '{"account_key": "PW==", "sas_token": "PW"}',
+        "{https://host/x.tar: {key: PW, client_secret: PW}}",
+        "AWS_SECRET_ACCESS_KEY=PW AWS_SESSION_TOKEN='PW'",
+        "401 for hf_PWabcdefghijklmnopqrstuvwx",
+        "Authorization: Bearer PW",
+        "headers {'Authorization': 'Basic PW'}",
+    ],
+)
+def test_masks_credentials(text):
+    assert "PW" not in redacted(text) and "***" in redacted(text)
+    assert redacted(redacted(text)) == redacted(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://zenodo.org/records/1/files/x.tar?download=1",
+        "https://host/x-??.tar",
+        "hf://datasets/owner/name@main/x.tar",
+        "abfs://container@account.dfs.core.windows.net/x.tar",
+        "shards/{000..099}.tar",
+        "runs/hf_models_2024",
+        "me@example.org",
+        "run.push_to_hub: found no token. Log in with `hf auth login`, or set HF_TOKEN.",
+        "data.caption_key: 0.tar has the keys ['a', 'b'], expected 'c' among them.",
+        "{'eos_token_id': 3, 'hidden_size': 8}",
+        "the most tokens: 77, the key: none",
+    ],
+)
+def test_leaves_all_else_as_it_is(text):
+    assert redacted(text) == text
