@@ -722,12 +722,22 @@ def test_rejects_unknown_return_tensors(processor):
 
 
 def test_torch_resizing_stays_within_two_levels(photos):
-    differences = []
-    for source in [*photos[:20], noise(90, 130), noise(32, 32)]:
-        exact = center_square_crop(source, 224).astype(int)
-        differences.append(np.abs(center_square_crop(source, 224, "torch") - exact))
-    assert max(difference.max() for difference in differences) <= 2  # the documented bound
-    assert any(difference.any() for difference in differences)  # or it was PIL that resized
+    binary = noise(300, 400) // 128 * 255  # the hardest edges there are
+    images = [open_image(source) for source in [*photos, noise(90, 130), noise(32, 32), binary]]
+    for image in [*images, images[0].convert("L"), images[-1].resize((200, 400))]:
+        for size in (64, 128, 224):
+            exact = center_square_crop(image, size).astype(int)
+            difference = np.abs(center_square_crop(image, size, "torch") - exact)
+            assert difference.max() <= 2, (image.size, size)  # the documented bound
+    assert difference.any()  # or it was PIL that resized
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "PA", "LA", "RGBA", "RGBa", "CMYK", "YCbCr"])
+def test_torch_resizing_leaves_what_it_cannot_do_to_pil(mode):
+    image, tall, wide = image_of_mode(mode, 90, 130), image_of_mode("RGB", 130, 60), image_of_mode("RGB", 90, 130)
+    for source, size in ((image, 32), (image, 200), (tall, 32), (wide, (20, 90))):
+        exact, fast = (HFCLIPImageProcessor(size=size, resize_backend=backend) for backend in ("pil", "torch"))
+        assert torch.equal(*(p(source, return_tensors="pt")["pixel_values"] for p in (exact, fast)))
 
 
 def test_torch_resizing_equals_torchvision():

@@ -231,7 +231,7 @@ def _resized(
     image: PIL.Image.Image, size: Mapping | SizeDict, resample: int, resize_backend: ResizeBackend
 ) -> PIL.Image.Image:
     """`image` resized to `size`, {"shortest_edge"} (torchvision's rounding) or {"height", "width"}, by PIL in
-    its mode, by torch as RGB.
+    its mode, by torch as RGB where that comes within 2 levels of PIL.
 
     Raises `ValueError` before anything is allocated when the result would exceed twice `PIL.Image.MAX_IMAGE_PIXELS`,
     which is also where PIL refuses to open a file (default 178,956,970 pixels).
@@ -252,7 +252,10 @@ def _resized(
         )
     if (new_width, new_height) == image.size:
         return image
-    if resize_backend == "pil":
+    # PIL takes the nearest pixel of palettes and weighs colours by alpha. torch works on rows before columns, as PIL does
+    # too, but for images that are tall or lose in height alone, from Pillow 12 on.
+    is_near = image.mode in ("L", "RGB") and "shortest_edge" in size and height <= 2 * width
+    if resize_backend == "pil" or not is_near:
         return image.resize((new_width, new_height), resample)
     # (height, width, 3) -> (1, 3, height, width), channels last in memory, which torch's kernel prefers
     pixels = torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)[None]
@@ -397,9 +400,10 @@ class HFCLIPImageProcessor(BaseImageProcessor):
         rescale_factor: 1/255 by default.
         do_normalize: Subtract `image_mean` and divide by `image_std`, three numbers each (red, green, blue).
         do_convert_rgb: If false, an image that is not RGB is refused.
-        resize_backend: "pil" is exact. "torch" converts to RGB first and resizes with torch's antialiased kernel on
-            the CPU (the one torchvision uses for tensors): several times faster, up to 2 levels of 255 away on
-            photographs, bilinear and bicubic only. It is saved with the other options and never chosen by itself.
+        resize_backend: "pil" is exact. "torch" resizes RGB and grey images to a shortest edge with torch's antialiased
+            kernel on the CPU (the one torchvision uses for tensors), bilinear and bicubic only: less than half of the
+            time, at most 2 levels of 255 away. Images of other modes, those more than twice as tall as wide and a
+            `size` of height and width take PIL, too. It is saved with the other options and never chosen by itself.
 
     Every option may be given again in a call; None stands for the default. Raises `TypeError` for unknown options and
     values of a wrong type, `ValueError` for values out of range; an error about an image names its place in the input.
