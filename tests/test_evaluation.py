@@ -361,11 +361,14 @@ def test_captions_of_one_image_do_not_push_each_other_out():
 
 
 def test_bfloat16_embeddings_are_compared_in_float32():
-    images, texts, image_of_text = pairs()
+    """Under autocast, too, where an evaluation during a run stands."""
+    images, texts, image_of_text = pairs(200)
     images, texts = images.bfloat16(), texts.bfloat16()
-    assert retrieval_recall(images, texts, image_of_text) == retrieval_recall(
-        images.float(), texts.float(), image_of_text
-    )
+    expected = retrieval_recall(images.float(), texts.float(), image_of_text)
+    assert retrieval_recall(images, texts, image_of_text) == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        assert retrieval_recall(images, texts, image_of_text) == expected
+        assert retrieval_recall(images.float(), texts.float(), image_of_text) == expected
 
 
 @pytest.mark.parametrize(

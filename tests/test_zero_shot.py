@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from hfclip.zero_shot import ZeroShotClassifier, embed_labels, model_fingerprint
@@ -110,6 +111,9 @@ def test_takes_one_image_or_several_of_any_kind(classifier, tmp_path):
     assert classifier(np.asarray(image)) == expected
     assert classifier([image]) == [expected]
     assert classifier(np.asarray(image)[None]) == [expected]
+    rgba = np.random.default_rng(0).integers(0, 256, (3, 4, 40, 50), dtype=np.uint8)  # channels, since it is a batch
+    images = [PIL.Image.fromarray(planes.transpose(1, 2, 0)) for planes in rgba]
+    assert classifier(rgba, batch_size=2) == classifier(images, batch_size=2)
 
 
 def test_batches_do_not_change_the_scores(classifier, processor):
@@ -142,6 +146,27 @@ def test_bfloat16_embeddings_are_compared_in_float32(processor):
     cosines = F.normalize(image_embeds.float(), dim=-1) @ F.normalize(text_embeds.float(), dim=-1).T
     expected = model.logit_scale.float().exp() * cosines
     torch.testing.assert_close(logits, expected, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_ranking_of_bfloat16_embeddings_is_that_of_their_float32_product(model, processor, autocast):
+    """1,000 labels, 200 images: half-precision products would make a ninth of the images tie for the best label."""
+    generator = torch.Generator().manual_seed(0)
+    labels = [f"label {i}" for i in range(1000)]
+    embeds = F.normalize(torch.randn(1000, 16, generator=generator), dim=-1).bfloat16()
+    pixel_values = torch.randn(200, 3, 32, 32, generator=generator)
+    classifier = ZeroShotClassifier(model, processor, labels, label_embeds=embeds)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = classifier.logits(pixel_values=pixel_values, batch_size=200)
+        images = model.encode_image(pixel_values, normalize=False)
+    assert images.dtype == (torch.bfloat16 if autocast else torch.float32) and logits.dtype == torch.float32
+    expected = model.logit_scale.exp() * F.normalize(images.float(), dim=-1) @ embeds.float().T
+    assert torch.equal(logits.argmax(dim=1), expected.argmax(dim=1))
+    best, second = logits.topk(2, dim=1).values.unbind(dim=1)
+    assert (best > second).all()
+    half = F.normalize(images.float(), dim=-1).bfloat16() @ embeds.T
+    assert (half.topk(2, dim=1).values.diff() == 0).any()  # or the test could not fail
 
 
 def test_embeds_in_eval_mode_and_restores_the_mode_of_every_module(processor):
@@ -190,6 +215,58 @@ def test_fingerprint_ignores_where_a_model_came_from(model, tmp_path):
     half.save_pretrained(tmp_path)
     assert model_fingerprint(HFCLIPModel.from_pretrained(tmp_path, dtype=torch.float32)) == model_fingerprint(half)
     assert model_fingerprint(half) != model_fingerprint(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda embeds: embeds * torch.nan, "label 'cat' is of length nan"),
+        (lambda embeds: embeds * torch.inf, "label 'cat' is of length (inf|nan)"),
+        (
+            lambda embeds: embeds * torch.eye(6)[1][:, None],
+            "label 'cat' is of length 0: expected finite ones of length 1",
+        ),
+        (lambda embeds: embeds * 3, "label 'cat' is of length 3"),
+        (lambda embeds: torch.cat([embeds, embeds], dim=1), r"\(6, 32\): expected \(6, dim\) .* dim of 16"),
+        (lambda embeds: embeds[:5], r"\(5, 16\): expected \(6, dim\)"),
+        (lambda embeds: embeds[0], r"\(16,\): expected \(6, dim\)"),
+        (lambda embeds: embeds.sign().long(), "of torch.int64: expected a floating point dtype"),
+    ],
+)
+def test_rejects_embeddings_that_do_not_fit(model, classifier, tmp_path, change, message):
+    embeds = change(classifier.label_embeds).contiguous()
+    with pytest.raises(ValueError, match=message):
+        ZeroShotClassifier(model, classifier.processor, LABELS, label_embeds=embeds)
+    classifier.save(tmp_path)
+    save_file({"label_embeds": embeds}, tmp_path / "zero_shot_classifier.safetensors")
+    with pytest.raises(ValueError, match=message):
+        ZeroShotClassifier.load(tmp_path, model, classifier.processor)
+
+
+def test_rejects_the_embeddings_of_another_folder(model, classifier, tmp_path):
+    other = tiny_model()
+    with torch.no_grad():
+        other.text_projection.weight[0, 0] += 1
+    classifier.save(tmp_path / "one")
+    ZeroShotClassifier(other, classifier.processor, LABELS, TEMPLATES).save(tmp_path / "other")
+    name = "zero_shot_classifier.safetensors"
+    (tmp_path / "one" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    with pytest.raises(ValueError, match=f"embeddings of the model of fingerprint {model_fingerprint(other)[:12]}"):
+        ZeroShotClassifier.load(tmp_path / "one", model, classifier.processor)
+    # as files were saved before they named their model
+    save_file({"label_embeds": classifier.label_embeds}, tmp_path / "one" / name)
+    assert ZeroShotClassifier.load(tmp_path / "one", model, classifier.processor).labels == LABELS
+
+
+@pytest.mark.parametrize(
+    "change", [{"labels": [1, 2]}, {"labels": "cat"}, {"templates": [5]}, {"labels": []}, {"templates": []}]
+)
+def test_rejects_an_info_file_of_wrong_types(model, classifier, tmp_path, change):
+    classifier.save(tmp_path)
+    path = tmp_path / "zero_shot_classifier.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="zero_shot_classifier.json is damaged"):
+        ZeroShotClassifier.load(tmp_path, model, classifier.processor)
 
 
 def test_rejects_folder_without_classifier_and_unfinished_one(model, classifier, tmp_path):

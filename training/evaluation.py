@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
@@ -105,7 +106,7 @@ class Evaluator:
         share = range(rank, len(items), num_ranks)
         parts = [torch.zeros(0, model.config.projection_dim, device=model.device)]
         starts = tqdm(range(0, len(share), size), desc="Retrieval", disable=None if rank == 0 else True, leave=False)
-        parts += [embed(model, [items[i] for i in share[start : start + size]]).float() for start in starts]
+        parts += [embed(model, [items[i] for i in share[start : start + size]]) for start in starts]
         local = torch.cat(parts)
         padding = math.ceil(len(items) / num_ranks) - len(local)
         gathered = self.accelerator.gather(torch.cat([local, local.new_zeros(padding, local.shape[1])]))
@@ -122,12 +123,14 @@ class Evaluator:
                 continue
         embeds = torch.zeros(len(images), model.config.projection_dim, device=model.device)
         if pixels:
-            embeds[readable] = model.encode_image(torch.cat(pixels).to(model.device)).float()
+            pixel_values = torch.cat(pixels).to(model.device)
+            embeds[readable] = F.normalize(model.encode_image(pixel_values, normalize=False).float(), dim=-1)
         return embeds
 
     def _text_embeds(self, model: HFCLIPModel, texts: list[str]) -> torch.Tensor:
         tokens = self.processor(text=texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
-        return model.encode_text(tokens["input_ids"], tokens["attention_mask"])
+        embeds = model.encode_text(tokens["input_ids"], tokens["attention_mask"], normalize=False)
+        return F.normalize(embeds.float(), dim=-1)  # in half precision, lengths are off by up to a part in 256
 
     def draw(self, model: HFCLIPModel, path: Path) -> Path | None:
         """A picture of predictions for images spread over the first labelled set; None without any. Not collective."""

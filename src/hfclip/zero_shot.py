@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
 from transformers.utils.logging import tqdm
@@ -107,11 +107,13 @@ class ZeroShotClassifier:
         templates: sentences with `{}` or `{c}` for the label, or functions from label to sentence. The embeddings of
             all sentences of a label are averaged (paper 3.1.4).
         batch_size: prompts embedded at a time.
-        label_embeds: `(num_labels, dim)` unit embeddings, if they are already known; nothing is embedded then.
+        label_embeds: `(num_labels, dim)` unit embeddings of any floating point dtype, if they are already known;
+            nothing is embedded then. They are kept and compared in float32.
 
     Raises:
-        ValueError: no, empty or repeated labels, no templates, a template without placeholder, `label_embeds` of
-            another number of labels, a processor whose tokenizer ends texts where the model does not pool them.
+        ValueError: no, empty or repeated labels, no templates, a template without placeholder, `label_embeds` that are
+            not one finite vector of unit length and of the model's width a label, a processor whose tokenizer ends
+            texts where the model does not pool them.
         TypeError: labels or templates that are one string instead of a list, or hold something else.
     """
 
@@ -138,9 +140,9 @@ class ZeroShotClassifier:
             )
         if label_embeds is None:
             label_embeds = embed_labels(model, processor, labels, self.templates, batch_size)
-        elif label_embeds.ndim != 2 or len(label_embeds) != len(labels):
-            raise ValueError(f"label_embeds is {tuple(label_embeds.shape)}: expected ({len(labels)}, dim).")
-        self.label_embeds = label_embeds
+        else:
+            _check_embeds(label_embeds, labels, self.model.config.projection_dim)
+        self.label_embeds = label_embeds.float()
 
     def __call__(self, images: Any, top_k: int = 5, batch_size: int = 32) -> list[dict] | list[list[dict]]:
         """The best labels of each image, best first.
@@ -190,9 +192,9 @@ class ZeroShotClassifier:
         with evaluating(self.model) as model:
             return torch.cat([self._logits(model, batch) for batch in batches])
 
-    def _preprocessed(self, images: list, batch_size: int) -> Iterator[Tensor]:
+    def _preprocessed(self, images: Sequence, batch_size: int) -> Iterator[Tensor]:
         """`(batch, channels, height, width)` pixel values, one batch of images opened at a time."""
-        if not images:
+        if len(images) == 0:
             raise ValueError("found 0 images: expected at least one.")
         _check_count("batch_size", batch_size)
         for start in _progress(len(images), batch_size, "Classifying"):
@@ -209,7 +211,10 @@ class ZeroShotClassifier:
         pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
         # Normalised here: in half precision a unit vector is off by up to a part in 256, and so would be the logits.
         image_embeds = F.normalize(model.encode_image(pixel_values, normalize=False).float(), dim=-1)
-        logits = model.logit_scale.float().exp() * image_embeds @ self.label_embeds.to(image_embeds.device).T
+        label_embeds = self.label_embeds.to(image_embeds.device)
+        # Within an evaluation under autocast, too: its products are of half precision, which makes logits equal.
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            logits = model.logit_scale.float().exp() * image_embeds @ label_embeds.T
         return logits if model.logit_bias is None else logits + model.logit_bias.float()
 
     def _ranked(self, logits: Tensor, top_k: int) -> list[list[dict]]:
@@ -232,7 +237,8 @@ class ZeroShotClassifier:
         info = {"model_fingerprint": model_fingerprint(self.model), "labels": self.labels, "templates": templates}
         # Without its info file a half-written classifier is none; it never joins old labels with new embeddings.
         (folder / _INFO_FILE).unlink(missing_ok=True)
-        save_file({"label_embeds": self.label_embeds.cpu().contiguous()}, folder / _EMBEDS_FILE)
+        metadata = {"model_fingerprint": info["model_fingerprint"]}  # a file of another folder does not fit
+        save_file({"label_embeds": self.label_embeds.cpu().contiguous()}, folder / _EMBEDS_FILE, metadata)
         (folder / _INFO_FILE).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
@@ -241,8 +247,8 @@ class ZeroShotClassifier:
 
         Raises:
             FileNotFoundError: no classifier in `folder`.
-            ValueError: files that are damaged; or the classifier belongs to another model: other weights, other
-                architecture, or a dtype that has rounded the weights.
+            ValueError: files that are damaged, or embeddings that are not finite or not of the labels; or the classifier
+                belongs to another model: other weights, other architecture, or a dtype that has rounded the weights.
         """
         folder = Path(folder)
         missing = [name for name in (_INFO_FILE, _EMBEDS_FILE) if not (folder / name).is_file()]
@@ -253,6 +259,7 @@ class ZeroShotClassifier:
         try:
             info = json.loads((folder / _INFO_FILE).read_text(encoding="utf-8"))
             expected, labels, templates = (info[key] for key in ("model_fingerprint", "labels", "templates"))
+            labels, templates, expected = check_labels(labels), check_templates(templates), str(expected)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / _INFO_FILE} is damaged ({error!r}): save the classifier anew.") from error
         found = model_fingerprint(model)
@@ -263,9 +270,16 @@ class ZeroShotClassifier:
                 "same dtype, or build it anew: ZeroShotClassifier(model, processor, labels, templates)."
             )
         try:
-            label_embeds = load_file(folder / _EMBEDS_FILE)["label_embeds"].to(unwrap_model(model).device)
-        except (SafetensorError, KeyError) as error:
+            with safe_open(folder / _EMBEDS_FILE, "pt") as file:
+                label_embeds = file.get_tensor("label_embeds").to(unwrap_model(model).device)
+                origin = (file.metadata() or {}).get("model_fingerprint", expected)  # older files do not name it
+        except SafetensorError as error:
             raise ValueError(f"{folder / _EMBEDS_FILE} is damaged ({error!r}): save the classifier anew.") from error
+        if origin != expected:
+            raise ValueError(
+                f"{folder / _EMBEDS_FILE} holds embeddings of the model of fingerprint {origin[:12]}, {_INFO_FILE} is of "
+                f"{expected[:12]}: save the classifier anew."
+            )
         return cls(model, processor, labels, templates, label_embeds=label_embeds)
 
 
@@ -299,9 +313,11 @@ def _progress(total: int, batch_size: int, desc: str) -> Iterable[int]:
     return tqdm(range(0, total, batch_size), desc=desc, disable=disable, leave=False)
 
 
-def _as_list(images: Any) -> tuple[list, bool]:
-    """Images as a list, and whether several were given."""
-    several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+def _as_list(images: Any) -> tuple[Sequence, bool]:
+    """Images as a list or a 4-D array, and whether several were given."""
+    if getattr(images, "ndim", 0) == 4:
+        return images, True  # whole: the second dimension of a batch is that of the channels, if it can be
+    several = isinstance(images, (list, tuple))
     nested = [index for index, image in enumerate(images) if isinstance(image, (list, tuple))] if several else []
     if nested:
         raise TypeError(f"image {nested[0]} is a list: expected one list of images, without lists in it.")
@@ -346,6 +362,25 @@ def check_templates(templates: Iterable[Template]) -> list[Template]:
         elif not callable(template):
             raise TypeError(f"template {template!r}: expected a string or a function from label to string.")
     return templates
+
+
+def _check_embeds(embeds: Tensor, labels: list[str], dim: int) -> None:
+    if not isinstance(embeds, Tensor):
+        raise TypeError(f"label_embeds is of {type(embeds).__name__}: expected a tensor.")
+    if tuple(embeds.shape) != (len(labels), dim):
+        raise ValueError(
+            f"label_embeds is {tuple(embeds.shape)}: expected ({len(labels)}, dim) for as many labels and the model's "
+            f"dim of {dim}."
+        )
+    if not embeds.is_floating_point():
+        raise ValueError(f"label_embeds is of {embeds.dtype}: expected a floating point dtype.")
+    # Half precision leaves a unit vector within a part in 256 of its length.
+    wrong = (~((embeds.float().norm(dim=1) - 1).abs() < 0.01)).nonzero().flatten().tolist()  # also where it is NaN
+    if wrong:
+        norm = embeds[wrong[0]].float().norm().item()
+        raise ValueError(
+            f"the embedding of label {labels[wrong[0]]!r} is of length {norm:g}: expected finite ones of length 1."
+        )
 
 
 def _check_count(name: str, value: Any) -> None:

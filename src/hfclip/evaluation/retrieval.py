@@ -58,7 +58,8 @@ def _ranks(queries: Tensor, query_ids: Tensor, candidates: Tensor, candidate_ids
     ranks = []
     for chunk, ids in zip(queries.split(chunk_size), query_ids.split(chunk_size), strict=True):
         # (chunk, dim) @ (dim, num_candidates) -> (chunk, num_candidates)
-        scores = chunk @ candidates.T
+        with torch.autocast(chunk.device.type, enabled=False):  # its products would be of half precision
+            scores = chunk @ candidates.T
         own = ids[:, None] == candidate_ids
         best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
         ranks.append(((scores >= best) & ~own).sum(dim=1))
