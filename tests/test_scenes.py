@@ -347,6 +347,24 @@ def test_rejects_an_index_that_is_no_integer():
         Scenes("train")[0.5]
 
 
+@pytest.mark.parametrize(("size", "shown"), [((400, 100), (192, 48)), ((10, 40), (48, 192)), ((2000, 1), (192, 1))])
+def test_contact_sheet_shows_images_whole_and_in_their_proportions(size, shown, tmp_path):
+    image = Image.new("RGB", size, (255, 0, 255))
+    draw_predictions(tmp_path / "sheet.png", [image], ["a"], [[{"label": "a", "score": 1.0}]])
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png"), int)
+    ys, xs = (abs(pixels - (255, 0, 255)).sum(axis=-1) < 30).nonzero()
+    assert (np.ptp(xs) + 1, np.ptp(ys) + 1) == shown
+
+
+def test_contact_sheet_shows_images_upright(tmp_path):
+    image = Image.new("RGB", (40, 20), (255, 0, 255))
+    image.getexif()[0x0112] = 6  # the camera was turned
+    draw_predictions(tmp_path / "sheet.png", [image], ["a"], [[{"label": "a", "score": 1.0}]])
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png"), int)
+    ys, xs = (abs(pixels - (255, 0, 255)).sum(axis=-1) < 30).nonzero()
+    assert (np.ptp(xs) + 1, np.ptp(ys) + 1) == (96, 192)
+
+
 def test_predictions_are_drawn_green_if_right_and_red_if_wrong(tmp_path):
     images = [Scenes("test")[index]["image"] for index in range(2)]
     ranked = [{"label": "a star", "score": 0.7}, {"label": "a ring", "score": 0.2}, {"label": "a heart", "score": 0.1}]

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from training_utils import caption, tiny_recipe
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, ViTConfig, ViTModel
 
 from hfclip import HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from training.config import Config, UsageError
-from training.model import build_architecture, build_model, build_processor, resumed_from
+from training.model import build_architecture, build_model, build_processor, resumed_from, suited_to
 from training.sources import open_source
 
 
@@ -47,6 +50,22 @@ def test_scratch_model_gets_the_trained_tokenizers_vocabulary(tmp_path):
     assert tokenizer.model_max_length == text.max_position_embeddings == 16
     assert processor.image_processor.crop_size == {"height": 32, "width": 32}
     assert model.training
+
+
+def test_model_is_built_without_warnings(tmp_path, caplog):
+    """Of fewer tokens than model.vocab_size allows, and of a ResNet, which has no attention to choose."""
+    model = tiny_recipe(tmp_path)["model"]
+    model["config"]["vision_config"] = {"model_type": "hfclip_resnet", "depths": [1, 1, 1, 1], "stem_width": 8}
+    config = recipe(tmp_path, model=model, run={"precision": "bf16"})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    transformers.utils.logging.get_logger().addHandler(caplog.handler)
+    try:
+        model, _ = build(config)
+        model = suited_to(Accelerator(cpu=True), model, config)
+    finally:
+        transformers.utils.logging.get_logger().removeHandler(caplog.handler)
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert model.text_model.config._attn_implementation == "eager"
 
 
 def test_seed_decides_the_initial_weights(tmp_path):

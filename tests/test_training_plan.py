@@ -386,6 +386,7 @@ def test_another_device_is_described_by_memory_and_peak():
         (["--model", "RN51"], "Did you mean 'RN50'"),
         (["--config", "no_such_file"], "found no file"),
         (["--model", "RN50", "--device", "v100"], "no bfloat16"),
+        (["--model", "RN50", "--device", "rtx4090"], "give its own figures: --memory GIB and --peak TFLOP/s"),
         (["--model", "RN50", "--world", "0"], "--world: found 0"),
         (["--model", "RN50", "--batch", "4", "--world", "8"], "a pair for each of 8 devices"),
         (["--model", "RN50", "--peak", "0"], "--peak: found 0.0, expected a number above 0"),

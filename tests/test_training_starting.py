@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import importlib.util
 import json
 import shlex
 import shutil
@@ -216,12 +217,15 @@ def server(tmp_path):
         server.shutdown()
 
 
-def test_credentials_of_urls_stay_out_of_all_that_is_written(server, start, tmp_path):
+def test_credentials_of_urls_stay_out_of_all_that_is_written(server, start, tmp_path, monkeypatch):
+    """Those of trackers among it, wandb's record of the command line too, where it is installed."""
     pytest.importorskip("tensorboard")
+    trackers = ["tensorboard", *(["wandb"] if importlib.util.find_spec("wandb") else [])]
+    monkeypatch.setenv("WANDB_MODE", "offline")
     write_shards(tmp_path)
     secrets = ("hunter2", "c0ffee")
     url = f"http://me:hunter2@{server}/{{0..0}}.tar"
-    recipe = write_recipe(tmp_path, run={"trackers": ["tensorboard"]}, optim={"steps": 3})
+    recipe = write_recipe(tmp_path, run={"trackers": trackers}, optim={"steps": 3})
     status, said = start("--config", recipe, "--data.train", url, "--stop-after", "0.0001")
     assert status == 0 and "--data.train" in said and "***@127.0.0.1" in said
     told = [said]

@@ -278,12 +278,14 @@ def tracking_of(tmp_path):
     """Makes the `Tracking` of a run in `tmp_path` with a real Accelerator, whose state is for this test alone."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
-    def make(start: int = 0, trackers: tuple[str, ...] = (), log_every: int = 2) -> Tracking:
+    def make(
+        start: int = 0, trackers: tuple[str, ...] = (), log_every: int = 2, tracked: dict | None = None
+    ) -> Tracking:
         run = {"trackers": list(trackers), "log_every": log_every}
         config = Config.from_dict(tiny_recipe(tmp_path, run=run))
         Path(config.run.output_dir).mkdir(exist_ok=True)
         accelerator = Accelerator(cpu=True, log_with=list(trackers) or None, project_dir=config.run.output_dir)
-        return Tracking(accelerator, config, start, 100)
+        return Tracking(accelerator, config, start, 100, tracked=tracked)
 
     yield make
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -393,6 +395,35 @@ def test_trackers_get_the_numbers_of_the_log(tracking_of, tmp_path):
     assert "optim.batch_size: 16\n" in settings and "model.config.vision_config.patch_size: 8\n" in settings
 
 
+def test_resumed_run_has_each_step_once_in_tensorboard(tracking_of, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start in (0, 4):
+        tracking = tracking_of(start=start, trackers=("tensorboard",))
+        for step in range(start + 1, 9):
+            tracking.step(step, metrics(loss=step), 0.0, NO_COUNTS)
+        tracking.accelerator.end_training()
+        time.sleep(1.1)  # event files are in the order of their names, which have seconds
+    events = reader.EventAccumulator(str(tmp_path / "run" / "hfclip")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 8]
+
+
+def test_resumed_run_goes_on_in_its_run_of_wandb(tracking_of, tmp_path, monkeypatch):
+    """Also where its folder has another name now; a new run is a new one there, too."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    known = []
+    for tracked in ({}, "of the first", {}):
+        tracking = tracking_of(start=0, trackers=("wandb",), tracked=known[0] if tracked else None)
+        known.append(json.loads(json.dumps(tracking.tracked)))
+        tracking.step(2, metrics(), 0.0, NO_COUNTS)
+        tracking.accelerator.end_training()
+    first, resumed, other = (entry["wandb"] for entry in known)
+    assert first == resumed and first["name"] == "run" and other["id"] != first["id"]
+    folders = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert {name.rsplit("-", 1)[1] for name in folders} == {first["id"], other["id"]}
+
+
 def test_rejects_a_tracker_that_does_not_start(tracking_of, tmp_path):
     pytest.importorskip("tensorboard")
     (tmp_path / "run").mkdir()
@@ -438,6 +469,16 @@ def test_curves_have_a_panel_for_each_metric(tmp_path, evaluated):
     assert panels == [True] * 5 + [evaluated]
     assert inked(picture, ORANGE).any() == evaluated
     assert sorted(os.listdir(tmp_path / "run")) == ["curves.png", "metrics.jsonl"]
+
+
+def test_run_of_one_line_has_points_that_are_seen(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path / "run")
+    line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0]
+    (tmp_path / "run" / "metrics.jsonl").write_text(line + "\n")
+    rows = np.array_split(inked(draw_curves(tmp_path / "run"), BLUE), 2, axis=0)
+    points = [panel.sum() for row in rows for panel in np.array_split(row, 3, axis=1)][:5]
+    assert min(points) > 80, points  # pixels: a disc of 10 across
 
 
 def test_run_without_steps_has_no_curves(tmp_path):

@@ -121,8 +121,9 @@ def _series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
 
 def _draw(panel: "Axes", lines: list[dict], name: str, **style) -> None:
     steps, values = _series(lines, name)
-    marker = "." if len(steps) < 40 else None  # a run's first lines are points more than a curve
-    panel.plot(steps, values, **{"linewidth": 1.2, "marker": marker, **style})
+    # A run's first lines are points more than a curve: the fewer, the larger.
+    marker = {"marker": "o", "markersize": 8 if len(steps) < 4 else 4} if len(steps) < 40 else {}
+    panel.plot(steps, values, **{"linewidth": 1.2, **marker, **style})
     panel.set_xlabel("step")
     panel.grid(alpha=0.3)
 
@@ -130,7 +131,7 @@ def _draw(panel: "Axes", lines: list[dict], name: str, **style) -> None:
 def _draw_evaluations(panel: "Axes", lines: list[dict]) -> None:
     names = sorted({name for line in lines for name in line if name.endswith(("top1", "recall@1"))})
     for name in names:
-        _draw(panel, lines, name, label=name, marker="o", markersize=3)
+        _draw(panel, lines, name, label=name, marker="o")
     panel.set_title("evaluations")
     if names:
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

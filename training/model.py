@@ -22,6 +22,7 @@ from hfclip import (
     HFCLIPImageProcessor,
     HFCLIPModel,
     HFCLIPProcessor,
+    HFCLIPResNetModel,
     HFCLIPTextConfig,
     HFCLIPTokenizer,
 )
@@ -212,7 +213,9 @@ def suited_to(accelerator: Accelerator, model: HFCLIPModel, config: Config) -> H
     device, several = accelerator.device.type, accelerator.num_processes > 1
     if device == "cpu" and config.run.precision == "bf16":
         # torch's fused attention has a slow bfloat16 backward on CPUs: written out, a step takes half the time.
-        model.set_attn_implementation("eager")
+        for tower in (model.vision_model, model.text_model):
+            if tower._supports_sdpa and not isinstance(tower, HFCLIPResNetModel):  # convolutions would warn
+                tower.set_attn_implementation("eager")
     if several and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         if device == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -587,7 +587,7 @@ def _parser() -> argparse.ArgumentParser:
     add(what, "--epochs", "passes over them", type=float)
 
     on = parser.add_argument_group("on what, and how well (assumptions: measure them)")
-    add(on, "--device", "a data sheet", choices=sorted(DEVICES), default="h100")
+    add(on, "--device", f"a data sheet: {', '.join(DEVICES)}", metavar="NAME", default="h100")
     add(on, "--memory", "GiB of another device", type=float)
     add(on, "--peak", "TFLOP/s of another device in the precision of the run", type=float)
     add(on, "--world", "devices", type=int)
@@ -617,6 +617,11 @@ def parse_run(options: argparse.Namespace) -> Run:
     names = Run.__dataclass_fields__.keys() - {"architecture", "device"}
     fields |= {n: value for n in names if (value := getattr(options, n, None)) is not None}
     _check_numbers({**fields, "memory": options.memory, "peak": options.peak, "took": options.took})
+    if options.device not in DEVICES:
+        raise UsageError(
+            f"--device: found {options.device!r}, expected one of {', '.join(DEVICES)}. For another device take the one "
+            "most like it, and give its own figures: --memory GIB and --peak TFLOP/s."
+        )
     device = DEVICES[options.device]
     if options.device == "v100" and fields.get("precision", "bf16") == "bf16":
         raise UsageError("--precision: V100s have no bfloat16. Plan with --precision fp16.")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 _CARD, _PADDING, _LINE = 192, 12, 22  # pixels: side of an enlarged image, space around it, height of a line of text
@@ -20,7 +20,8 @@ def draw_predictions(
     title: str = "",
     columns: int = 6,
 ) -> None:
-    """Writes a contact sheet: every image with its truth and its three best labels, green if the first is right.
+    """Writes a contact sheet: every image, upright and whole, with its truth and its three best labels, green if the first
+    is right.
 
     Args:
         truths: the right label of each image.
@@ -52,8 +53,8 @@ def _draw_card(sheet: Image.Image, draw: ImageDraw.ImageDraw, box, image, truth:
     verdict = _RIGHT if ranked[0]["label"] == truth else _WRONG
     draw.rounded_rectangle((left, top, left + width, top + height), radius=8, fill=_PAPER, outline=verdict, width=3)
     inset = (width - _CARD) // 2
-    picture = image.convert("RGB").resize((_CARD, _CARD), Image.Resampling.LANCZOS)
-    sheet.paste(picture, (left + inset, top + inset))
+    picture = _fitted(image)
+    sheet.paste(picture, (left + inset + (_CARD - picture.width) // 2, top + inset + (_CARD - picture.height) // 2))
     text_left, text_right = left + inset + 4, left + width - inset - 4
     y = top + inset + _CARD + _LINE // 2 + 4
     bold, plain = ImageFont.load_default(15), ImageFont.load_default(13)
@@ -65,3 +66,10 @@ def _draw_card(sheet: Image.Image, draw: ImageDraw.ImageDraw, box, image, truth:
         draw.rectangle((text_left - 4, y - 9, text_left - 4 + bar + 8, y + 9), fill="#cdeed9" if right else "#f3d9d6")
         draw.text((text_left, y), entry["label"], _RIGHT if right else _FAINT, plain, anchor="lm")
         draw.text((text_right, y), f"{entry['score']:.0%}", _RIGHT if right else _FAINT, plain, anchor="rm")
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    """The whole image in its proportions, as large as a card shows it."""
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    size = (max(round(_CARD * side / max(image.size)), 1) for side in image.size)
+    return image.resize(tuple(size), Image.Resampling.LANCZOS)
