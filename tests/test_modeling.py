@@ -25,7 +25,6 @@ from hfclip import (
     HFCLIPTextModelWithProjection,
     HFCLIPVisionModelWithProjection,
 )
-from hfclip.modeling_hfclip_resnet import Linear
 
 
 PUBLISHED_PARAMETERS = {
@@ -534,81 +533,6 @@ class TestAdapters:
         assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)
 
 
-class TestRepeatedLabels:
-    """In inference the texts of the last call are embedded once; never when anything about them has changed."""
-
-    def count(self, model) -> list:
-        calls = []
-        forward = model.text_model.forward
-        model.text_model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
-        return calls
-
-    @torch.no_grad()
-    def test_the_same_labels_are_embedded_once(self):
-        model = tiny()
-        expected = model(input_ids=texts(), pixel_values=images(1))
-        calls = self.count(model)
-        for _ in range(3):
-            found = model(input_ids=texts(), pixel_values=images(1))
-            assert torch.equal(found.logits_per_image, expected.logits_per_image)
-            found.text_embeds.zero_()  # what a caller does to its outputs stays with it
-        assert len(calls) == 0
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("change", ["ids", "mask", "optimizer", "data", "row", "swap", "layer", "dtype"])
-    def test_a_change_is_seen(self, change):
-        model = tiny()
-        ids, mask, weight = texts(), (texts() != 0).long(), model.text_projection.weight
-        model(input_ids=ids, attention_mask=mask, pixel_values=images(1))
-        if change == "ids":
-            ids[0, 1] += 1
-        elif change == "mask":
-            ids, mask = ids[:2], mask[:2]
-        elif change == "optimizer":
-            weight.add_(1.0)
-        elif change == "data":
-            weight.data.add_(1.0)
-        elif change == "row":
-            model.text_model.embeddings.token_embedding.weight.data[ids[0, 1]] += 1.0
-        elif change == "layer":
-            model.text_model.encoder.layers[0].mlp.activation_fn = torch.nn.GELU()
-        elif change == "swap":
-            model.text_projection.weight = torch.nn.Parameter(weight + 1.0)
-        else:
-            model.double()
-        pixel_values = images(1).to(model.dtype)
-        found = model(input_ids=ids, attention_mask=mask, pixel_values=pixel_values).text_embeds
-        torch.testing.assert_close(found, model.encode_text(ids, mask))
-
-    @torch.no_grad()
-    def test_autocast_is_part_of_the_question(self):
-        model = tiny()
-        inputs = dict(input_ids=texts(), pixel_values=images())
-        plain = model(**inputs).text_embeds
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            lower = model(**inputs).text_embeds
-        assert not torch.equal(plain, lower)
-        assert torch.equal(model(**inputs).text_embeds, plain)
-
-    def test_training_never_uses_it(self):
-        model = tiny()
-        with torch.no_grad():
-            model(input_ids=texts(), pixel_values=images())
-        calls = self.count(model)
-        model(input_ids=texts(), pixel_values=images(), return_loss=True).loss.backward()
-        assert len(calls) == 1 and model.text_projection.weight.grad is not None
-
-    @torch.no_grad()
-    def test_adapters_switch_it_off(self):
-        peft = pytest.importorskip("peft")
-        model = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-        inputs = dict(input_ids=texts(), pixel_values=images())
-        adapted = model(**inputs).text_embeds
-        with model.disable_adapter():
-            plain = model(**inputs).text_embeds
-        assert not torch.allclose(adapted, plain)
-
-
 @pytest.mark.parametrize("fields, message", [
     (dict(vision_config={**VISION, "image_size": 36}), "multiple of the patch. The nearest is 32"),
     (dict(vision_config={**VISION, "hidden_size": 66}), "the number of heads divides"),
@@ -675,59 +599,6 @@ def test_a_tower_of_another_kind_is_refused(tmp_path):
 def test_rejects_inputs_that_do_not_fit(text_tower, inputs, message):
     with pytest.raises(ValueError, match=message):
         tiny(text_config=text_tower)(**{"input_ids": texts(), "pixel_values": images(2), **inputs})
-
-
-class TestLinear:
-    """The towers' linear layer against torch's."""
-
-    def pair(self, bias=True):
-        torch.manual_seed(0)
-        ours, plain = Linear(40, 24, bias=bias), torch.nn.Linear(40, 24, bias=bias)
-        plain.load_state_dict(ours.state_dict())
-        return ours, plain
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("bias", [True, False])
-    @pytest.mark.parametrize("x", [
-        torch.randn(7, 40), torch.randn(40), torch.randn(2, 0, 40), torch.randn(2, 3, 5, 40), torch.randn(40, 7).t(),
-        torch.randn(3, 7, 80)[..., ::2], torch.randn(3, 1, 40).expand(3, 4, 40),
-    ])  # fmt: skip
-    def test_values_are_the_same(self, x, bias):
-        ours, plain = self.pair(bias)
-        torch.testing.assert_close(ours(x), plain(x), **CLOSE)
-
-    def test_gradients_are_the_same(self):
-        ours, plain = self.pair()
-        x = torch.randn(5, 40, requires_grad=True)
-        for layer in (ours, plain):
-            layer(x).pow(2).sum().backward()
-        torch.testing.assert_close(ours.weight.grad, plain.weight.grad, **CLOSE)
-        frozen = ours.requires_grad_(False)
-        (found,) = torch.autograd.grad(frozen(x).sum(), x)
-        torch.testing.assert_close(found, plain.weight.sum(0).expand(5, 40), **CLOSE)
-
-    @torch.no_grad()
-    def test_transforms_see_through_it(self):
-        ours, plain = self.pair()
-        x, v = torch.randn(5, 40), torch.randn(5, 40)
-        for found, expected in (
-            (torch.func.jvp(ours, (x,), (v,))[1], v @ plain.weight.t()),
-            (torch.func.grad(lambda x: ours(x).sum())(x), plain.weight.sum(0).expand(5, 40)),
-            (torch.func.vmap(ours)(x), plain(x)),
-        ):
-            torch.testing.assert_close(found, expected, **CLOSE)
-        with forward_ad.dual_level():
-            tangent = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, v))).tangent
-        torch.testing.assert_close(tangent, v @ plain.weight.t(), **CLOSE)
-
-    @torch.no_grad()
-    def test_other_precisions_are_torchs(self):
-        ours, plain = self.pair()
-        x = torch.randn(5, 40)
-        assert torch.equal(ours.double()(x.double()), plain.double()(x.double()))
-        ours, plain = self.pair()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(ours(x), plain(x)) and ours(x).dtype == torch.bfloat16
 
 
 class TestVariantsOfOpenCLIP:

@@ -12,6 +12,7 @@ from .configuration_hfclip import (
     HFCLIPVisionConfig,
 )
 from .image_processing_hfclip import HFCLIPImageProcessor
+from .inference import ZeroShotImageClassificationPipeline, optimize_for_inference
 from .losses import contrastive_loss, sigmoid_loss
 from .modeling_hfclip import (
     HFCLIPForImageClassification,
@@ -39,6 +40,7 @@ __all__ = [
     *("HFCLIPTextModel", "HFCLIPVisionModel", "HFCLIPResNetModel", "HFCLIPBagOfWordsModel"),
     *("HFCLIPTextModelWithProjection", "HFCLIPVisionModelWithProjection"),
     *("HFCLIPTokenizer", "HFCLIPImageProcessor", "HFCLIPProcessor"),
+    *("ZeroShotImageClassificationPipeline", "optimize_for_inference"),
     *("ZeroShotClassifier", "contrastive_loss", "sigmoid_loss", "__version__"),
 ]
 

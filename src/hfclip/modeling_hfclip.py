@@ -4,8 +4,7 @@
     input_ids    -> text tower  -> pooled -> text_projection   -> unit length -> text_embeds
     logits_per_image = exp(logit_scale) * image_embeds @ text_embeds.T (+ logit_bias)
 
-A tower is ours (`TOWERS`) or any that AutoModel builds, then pooled by a named rule. In inference, label texts that
-repeat from call to call (the zero-shot pipeline passes them with every image) are embedded once.
+A tower is ours (`TOWERS`) or any that AutoModel builds, then pooled by a named rule.
 """
 
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hfclip import HFCLIPConfig, HFCLIPTextConfig, HFCLIPVisionConfig
-from .modeling_hfclip_resnet import HFCLIPResNetModel, Linear, drawn_with
+from .modeling_hfclip_resnet import HFCLIPResNetModel, drawn_with
 from .modeling_hfclip_transformer import (
     HFCLIPBagOfWordsModel,
     HFCLIPPreTrainedModel,
     HFCLIPTextModel,
     HFCLIPVisionModel,
-    asks_for_all_positions,
+    without_left_padding,
 )
 
 
@@ -135,12 +134,16 @@ def pool(outputs: ModelOutput, rule: str, attention_mask: torch.Tensor | None = 
 
 def projection(width: int, projection_dim: int) -> nn.Linear:
     """The linear map from a tower's pooled output into the joint space."""
-    return drawn_with(width**-0.5, Linear(width, projection_dim, bias=False))
+    return drawn_with(width**-0.5, nn.Linear(width, projection_dim, bias=False))
+
+
+def at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def unit_length(embeds: torch.Tensor) -> torch.Tensor:
     """Normalises in float32 (or better): in half precision the norm itself would carry the error."""
-    precise = embeds if embeds.dtype == torch.float64 else embeds.float()
+    precise = at_least_float32(embeds)
     return (precise / precise.norm(dim=-1, keepdim=True)).to(embeds.dtype)
 
 
@@ -162,7 +165,6 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = None if config.logit_bias_init_value is None else nn.Parameter(torch.empty(()))
         self._frozen_towers: list[nn.Module] = []
-        self._text_cache: TextCache | None = None
         self.post_init()
 
     @torch.no_grad()
@@ -224,17 +226,27 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             tower.eval()
         return self
 
-    def _text_outputs(self, input_ids, attention_mask=None, position_ids=None, **kwargs) -> BaseModelOutputWithPooling:
+    @property
+    def _skips_padding(self) -> bool:
+        return self.config.text_config.model_type == HFCLIPTextConfig.model_type
+
+    def _text_outputs(
+        self, input_ids, attention_mask=None, position_ids=None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """The text tower's outputs, with `pooler_output` pooled by the config's rule but not projected."""
         config = self.config.text_config
-        if config.model_type in TOWERS:
-            kwargs = {"skip_padding": True, "position_ids": position_ids, **kwargs}
-        elif config.model_type in SIGLIP_TEXT_TOWERS and self.config.text_pooling == "pooler":
-            # Trained on texts padded to the full context, without a mask: the pooled last position sees the padding.
-            missing = config.max_position_embeddings - input_ids.shape[1]
-            input_ids, attention_mask = F.pad(input_ids, (0, max(0, missing)), value=config.pad_token_id), None
-        elif attention_mask is None:
-            attention_mask = (input_ids != config.pad_token_id).long()
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        if config.model_type not in TOWERS:
+            if attention_mask is None:
+                pad = getattr(config, "pad_token_id", None)
+                attention_mask = torch.ones_like(input_ids) if pad is None else (input_ids != pad).long()
+            # Foreign towers count positions from the first column: texts have to start there.
+            input_ids, attention_mask = without_left_padding(input_ids, attention_mask)
+            if config.model_type in SIGLIP_TEXT_TOWERS and self.config.text_pooling == "pooler":
+                # Trained on texts padded to the full context, without a mask: the pooled last position sees padding.
+                missing = config.max_position_embeddings - input_ids.shape[1]
+                input_ids, attention_mask = F.pad(input_ids, (0, max(0, missing)), value=config.pad_token_id), None
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         pooled = pool(outputs, self.config.text_pooling, attention_mask)
         return BaseModelOutputWithPooling(**{**only_base_fields(outputs), "pooler_output": pooled})
@@ -257,7 +269,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """As in transformers 5: `pooler_output` (batch, projection_dim) is projected and NOT normalised.
 
-        `last_hidden_state` is zero behind each end-of-text token unless `output_hidden_states` is set.
+        `last_hidden_state` (batch, length, hidden) costs what the padding costs; `encode_text` does without both.
         """
         outputs = self._text_outputs(input_ids, attention_mask, position_ids, **kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
@@ -276,10 +288,18 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         return outputs
 
     def encode_text(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, normalize: bool = True
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        normalize: bool = True,
+        text_lengths: list[int] | None = None,
     ) -> torch.Tensor:
-        """(batch, length) token ids -> (batch, projection_dim) embeddings, unit length if `normalize`."""
-        embeds = self.text_projection(self._text_outputs(input_ids, attention_mask).pooler_output)
+        """(batch, length) token ids -> (batch, projection_dim) embeddings, unit length if `normalize`.
+
+        Padding costs nothing in our text transformer. `text_lengths`: see `HFCLIPTextModel.forward`.
+        """
+        skipping = {"skip_padding": True, "text_lengths": text_lengths} if self._skips_padding else {}
+        embeds = self.text_projection(self._text_outputs(input_ids, attention_mask, **skipping).pooler_output)
         return unit_length(embeds) if normalize else embeds
 
     def encode_image(self, pixel_values: torch.Tensor, normalize: bool = True) -> torch.Tensor:
@@ -297,6 +317,9 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
         embeds_only: bool = False,
+        text_lengths: list[int] | None = None,
+        image_embeds: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> HFCLIPOutput:
         """Embeddings and similarities of images and texts.
@@ -307,28 +330,34 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             return_loss: also compute the contrastive loss of this batch (sigmoid loss if there is a logit bias).
             embeds_only: compute `image_embeds` and `text_embeds` (those whose input is given) and nothing else;
                 what a trainer needs, whose loss sees the batches of all processes.
+            text_lengths: with `embeds_only`; see `HFCLIPTextModel.forward`.
+            image_embeds: (num_images, projection_dim), unit length, known already; in place of `pixel_values`.
+            text_embeds: (num_texts, projection_dim), unit length, known already; in place of `input_ids`.
 
         Returns:
-            `HFCLIPOutput`. `text_model_output.last_hidden_state` is zero behind each end-of-text token unless
-            `output_hidden_states` is set.
+            `HFCLIPOutput`. Logits are float32, also where embeddings are half precision.
 
         Raises:
-            ValueError: an input is missing or does not fit the model; `return_loss` without pairs.
+            ValueError: an input is missing, given twice, or does not fit the model; `return_loss` without pairs.
             RuntimeError: `return_loss` in a run of several processes, where it would miss their negatives.
         """
         if embeds_only:
             return HFCLIPOutput(
                 image_embeds=None if pixel_values is None else self.encode_image(pixel_values),
-                text_embeds=None if input_ids is None else self.encode_text(input_ids, attention_mask),
+                text_embeds=None if input_ids is None else self.encode_text(input_ids, attention_mask, True, text_lengths),
             )
-        if input_ids is None or pixel_values is None:
+        if (input_ids is None) == (text_embeds is None) or (pixel_values is None) == (image_embeds is None):
             raise ValueError(
-                "You have to specify input_ids and pixel_values. For one of the two use encode_text, encode_image, or "
-                "embeds_only=True."
+                "You have to specify input_ids and pixel_values, or text_embeds and image_embeds in their place. For "
+                "the embeddings of one of the two use encode_text, encode_image, or embeds_only=True."
             )
-        vision_outputs = self._vision_outputs(pixel_values, interpolate_pos_encoding, **kwargs)
-        image_embeds = unit_length(self.visual_projection(vision_outputs.pooler_output))
-        text_outputs, text_embeds = self._text_embeds(input_ids, attention_mask, position_ids, kwargs)
+        vision_outputs = text_outputs = None
+        if image_embeds is None:
+            vision_outputs = self._vision_outputs(pixel_values, interpolate_pos_encoding, **kwargs)
+            image_embeds = unit_length(self.visual_projection(vision_outputs.pooler_output))
+        if text_embeds is None:
+            text_outputs = self._text_outputs(input_ids, attention_mask, position_ids, **kwargs)
+            text_embeds = unit_length(self.text_projection(text_outputs.pooler_output))
         logits_per_image = self.similarities(image_embeds, text_embeds)
         return HFCLIPOutput(
             loss=self._local_loss(logits_per_image) if return_loss else None,
@@ -341,9 +370,15 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         )
 
     def similarities(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """(num_images, num_texts) logits of unit embeddings: scaled cosines, plus the bias if there is one."""
-        logits = image_embeds @ text_embeds.t().to(image_embeds.device) * self.logit_scale.exp()
-        return logits if self.logit_bias is None else logits + self.logit_bias
+        """(num_images, num_texts) logits of unit embeddings: scaled cosines, plus the bias if there is one.
+
+        In float32 (or better), under autocast too: the ranking of many labels does not survive half precision.
+        """
+        device = image_embeds.device
+        with torch.autocast(device.type, enabled=False):
+            images, texts = at_least_float32(image_embeds), at_least_float32(text_embeds.to(device))
+            logits = images @ texts.t() * self.logit_scale.to(images.dtype).exp()
+            return logits if self.logit_bias is None else logits + self.logit_bias.to(images.dtype)
 
     def _local_loss(self, logits_per_image: torch.Tensor) -> torch.Tensor:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -358,85 +393,12 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             raise ValueError(
                 f"return_loss: found {num_images} images and {num_texts} texts, expected pairs: text i of image i."
             )
-        logits = logits_per_image.float()
+        logits = logits_per_image
         if self.logit_bias is not None:
             signs = 2 * torch.eye(len(logits), device=logits.device) - 1
             return -F.logsigmoid(signs * logits).sum() / len(logits)
         targets = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
-
-    def _text_embeds(self, input_ids, attention_mask, position_ids, kwargs):
-        """Text outputs and unit embeddings; in inference, those of the call before if nothing has changed."""
-        cacheable = not (self.training or torch.is_grad_enabled() or kwargs or position_ids is not None)
-        cacheable = cacheable and not asks_for_all_positions(self.config.text_config, kwargs)
-        state = None
-        if cacheable and not torch.compiler.is_compiling():
-            state = TextCache.state_of((self.text_model, self.text_projection), input_ids, attention_mask)
-        if state is not None and self._text_cache is not None and self._text_cache.holds(state):
-            return self._text_cache.copies()
-        outputs = self._text_outputs(input_ids, attention_mask, position_ids, **kwargs)
-        embeds = unit_length(self.text_projection(outputs.pooler_output))
-        self._text_cache = None if state is None else TextCache(state, outputs, embeds)
-        return outputs, embeds
-
-    def __getstate__(self):
-        return {**self.__dict__, "_text_cache": None}
-
-
-class TextCache:
-    """The texts of the last call in inference, with their outputs.
-
-    The zero-shot pipeline passes the same labels with every image. They count as the same while the ids, the mask, the
-    layers, autocast and all weights that take part are: each weight's identity and version counter, and its norm, since
-    writes through `.data` escape the counter. Layers and hooks from outside switch the cache off: adapters, for
-    instance, can be enabled and disabled without a trace.
-    """
-
-    PLAIN = {"torch", "transformers", __name__.partition(".")[0]}
-
-    def __init__(self, state: tuple, outputs: BaseModelOutputWithPooling, embeds: torch.Tensor):
-        self.weights, *texts, self.values = state
-        self.texts = [None if text is None else text.clone() for text in texts]
-        self.results = (BaseModelOutputWithPooling(**outputs), embeds)
-        self.results = self.copies()
-
-    @classmethod
-    def state_of(cls, towers: tuple[nn.Module, ...], input_ids, attention_mask) -> tuple | None:
-        """What the outputs depend on, or None if that cannot be told."""
-        modules = [module for tower in towers for module in tower.modules()]
-        for module in modules:
-            if type(module).__module__.partition(".")[0] not in cls.PLAIN:
-                return None
-            if module._forward_hooks or module._forward_pre_hooks:
-                return None
-        weights = {id(w): w for module in modules for w in module._parameters.values() if w is not None}
-        if any(type(w.data) is not torch.Tensor or w.is_inference() or w.is_meta for w in weights.values()):
-            return None
-        if len({w.device for w in weights.values()}) > 1:  # spread by a device map: nothing to compare cheaply
-            return None
-        device = input_ids.device.type
-        autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        attention = towers[0].config._attn_implementation
-        identity = [(w.data_ptr(), w.dtype, w._version) for w in weights.values()]
-        identity += [autocast, attention, [id(module) for module in modules]]
-        # Most of a text tower's weights are rows of the token embedding that these texts do not touch.
-        embedding = towers[0].get_input_embeddings().weight
-        read = [w.detach() for key, w in weights.items() if key != id(embedding)]
-        norms = torch._foreach_norm([*read, embedding.detach()[input_ids]])
-        return identity, input_ids, attention_mask, torch.stack([norm.double() for norm in norms])
-
-    def holds(self, state: tuple) -> bool:
-        weights, *texts, values = state
-        same = weights == self.weights and torch.equal(values, self.values)
-        for old, new in zip(self.texts, texts):
-            same = same and (old is None) == (new is None)
-            same = same and (new is None or (old.device == new.device and torch.equal(old, new)))
-        return same
-
-    def copies(self) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
-        """Fresh tensors: what a caller writes into its outputs must not reach the next call."""
-        outputs, embeds = self.results
-        return BaseModelOutputWithPooling(**{name: value.clone() for name, value in outputs.items()}), embeds.clone()
 
 
 def only_base_fields(outputs: ModelOutput) -> dict[str, torch.Tensor]:
@@ -476,7 +438,7 @@ class HFCLIPTextModelWithProjection(HFCLIPPreTrainedModel):
     ) -> HFCLIPTextModelOutput:
         """`text_embeds` (batch, projection_dim), not normalised; see `HFCLIPTextModel.forward`."""
         kwargs["return_dict"] = True
-        outputs = self.text_model(input_ids, attention_mask, position_ids, skip_padding=True, **kwargs)
+        outputs = self.text_model(input_ids, attention_mask, position_ids, **kwargs)
         return HFCLIPTextModelOutput(
             text_embeds=self.text_projection(outputs.pooler_output), **only_base_fields(outputs)
         )
@@ -534,7 +496,7 @@ class HFCLIPForImageClassification(HFCLIPPreTrainedModel):
         width = vision.hidden_size if vision.model_type in TOWERS else tower_width(vision)
         self.classifier = nn.Identity()
         if config.num_labels > 0:
-            self.classifier = drawn_with(width**-0.5, Linear(width, config.num_labels))
+            self.classifier = drawn_with(width**-0.5, nn.Linear(width, config.num_labels))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

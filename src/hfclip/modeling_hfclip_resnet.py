@@ -6,20 +6,19 @@ front of every strided convolution (anti-aliasing), and attention pooling in pla
     pixel_values -> stem -> layer1..layer4 (spatial maps, exposed) -> attention pool -> joint space
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hfclip import HFCLIPResNetConfig
-
-
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def drawn_with(std: float, module: nn.Module) -> nn.Module:
@@ -51,49 +50,21 @@ def initialize_leaf(module: nn.Module, factor: float) -> None:
         init.kaiming_uniform_(module.weight, a=5**0.5)
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` that computes float32 inference on CPUs with oneDNN's kernel.
-
-    Plain torch takes MKL's there, which is half as fast on processors that are not Intel's. Both are exact to the
-    order of summation. Everything else (gradients, other dtypes and devices, compiled and exported models, autocast,
-    quantised weights) is `nn.Linear`'s.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if HAS_ONEDNN and not torch.compiler.is_compiling() and self._is_plain_inference(x):
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return super().forward(x)
-
-    def _is_plain_inference(self, x: torch.Tensor) -> bool:
-        """Whether values are all that is asked for, of plain float32 tensors on the CPU: the kernel has no gradient."""
-        return (
-            x.dtype == self.weight.dtype == torch.float32
-            and x.device.type == self.weight.device.type == "cpu"
-            and type(x) is torch.Tensor
-            and type(self.weight) in (torch.Tensor, nn.Parameter)
-            and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.jit.is_tracing()
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
-        )
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Leaves the running statistics of every BatchNorm in `module` as they are, whatever is computed meanwhile."""
+    norms = [norm for norm in module.modules() if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    tracking = [norm.track_running_stats for norm in norms]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm, before in zip(norms, tracking):
+            norm.track_running_stats = before
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose running statistics move once a step, also under gradient checkpointing.
-
-    Checkpointing runs the forward again inside the backward pass; torch's BatchNorm would count that batch twice.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        is_recomputation = torch._C._current_graph_task_id() != -1
-        if self.training and is_recomputation:
-            scratch = self.running_mean.clone(), self.running_var.clone()
-            return F.batch_norm(x, *scratch, self.weight, self.bias, True, self.momentum, self.eps)
-        return super().forward(x)
-
-
-class Bottleneck(GradientCheckpointingLayer):
+class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions; a stride is an average pool behind the second one, and in the shortcut."""
 
     expansion = 4
@@ -102,12 +73,12 @@ class Bottleneck(GradientCheckpointingLayer):
         super().__init__()
         out_channels = channels * self.expansion
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = BatchNorm2d(channels)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = BatchNorm2d(channels)
+        self.bn2 = nn.BatchNorm2d(channels)
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
-        self.bn3 = BatchNorm2d(out_channels)
+        self.bn3 = nn.BatchNorm2d(out_channels)
         self.bn3.initial_gain = 0.0 if zero_init else 1.0
         self.downsample = None
         if stride > 1 or in_channels != out_channels:
@@ -115,7 +86,7 @@ class Bottleneck(GradientCheckpointingLayer):
             self.downsample = nn.Sequential()
             self.downsample.add_module("-1", nn.AvgPool2d(stride) if stride > 1 else nn.Identity())
             self.downsample.add_module("0", nn.Conv2d(in_channels, out_channels, 1, bias=False))
-            self.downsample.add_module("1", BatchNorm2d(out_channels))
+            self.downsample.add_module("1", nn.BatchNorm2d(out_channels))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         shortcut = hidden_states if self.downsample is None else self.downsample(hidden_states)
@@ -134,10 +105,10 @@ class AttentionPool2d(nn.Module):
         self.grid_size = config.image_size // 32
         self.num_heads = config.num_attention_heads
         self.positional_embedding = nn.Parameter(torch.empty(self.grid_size**2 + 1, channels))
-        self.k_proj = drawn_with(channels**-0.5, Linear(channels, channels))
-        self.q_proj = drawn_with(channels**-0.5, Linear(channels, channels))
-        self.v_proj = drawn_with(channels**-0.5, Linear(channels, channels))
-        self.c_proj = drawn_with(channels**-0.5, Linear(channels, config.projection_dim))
+        self.k_proj = drawn_with(channels**-0.5, nn.Linear(channels, channels))
+        self.q_proj = drawn_with(channels**-0.5, nn.Linear(channels, channels))
+        self.v_proj = drawn_with(channels**-0.5, nn.Linear(channels, channels))
+        self.c_proj = drawn_with(channels**-0.5, nn.Linear(channels, config.projection_dim))
 
     def positions(self, height: int, width: int) -> torch.Tensor:
         """(1 + height * width, channels): the trained grid, bicubically interpolated to another one if needed."""
@@ -187,11 +158,11 @@ class HFCLIPResNetModel(PreTrainedModel):
         super().__init__(config)
         width = config.stem_width
         self.conv1 = nn.Conv2d(config.num_channels, width // 2, 3, stride=2, padding=1, bias=False)
-        self.bn1 = BatchNorm2d(width // 2)
+        self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
-        self.bn2 = BatchNorm2d(width // 2)
+        self.bn2 = nn.BatchNorm2d(width // 2)
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
-        self.bn3 = BatchNorm2d(width)
+        self.bn3 = nn.BatchNorm2d(width)
         self.avgpool = nn.AvgPool2d(2)
         in_channels = width
         for stage, depth in enumerate(config.depths):
@@ -203,6 +174,7 @@ class HFCLIPResNetModel(PreTrainedModel):
                 in_channels = channels * Bottleneck.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.attnpool = AttentionPool2d(config)
+        self.gradient_checkpointing = False
         self.post_init()
 
     @torch.no_grad()
@@ -221,6 +193,16 @@ class HFCLIPResNetModel(PreTrainedModel):
             conv, norm = getattr(self, f"conv{number}"), getattr(self, f"bn{number}")
             hidden_states = F.relu(norm(conv(hidden_states)), inplace=True)
         return self.avgpool(hidden_states)
+
+    def _run(self, block: Bottleneck, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Computes a block, again in the backward pass under gradient checkpointing.
+
+        The second time its BatchNorms must not count the batch once more.
+        """
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return block(hidden_states)
+        contexts = lambda: (nullcontext(), frozen_statistics(block))
+        return checkpoint(block, hidden_states, use_reentrant=False, context_fn=contexts)
 
     @can_return_tuple
     def forward(
@@ -255,7 +237,8 @@ class HFCLIPResNetModel(PreTrainedModel):
         hidden_states = self.stem(pixel_values)
         feature_maps = [hidden_states]
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            hidden_states = stage(hidden_states)
+            for block in stage:
+                hidden_states = self._run(block, hidden_states)
             feature_maps.append(hidden_states)
         return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=hidden_states,

@@ -29,12 +29,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hfclip import HFCLIPBagOfWordsConfig, HFCLIPConfig, HFCLIPTextConfig, HFCLIPVisionConfig
-from .modeling_hfclip_resnet import Linear, check_pixel_values, drawn_with, initialize_leaf
+from .modeling_hfclip_resnet import check_pixel_values, drawn_with, initialize_leaf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which tokens of a text count
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+TOKENS_WORTH_A_WAIT = 4096  # padded tokens of a batch on a GPU, from which on its host waits to learn their lengths
 
 
 def is_exporting() -> bool:
@@ -49,7 +52,7 @@ def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
 
     Raises:
         ValueError: no end-of-text token and no attention mask; pooling position 0 would be silently wrong
-            (open_clip issue 1151).
+            (open_clip issue 1151). On a GPU the host would have to wait to find out, and does not.
     """
     is_eos = input_ids == eos_token_id
     if attention_mask is not None:
@@ -59,15 +62,25 @@ def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
         order = torch.arange(input_ids.shape[1], device=input_ids.device)
         last_real = (attention_mask.bool() * order).argmax(dim=-1)
         return torch.where(is_eos.any(dim=-1), first_eos, last_real)
-    if torch.compiler.is_compiling() or is_exporting():
-        return first_eos
-    missing = (~is_eos.any(dim=-1)).nonzero().flatten().tolist()
-    if missing:
-        raise ValueError(
-            f"input_ids: found no end-of-text token {eos_token_id} in row(s) {missing[:5]}, expected one in each. "
-            "Let the tokenizer truncate (it keeps that token), or pass the attention_mask."
-        )
+    if is_on_host(input_ids):
+        missing = (~is_eos.any(dim=-1)).nonzero().flatten().tolist()
+        if missing:
+            raise ValueError(
+                f"input_ids: found no end-of-text token {eos_token_id} in row(s) {missing[:5]}, expected one in each. "
+                "Let the tokenizer truncate (it keeps that token), or pass the attention_mask."
+            )
     return first_eos
+
+
+def is_on_host(tensor: torch.Tensor) -> bool:
+    """Whether values can be read without waiting for a device, and without fixing them in a graph."""
+    return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or is_exporting())
+
+
+def count_from_first_real(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(batch, length) position of each token in its text: 0 at the first real one, and in any padding before it."""
+    order = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (order - attention_mask.bool().int().argmax(dim=1, keepdim=True)).clamp(min=0)
 
 
 def asks_for_all_positions(config: PreTrainedConfig, kwargs: dict) -> bool:
@@ -76,35 +89,54 @@ def asks_for_all_positions(config: PreTrainedConfig, kwargs: dict) -> bool:
     return any(kwargs.get(name, getattr(config, name, False)) for name in names)
 
 
+def without_left_padding(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, (batch, length) each, with any padding before a text moved to after it."""
+    length = input_ids.shape[1]
+    shift = attention_mask.bool().int().argmax(dim=1, keepdim=True)
+    index = (torch.arange(length, device=input_ids.device) + shift) % length
+    return input_ids.gather(1, index), attention_mask.gather(1, index)
+
+
+def real_tokens_first(attention_mask: torch.Tensor) -> torch.Tensor | None:
+    """(batch, length) order that brings the real tokens of each text to the front; None if they are there already.
+
+    On a device the answer would make the host wait: there the order is computed in any case.
+    """
+    real = attention_mask.bool()
+    if is_on_host(real) and not (real[:, 1:] & ~real[:, :-1]).any():
+        return None
+    return (~real).int().argsort(dim=1, stable=True)
+
+
 @dataclass
 class PackedTexts:
     """Where the real tokens of a padded batch lie: flat (num_tokens, ...) tensors <-> (batch, length, ...) tensors.
 
-    The flat list is filled up to a round number with tokens from behind the pooled ones, as far as there are any:
+    The flat list is filled up to a round number with tokens from after the pooled ones, as far as there are any:
     kernels are chosen and cached by shape, and numbers of tokens would hardly ever repeat. Round are multiples of 64,
     and of larger powers of two for longer lists: at most 16 numbers between one power of two and the next.
     """
 
     index: torch.Tensor  # (num_tokens,) place of each packed token in the flattened (batch * length) layout
-    positions: torch.Tensor  # (num_tokens,) position of each packed token in its text
     last: torch.Tensor  # (batch,) place of each text's pooled token in the flat list
-    real: torch.Tensor  # (batch, length) whether a token is at or in front of the pooled one
+    real: torch.Tensor  # (batch, length) whether a token is at or before the pooled one
 
     @classmethod
-    @torch.compiler.disable
-    def of(cls, attention_mask: torch.Tensor | None, pooled: torch.Tensor) -> "PackedTexts | None":
-        """The tokens up to the pooled one; None if padding lies among them, which only a full mask can express."""
-        order = torch.arange(int(pooled.max()) + 1, device=pooled.device)
-        real = order <= pooled[:, None]
-        if attention_mask is not None and not bool(attention_mask[:, : len(order)].bool()[real].all()):
-            return None
-        taken = real.flatten().clone()
-        num_real = int(real.sum())
-        taken[(~taken).nonzero().flatten()[: -num_real % max(64, 2 ** num_real.bit_length() // 32)]] = True
+    def of(cls, lengths: torch.Tensor, device: torch.device) -> "PackedTexts":
+        """The first `lengths` (batch,) tokens of each text. Lengths lie on the host, and all is decided there."""
+        width = int(lengths.max())
+        real = torch.arange(width) < lengths[:, None]
+        taken = real.flatten()
+        num_real = int(lengths.sum())
+        spare = -num_real % max(64, 2 ** num_real.bit_length() // 32)
+        if spare:
+            taken = taken.clone()
+            taken[(~taken).nonzero().flatten()[:spare]] = True
+        last = taken.cumsum(dim=0)[torch.arange(len(lengths)) * width + lengths - 1] - 1
         index = taken.nonzero().flatten()
-        rows = torch.arange(len(pooled), device=pooled.device)
-        last = taken.cumsum(dim=0)[rows * len(order) + pooled] - 1
-        return cls(index, index % len(order), last, real)
+        return cls(*(part.to(device, non_blocking=True) for part in (index, last, real)))
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """(batch, at least length, ...) -> (num_tokens, ...)"""
@@ -140,10 +172,10 @@ class HFCLIPAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # the text tower says so per call
         width, depth = config.hidden_size, config.num_hidden_layers
-        self.k_proj = drawn_with(width**-0.5, Linear(width, width))
-        self.v_proj = drawn_with(width**-0.5, Linear(width, width))
-        self.q_proj = drawn_with(width**-0.5, Linear(width, width))
-        self.out_proj = drawn_with((2 * depth * width) ** -0.5, Linear(width, width))
+        self.k_proj = drawn_with(width**-0.5, nn.Linear(width, width))
+        self.v_proj = drawn_with(width**-0.5, nn.Linear(width, width))
+        self.q_proj = drawn_with(width**-0.5, nn.Linear(width, width))
+        self.out_proj = drawn_with((2 * depth * width) ** -0.5, nn.Linear(width, width))
 
     def forward(
         self,
@@ -185,8 +217,8 @@ class HFCLIPMLP(nn.Module):
         self.config = config
         self.activation_fn = ACT2FN[config.hidden_act]
         width, depth = config.hidden_size, config.num_hidden_layers
-        self.fc1 = drawn_with((2 * width) ** -0.5, Linear(width, config.intermediate_size))
-        self.fc2 = drawn_with((2 * depth * width) ** -0.5, Linear(config.intermediate_size, width))
+        self.fc1 = drawn_with((2 * width) ** -0.5, nn.Linear(width, config.intermediate_size))
+        self.fc2 = drawn_with((2 * depth * width) ** -0.5, nn.Linear(config.intermediate_size, width))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
@@ -276,9 +308,10 @@ class HFCLIPVisionEmbeddings(nn.Module):
         self.patch_embedding = drawn_with((config.num_channels * config.patch_size**2) ** -0.5, patches)
         self.position_embedding = drawn_with(config.hidden_size**-0.5, positions)
 
-    def positions(self, height: int, width: int) -> torch.Tensor:
+    def positions(self, height: int, width: int, device: torch.device) -> torch.Tensor:
         """(1 + height * width, hidden) for a grid of patches: the trained grid, or it bicubically interpolated."""
-        trained = self.position_embedding.weight
+        # The module is called, its weight not read: offloaded weights arrive when their module is called.
+        trained = self.position_embedding(torch.arange(1 + self.grid_size**2, device=device))
         if height == width == self.grid_size:
             return trained
         # (grid * grid, hidden) -> (1, hidden, grid, grid) -> (1, hidden, height, width) -> (height * width, hidden)
@@ -289,7 +322,7 @@ class HFCLIPVisionEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # (batch, channels, height, width) -> (batch, hidden, rows, columns)
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        positions = self.positions(*patches.shape[-2:])
+        positions = self.positions(*patches.shape[-2:], patches.device)
         # (batch, hidden, rows, columns) -> (batch, rows * columns, hidden) -> (batch, 1 + rows * columns, hidden)
         patches = patches.flatten(2).transpose(1, 2)
         class_token = self.class_embedding.expand(patches.shape[0], 1, -1)  # len() would fix the batch of an export
@@ -455,6 +488,7 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         skip_padding: bool = False,
+        text_lengths: list[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Hidden states and the pooled output of texts.
@@ -462,13 +496,16 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
         Args:
             input_ids: (batch, length), each row with an end-of-text token.
             attention_mask: (batch, length), 1 for real tokens. Not needed for texts padded on the right.
-            position_ids: (batch, length) or (1, length), default 0, 1, 2, ...
-            skip_padding: compute nothing for the tokens behind each first end-of-text token. The pooled output is
-                the same; `last_hidden_state` is zero there. Ignored where all positions are asked for
-                (`output_hidden_states`, `output_attentions`), for `position_ids`, and for padding in front.
+            position_ids: (batch, length) or (1, length), by default counted from the first real token.
+            skip_padding: compute nothing for padding and for tokens after each first end-of-text token. The pooled
+                output is the same; `last_hidden_state` is zero there. Ignored where all positions are asked for
+                (`output_hidden_states`, `output_attentions`), for `position_ids`, and in graphs that are compiled or
+                exported.
+            text_lengths: with `skip_padding`, tokens of each text up to its first end-of-text token, if the caller
+                knows them, for texts padded on the right. With ids on a GPU this spares a wait for the device.
 
         Returns:
-            `last_hidden_state` (batch, length, hidden), behind the last LayerNorm;
+            `last_hidden_state` (batch, length, hidden), after the last LayerNorm;
             `pooler_output` (batch, hidden), not projected, not normalised.
 
         Raises:
@@ -476,26 +513,88 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
         """
         check_texts(input_ids, attention_mask, self.config)
         if self.config.reads_padding:
-            return self._forward_with_padding(input_ids, position_ids, **kwargs)
+            return self._forward_with_padding(input_ids, attention_mask, position_ids, **kwargs)
+        in_graph = torch.compiler.is_compiling() or is_exporting()
+        if skip_padding and position_ids is None and not in_graph and not asks_for_all_positions(self.config, kwargs):
+            return self._forward_real_tokens(input_ids, attention_mask, text_lengths, **kwargs)
+        if position_ids is None and attention_mask is not None:
+            position_ids = count_from_first_real(attention_mask)
         pooled = pooled_positions(input_ids, attention_mask, self.config.eos_token_id)
-        packed = None
-        if skip_padding and position_ids is None and not is_exporting():
-            if not asks_for_all_positions(self.config, kwargs):
-                packed = PackedTexts.of(attention_mask, pooled)
-        if packed is not None:
-            return self._forward_packed(input_ids, packed, **kwargs)
-
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        hidden_states = self.embeddings(input_ids, position_ids)
-        causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
-        hidden_states = self.encoder(hidden_states, causal_mask, **{**kwargs, "is_causal": True})
-        hidden_states = self.final_layer_norm(hidden_states)
+        hidden_states = self._encode(input_ids, attention_mask, position_ids, **kwargs)
         rows = torch.arange(pooled.shape[0], device=pooled.device)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[rows, pooled])
 
+    def _encode(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        causal: bool = True,
+        **kwargs,
+    ) -> torch.Tensor:
+        """(batch, length) ids -> (batch, length, hidden), after the last LayerNorm."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        hidden_states = self.embeddings(input_ids, position_ids)
+        mask = create_causal_mask(self.config, hidden_states, attention_mask, None) if causal else None
+        return self.final_layer_norm(self.encoder(hidden_states, mask, **{**kwargs, "is_causal": causal}))
+
+    def _forward_real_tokens(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        text_lengths: list[int] | None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Texts without their padding: brought to the front, cut at the longest, packed where that saves work.
+
+        After that no mask is needed: attention is causal, and whatever follows the pooled token cannot change it.
+        """
+        order = None if attention_mask is None else real_tokens_first(attention_mask)
+        positions = None
+        if order is not None:
+            positions = count_from_first_real(attention_mask).gather(1, order)
+            input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        batch_size, length = input_ids.shape
+        if text_lengths is not None:
+            lengths = torch.tensor(text_lengths)
+            pooled = lengths.to(input_ids.device, non_blocking=True) - 1
+        else:
+            pooled = pooled_positions(input_ids, attention_mask, self.config.eos_token_id)
+            # One wait for a device pays where it spares much more work than it takes.
+            worth_knowing = is_on_host(pooled) or batch_size * length >= TOKENS_WORTH_A_WAIT
+            lengths = 1 + pooled.cpu() if worth_knowing else torch.full((batch_size,), length)
+        width, num_real = int(lengths.max()), int(lengths.sum())
+        input_ids, positions = input_ids[:, :width], None if positions is None else positions[:, :width]
+        rows = torch.arange(batch_size, device=pooled.device)
+        if num_real > 0.8 * batch_size * width:
+            hidden_states = self._encode(input_ids, None, positions, **kwargs)
+            real = torch.arange(width, device=pooled.device) <= pooled[:, None]
+            pooler_output = hidden_states[rows, pooled]
+        else:
+            packed = PackedTexts.of(lengths, input_ids.device)
+            if positions is None:
+                positions = torch.arange(width, device=input_ids.device).expand(batch_size, -1)
+            hidden_states = self.embeddings(packed.pack(input_ids), packed.pack(positions))
+            layout = hidden_states.new_empty(batch_size, width, 1)
+            mask = create_causal_mask(self.config, layout, None, None)
+            hidden_states = self.encoder(hidden_states, mask, **{**kwargs, "is_causal": True, "packed": packed})
+            hidden_states = self.final_layer_norm(hidden_states)
+            real, pooler_output = packed.real, hidden_states.index_select(0, packed.last)
+            hidden_states = packed.pad(hidden_states)
+        last_hidden_state = hidden_states.masked_fill(~real[..., None], 0)
+        last_hidden_state = F.pad(last_hidden_state, (0, 0, 0, length - width))
+        if order is not None:  # back to where they were
+            places = order[..., None].expand_as(last_hidden_state)
+            last_hidden_state = torch.zeros_like(last_hidden_state).scatter(1, places, last_hidden_state)
+        return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooler_output)
+
     def _forward_with_padding(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, **kwargs
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Texts padded to the whole context, as towers were trained that are not causal or do not pool at EOS."""
         context = self.config.max_position_embeddings
@@ -504,34 +603,17 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
                 f"input_ids: found texts of {input_ids.shape[1]} tokens, expected {context}: this tower was trained with "
                 "its padding in sight, and its config names no pad_token_id. Tokenize with padding='max_length'."
             )
+        if attention_mask is not None:
+            input_ids, _ = without_left_padding(input_ids, attention_mask)
         # (batch, length) -> (batch, context)
         input_ids = F.pad(input_ids, (0, context - input_ids.shape[1]), value=self.config.pad_token_id or 0)
-        if position_ids is None:
-            position_ids = torch.arange(context, device=input_ids.device)[None]
-        hidden_states = self.embeddings(input_ids, position_ids)
-        causal_mask = None
-        if self.config.causal:
-            causal_mask = create_causal_mask(self.config, hidden_states, None, past_key_values=None)
-        hidden_states = self.encoder(hidden_states, causal_mask, **{**kwargs, "is_causal": self.config.causal})
-        hidden_states = self.final_layer_norm(hidden_states)
+        hidden_states = self._encode(input_ids, None, position_ids, causal=self.config.causal, **kwargs)
         if self.config.pooling == "eos":
             rows = torch.arange(input_ids.shape[0], device=input_ids.device)
             pooled = hidden_states[rows, pooled_positions(input_ids, None, self.config.eos_token_id)]
         else:
             pooled = hidden_states[:, 0 if self.config.pooling == "first" else -1]
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
-
-    def _forward_packed(self, input_ids: torch.Tensor, packed: PackedTexts, **kwargs) -> BaseModelOutputWithPooling:
-        hidden_states = self.embeddings(packed.pack(input_ids), packed.positions)
-        layout = hidden_states.new_empty(*packed.real.shape, 1)
-        causal_mask = create_causal_mask(self.config, layout, None, past_key_values=None)
-        hidden_states = self.encoder(hidden_states, causal_mask, **{**kwargs, "is_causal": True, "packed": packed})
-        hidden_states = self.final_layer_norm(hidden_states)
-        last_hidden_state = packed.pad(hidden_states).masked_fill(~packed.real[..., None], 0)
-        last_hidden_state = F.pad(last_hidden_state, (0, 0, 0, input_ids.shape[1] - packed.real.shape[1]))
-        return BaseModelOutputWithPooling(
-            last_hidden_state=last_hidden_state, pooler_output=hidden_states.index_select(0, packed.last)
-        )
 
 
 class HFCLIPBagOfWordsModel(HFCLIPPreTrainedModel):

@@ -1,0 +1,119 @@
+"""Speed for inference that a user asks for by name; without it the models are plain.
+
+    model = optimize_for_inference(HFCLIPModel.from_pretrained(folder))
+
+    classify = pipeline("zero-shot-image-classification", model=folder,
+                        pipeline_class=hfclip.ZeroShotImageClassificationPipeline)
+    classify(images, candidate_labels=labels)       # the labels are embedded once, for all images of the call
+
+Neither keeps anything between two calls: what is computed follows from the weights at that moment.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.image_utils import load_image
+
+
+LABELS_AT_A_TIME = 256
+
+
+def optimize_for_inference(model: nn.Module) -> nn.Module:
+    """Makes the linear layers of a model compute float32 inference on CPUs with oneDNN's kernel, in place.
+
+    Plain torch takes MKL's there, which is slower on processors that are not Intel's. Both are exact to the order of
+    summation, and read the weights as they are at each call. With gradients, other dtypes, on other devices, under
+    autocast, and in graphs that are traced, compiled or exported, the layers compute what they did before.
+
+    Layers of exactly the class `nn.Linear` are changed: quantise a model, or add adapters to it, before and not after.
+
+    Returns:
+        The same model, in evaluation mode.
+
+    Raises:
+        RuntimeError: this build of torch has no oneDNN.
+    """
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        raise RuntimeError("optimize_for_inference: found a build of torch without oneDNN. Use the model as it is.")
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = OneDNNLinear
+    return model.eval()
+
+
+class OneDNNLinear(nn.Linear):
+    """`nn.Linear` with oneDNN's kernel for what it can do; see `optimize_for_inference`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not (x.dtype == self.weight.dtype == torch.float32)
+            or not (x.device.type == self.weight.device.type == "cpu")
+            or torch.is_autocast_enabled("cpu")
+            or torch.jit.is_tracing()
+            or type(x) is not Tensor
+            or not x.numel()
+        ):
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class ZeroShotImageClassificationPipeline(transformers.ZeroShotImageClassificationPipeline):
+    """Zero-shot image classification whose labels are embedded once per call, for all images of the call.
+
+    The standard pipeline embeds the labels anew with each image. Scores are the same. Give it many images at once, as
+    a list, a generator or a data set; for labels that stay from call to call there is `ZeroShotClassifier`.
+
+    Raises:
+        TypeError: the model is not a `HFCLIPModel`.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if not hasattr(self.model, "encode_text"):
+            raise TypeError(
+                f"This pipeline needs a HFCLIPModel, found {type(self.model).__name__}. Open the folder with "
+                "HFCLIPModel.from_pretrained, or use the pipeline of transformers."
+            )
+
+    def __call__(self, image: Any = None, candidate_labels: Iterable[str] = (), **kwargs) -> list:
+        """See transformers' pipeline of the same name; `tokenizer_kwargs` reach the tokenizer.
+
+        Raises:
+            ValueError: no labels, or one string in place of a list.
+        """
+        if isinstance(candidate_labels, str) or not (labels := list(candidate_labels)):
+            raise ValueError(f"candidate_labels: found {candidate_labels!r}, expected a list of at least one label.")
+        template = kwargs.pop("hypothesis_template", "This is a photo of {}.")
+        text_embeds = self._embed([template.format(label) for label in labels], kwargs.pop("tokenizer_kwargs", None))
+        return super().__call__(image, labels, text_embeds=text_embeds, **kwargs)
+
+    def _embed(self, texts: list[str], tokenizer_kwargs: dict | None) -> Tensor:
+        """(len(texts), projection_dim) unit embeddings."""
+        embeds = []
+        with self.device_placement(), self.get_inference_context()():
+            for start in range(0, len(texts), LABELS_AT_A_TIME):
+                batch = texts[start : start + LABELS_AT_A_TIME]
+                inputs = self.tokenizer(batch, return_tensors="pt", **{"padding": True, **(tokenizer_kwargs or {})})
+                inputs = self.ensure_tensor_on_device(**inputs)
+                embeds.append(self.model.encode_text(inputs["input_ids"], inputs.get("attention_mask")))
+        return torch.cat(embeds)
+
+    def _sanitize_parameters(self, text_embeds: Tensor | None = None, **kwargs) -> tuple[dict, dict, dict]:
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        return preprocess, {**forward, "text_embeds": text_embeds}, postprocess
+
+    def preprocess(self, image: Any, candidate_labels: list[str], timeout: float | None = None) -> dict:
+        image = load_image(image, timeout=timeout)
+        inputs = self.image_processor(images=[image], return_tensors="pt").to(self.dtype)
+        inputs["candidate_labels"] = candidate_labels
+        return inputs
+
+    def _forward(self, model_inputs: dict, text_embeds: Tensor) -> dict:
+        candidate_labels = model_inputs.pop("candidate_labels")
+        outputs = self.model(**model_inputs, text_embeds=text_embeds)
+        return {"candidate_labels": candidate_labels, "logits": outputs.logits_per_image}
