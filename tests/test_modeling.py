@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch.autograd import forward_ad
 from transformers import (
     CLIPConfig,
     CLIPForImageClassification,

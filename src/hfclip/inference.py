@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.image_utils import load_image
 
 
@@ -57,6 +58,9 @@ class OneDNNLinear(nn.Linear):
             or torch.jit.is_tracing()
             or type(x) is not Tensor
             or not x.numel()
+            # Tangents of forward-mode differentiation, which the kernel would lose.
+            or forward_ad.unpack_dual(x).tangent is not None
+            or forward_ad.unpack_dual(self.weight).tangent is not None
         ):
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")

@@ -230,9 +230,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
     def _skips_padding(self) -> bool:
         return self.config.text_config.model_type == HFCLIPTextConfig.model_type
 
-    def _text_outputs(
-        self, input_ids, attention_mask=None, position_ids=None, **kwargs
-    ) -> BaseModelOutputWithPooling:
+    def _text_outputs(self, input_ids, attention_mask=None, position_ids=None, **kwargs) -> BaseModelOutputWithPooling:
         """The text tower's outputs, with `pooler_output` pooled by the config's rule but not projected."""
         config = self.config.text_config
         if position_ids is not None:
@@ -344,7 +342,9 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         if embeds_only:
             return HFCLIPOutput(
                 image_embeds=None if pixel_values is None else self.encode_image(pixel_values),
-                text_embeds=None if input_ids is None else self.encode_text(input_ids, attention_mask, True, text_lengths),
+                text_embeds=None
+                if input_ids is None
+                else self.encode_text(input_ids, attention_mask, True, text_lengths),
             )
         if (input_ids is None) == (text_embeds is None) or (pixel_values is None) == (image_embeds is None):
             raise ValueError(

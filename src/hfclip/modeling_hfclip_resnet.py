@@ -54,14 +54,15 @@ def initialize_leaf(module: nn.Module, factor: float) -> None:
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Leaves the running statistics of every BatchNorm in `module` as they are, whatever is computed meanwhile."""
     norms = [norm for norm in module.modules() if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    tracking = [norm.track_running_stats for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, before in zip(norms, tracking):
-            norm.track_running_stats = before
+        for norm, (momentum, num_batches_tracked) in zip(norms, before):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(num_batches_tracked)
 
 
 class Bottleneck(nn.Module):
@@ -201,6 +202,8 @@ class HFCLIPResNetModel(PreTrainedModel):
         """
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return block(hidden_states)
+        if torch.compiler.is_compiling():  # a compiled graph moves statistics once, whatever it computes again
+            return checkpoint(block, hidden_states, use_reentrant=False)
         contexts = lambda: (nullcontext(), frozen_statistics(block))
         return checkpoint(block, hidden_states, use_reentrant=False, context_fn=contexts)
 

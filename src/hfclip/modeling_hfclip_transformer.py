@@ -89,9 +89,7 @@ def asks_for_all_positions(config: PreTrainedConfig, kwargs: dict) -> bool:
     return any(kwargs.get(name, getattr(config, name, False)) for name in names)
 
 
-def without_left_padding(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def without_left_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask, (batch, length) each, with any padding before a text moved to after it."""
     length = input_ids.shape[1]
     shift = attention_mask.bool().int().argmax(dim=1, keepdim=True)

@@ -1,0 +1,157 @@
+"""What is faster on request: the same values as without, and those of the weights at that moment."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from test_modeling import CLOSE, RESNET, VISION, images, texts, tiny
+from test_zero_shot import LABELS, photos, processor, tiny_model  # noqa: F401
+from torch import nn
+from torch.autograd import forward_ad
+from transformers import pipeline
+
+from hfclip import HFCLIPForImageClassification, ZeroShotImageClassificationPipeline, optimize_for_inference
+
+
+class TestOptimizedModels:
+    @torch.no_grad()
+    @pytest.mark.parametrize("vision", [VISION, RESNET], ids=["vit", "resnet"])
+    def test_values_are_those_of_the_plain_model(self, vision):
+        plain = tiny(vision_config=dict(vision))
+        fast = optimize_for_inference(copy.deepcopy(plain).train())
+        assert not fast.training and not any(type(module) is nn.Linear for module in fast.modules())
+        inputs = dict(input_ids=texts(), pixel_values=images())
+        torch.testing.assert_close(fast(**inputs).logits_per_image, plain(**inputs).logits_per_image, **CLOSE)
+        torch.testing.assert_close(fast.encode_text(texts()), plain.encode_text(texts()), **CLOSE)
+
+    @torch.no_grad()
+    def test_a_write_to_a_weight_counts(self):
+        fast = optimize_for_inference(tiny())
+        fast.encode_text(texts())
+        fast.text_model.encoder.layers[1].mlp.fc1.weight.data.neg_()
+        expected = tiny()
+        expected.load_state_dict(fast.state_dict())
+        torch.testing.assert_close(fast.encode_text(texts()), expected.encode_text(texts()), **CLOSE)
+
+    def test_it_trains_saves_and_compiles_as_before(self, tmp_path):
+        plain, fast = tiny().train(), optimize_for_inference(tiny()).train()
+        for model in (plain, fast):
+            model(texts(), images(), return_loss=True).loss.backward()
+        for expected, found in zip(plain.parameters(), fast.parameters(), strict=True):
+            assert torch.equal(found.grad, expected.grad)
+        fast.eval().save_pretrained(tmp_path)
+        again = type(fast).from_pretrained(tmp_path)
+        assert type(again.visual_projection) is nn.Linear
+        with torch.no_grad():
+            compiled = torch.compile(fast.encode_image, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(images()), again.encode_image(images()), **CLOSE)
+
+
+class TestOneDNNLinear:
+    """The optimised layer against torch's."""
+
+    def pair(self, bias=True):
+        torch.manual_seed(0)
+        plain = nn.Linear(40, 24, bias=bias)
+        return optimize_for_inference(nn.Sequential(copy.deepcopy(plain)))[0], plain
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("x", [
+        torch.randn(7, 40), torch.randn(40), torch.randn(2, 0, 40), torch.randn(2, 3, 5, 40), torch.randn(40, 7).t(),
+        torch.randn(3, 7, 80)[..., ::2], torch.randn(3, 1, 40).expand(3, 4, 40),
+    ])  # fmt: skip
+    def test_values_are_the_same(self, x, bias):
+        fast, plain = self.pair(bias)
+        torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+
+    def test_gradients_are_the_same(self):
+        fast, plain = self.pair()
+        x = torch.randn(5, 40, requires_grad=True)
+        for layer in (fast, plain):
+            layer(x).pow(2).sum().backward()
+        assert torch.equal(fast.weight.grad, plain.weight.grad)
+
+    @pytest.mark.parametrize("with_gradients", [True, False])
+    def test_derivatives_see_through_it(self, with_gradients):
+        fast, plain = self.pair()
+        x, v = torch.randn(5, 40), torch.randn(5, 40)
+        with torch.set_grad_enabled(with_gradients):
+            for found, expected in (
+                (torch.func.jvp(fast, (x,), (v,))[1], v @ plain.weight.t()),
+                (torch.func.grad(lambda x: fast(x).sum())(x), plain.weight.sum(0).expand(5, 40)),
+            ):
+                torch.testing.assert_close(found, expected, **CLOSE)
+            with forward_ad.dual_level():
+                tangent = forward_ad.unpack_dual(fast(forward_ad.make_dual(x, v))).tangent
+            torch.testing.assert_close(tangent, v @ plain.weight.t(), **CLOSE)
+
+    @torch.no_grad()
+    def test_other_precisions_are_torchs(self):
+        fast, plain = self.pair()
+        x = torch.randn(5, 40)
+        assert torch.equal(fast.double()(x.double()), plain.double()(x.double()))
+        fast, plain = self.pair()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(fast(x), plain(x)) and fast(x).dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def pipelines(processor):  # noqa: F811
+    parts = dict(tokenizer=processor.tokenizer, image_processor=processor.image_processor)
+    make = lambda **kind: pipeline("zero-shot-image-classification", model=tiny_model(), **parts, **kind)
+    return make(), make(pipeline_class=ZeroShotImageClassificationPipeline)
+
+
+class TestPipeline:
+    @staticmethod
+    def count(model) -> list:
+        calls = []
+        model.text_model.register_forward_pre_hook(lambda *call: calls.append(1))
+        return calls
+
+    @staticmethod
+    def assert_same(found, expected):
+        for row, known in zip(found, expected, strict=True):
+            assert [one["label"] for one in row] == [one["label"] for one in known]
+            scores = [torch.tensor([one["score"] for one in side]) for side in (row, known)]
+            torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("options", [
+        {}, {"hypothesis_template": "the {} on a table"}, {"batch_size": 4}, {"timeout": 1.0}
+    ])  # fmt: skip
+    def test_scores_are_those_of_the_standard_pipeline(self, pipelines, options):
+        standard, ours = pipelines
+        images, labels = photos(6), LABELS[:5]
+        expected = standard(images, candidate_labels=labels, **{k: v for k, v in options.items() if k != "batch_size"})
+        calls = self.count(ours.model)
+        self.assert_same(ours(images, candidate_labels=labels, **options), expected)
+        assert len(calls) == 1, "the labels of a call are embedded once"
+        self.assert_same(list(ours((image for image in images), candidate_labels=labels, **options)), expected)
+        self.assert_same([ours(images[0], labels, **options)], expected[:1])
+
+    @torch.no_grad()
+    def test_a_write_to_a_weight_counts_in_the_next_call(self, pipelines):
+        standard, ours = pipelines
+        for pipe in pipelines:
+            pipe(photos(1), candidate_labels=LABELS)
+            pipe.model.text_model.embeddings.token_embedding.weight.data.neg_()
+        self.assert_same(ours(photos(2), candidate_labels=LABELS), standard(photos(2), candidate_labels=LABELS))
+
+    def test_threads_with_different_labels_get_their_own(self, pipelines):
+        ours, images = pipelines[1], photos(1)
+        groups = [LABELS[:2], LABELS[2:4], LABELS[1:5], LABELS]
+        expected = [ours(images, candidate_labels=labels) for labels in groups]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda n: ours(images, candidate_labels=groups[n % 4]), range(40)))
+        for number, result in enumerate(found):
+            self.assert_same(result, expected[number % 4])
+
+    def test_refuses_what_it_cannot_use(self, pipelines, processor):  # noqa: F811
+        for labels in ([], "cat, dog"):
+            with pytest.raises(ValueError, match="expected a list of at least one label"):
+                pipelines[1](photos(1), candidate_labels=labels)
+        parts = dict(tokenizer=processor.tokenizer, image_processor=processor.image_processor)
+        with pytest.raises(TypeError, match="needs a HFCLIPModel, found HFCLIPForImageClassification"):
+            ZeroShotImageClassificationPipeline(model=HFCLIPForImageClassification(tiny_model().config), **parts)
