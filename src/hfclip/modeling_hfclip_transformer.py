@@ -306,10 +306,10 @@ class HFCLIPVisionEmbeddings(nn.Module):
         self.patch_embedding = drawn_with((config.num_channels * config.patch_size**2) ** -0.5, patches)
         self.position_embedding = drawn_with(config.hidden_size**-0.5, positions)
 
-    def positions(self, height: int, width: int, device: torch.device) -> torch.Tensor:
+    def positions(self, height: int, width: int) -> torch.Tensor:
         """(1 + height * width, hidden) for a grid of patches: the trained grid, or it bicubically interpolated."""
         # The module is called, its weight not read: offloaded weights arrive when their module is called.
-        trained = self.position_embedding(torch.arange(1 + self.grid_size**2, device=device))
+        trained = self.position_embedding(torch.arange(1 + self.grid_size**2, device=self.class_embedding.device))
         if height == width == self.grid_size:
             return trained
         # (grid * grid, hidden) -> (1, hidden, grid, grid) -> (1, hidden, height, width) -> (height * width, hidden)
@@ -320,7 +320,7 @@ class HFCLIPVisionEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # (batch, channels, height, width) -> (batch, hidden, rows, columns)
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        positions = self.positions(*patches.shape[-2:], patches.device)
+        positions = self.positions(*patches.shape[-2:])
         # (batch, hidden, rows, columns) -> (batch, rows * columns, hidden) -> (batch, 1 + rows * columns, hidden)
         patches = patches.flatten(2).transpose(1, 2)
         class_token = self.class_embedding.expand(patches.shape[0], 1, -1)  # len() would fix the batch of an export
