@@ -150,5 +150,10 @@ def test_embedding_on_a_device_waits_for_nothing(monkeypatch, attention):
         with waits:
             found = model.encode_text(**inputs)
         torch.testing.assert_close(found, expected, **CLOSE)
-    # The sizes of the padded batch, read from a tensor on the host.
-    assert waits.found == ["aten::_local_scalar_dense"] * 4
+    assert waits.found == []
+
+
+def test_impossible_lengths_are_refused():
+    for found in ([], [3], [0] * 5, [21] * 5):
+        with pytest.raises(ValueError, match="expected one from 1 to 20 for each of 5 texts"):
+            tiny().encode_text(texts(), text_lengths=found)

@@ -132,6 +132,18 @@ def pool(outputs: ModelOutput, rule: str, attention_mask: torch.Tensor | None = 
     return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
+def pooled_by(
+    rule: str, outputs: ModelOutput, attention_mask: torch.Tensor | None = None
+) -> BaseModelOutputWithPooling:
+    """A tower's outputs with the `pooler_output` (batch, hidden) of a named rule."""
+    is_there = type(outputs) is BaseModelOutputWithPooling and outputs.pooler_output is not None
+    if rule == "pooler" and is_there:
+        return outputs  # as it is: making another costs a tenth of a small model's call
+    return BaseModelOutputWithPooling(
+        **{**only_base_fields(outputs), "pooler_output": pool(outputs, rule, attention_mask)}
+    )
+
+
 def projection(width: int, projection_dim: int) -> nn.Linear:
     """The linear map from a tower's pooled output into the joint space."""
     return drawn_with(width**-0.5, nn.Linear(width, projection_dim, bias=False))
@@ -246,16 +258,14 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
                 missing = config.max_position_embeddings - input_ids.shape[1]
                 input_ids, attention_mask = F.pad(input_ids, (0, max(0, missing)), value=config.pad_token_id), None
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
-        pooled = pool(outputs, self.config.text_pooling, attention_mask)
-        return BaseModelOutputWithPooling(**{**only_base_fields(outputs), "pooler_output": pooled})
+        return pooled_by(self.config.text_pooling, outputs, attention_mask)
 
     def _vision_outputs(self, pixel_values, interpolate_pos_encoding=None, pooled_only=False, **kwargs):
         """The image tower's outputs, with `pooler_output` pooled by the config's rule but not projected."""
         if self.config.vision_config.model_type in TOWERS:
             kwargs.update(interpolate_pos_encoding=interpolate_pos_encoding, pooled_only=pooled_only)
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        pooled = pool(outputs, self.config.vision_pooling)
-        return BaseModelOutputWithPooling(**{**only_base_fields(outputs), "pooler_output": pooled})
+        return pooled_by(self.config.vision_pooling, outputs)
 
     @can_return_tuple
     def get_text_features(

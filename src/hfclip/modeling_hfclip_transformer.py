@@ -11,6 +11,7 @@ Departures from transformers' `CLIPModel`, all exact to float tolerance:
 - Images of any size that the patch divides are served by interpolating the positions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,10 +64,11 @@ def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
         last_real = (attention_mask.bool() * order).argmax(dim=-1)
         return torch.where(is_eos.any(dim=-1), first_eos, last_real)
     if is_on_host(input_ids):
-        missing = (~is_eos.any(dim=-1)).nonzero().flatten().tolist()
-        if missing:
+        complete = is_eos.any(dim=-1)
+        if not complete.all():
+            rows = (~complete).nonzero().flatten()[:5].tolist()
             raise ValueError(
-                f"input_ids: found no end-of-text token {eos_token_id} in row(s) {missing[:5]}, expected one in each. "
+                f"input_ids: found no end-of-text token {eos_token_id} in row(s) {rows}, expected one in each. "
                 "Let the tokenizer truncate (it keeps that token), or pass the attention_mask."
             )
     return first_eos
@@ -122,12 +124,12 @@ class PackedTexts:
     real: torch.Tensor  # (batch, length) whether a token is at or before the pooled one
 
     @classmethod
-    def of(cls, lengths: torch.Tensor, device: torch.device) -> "PackedTexts":
-        """The first `lengths` (batch,) tokens of each text. Lengths lie on the host, and all is decided there."""
-        width = int(lengths.max())
+    def of(cls, text_lengths: list[int], device: torch.device) -> "PackedTexts":
+        """The first so many tokens of each text. All is decided on the host, and then sent to the device."""
+        lengths = torch.tensor(text_lengths)
+        width, num_real = max(text_lengths), sum(text_lengths)
         real = torch.arange(width) < lengths[:, None]
         taken = real.flatten()
-        num_real = int(lengths.sum())
         spare = -num_real % max(64, 2 ** num_real.bit_length() // 32)
         if spare:
             taken = taken.clone()
@@ -166,6 +168,7 @@ class HFCLIPAttention(nn.Module):
     def __init__(self, config: HFCLIPVisionConfig | HFCLIPTextConfig):
         super().__init__()
         self.config = config
+        self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # the text tower says so per call
@@ -179,19 +182,23 @@ class HFCLIPAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        *,
+        attention: Callable,
         packed: PackedTexts | None = None,
         num_queries: int | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, seq, hidden), or (num_tokens, hidden) with `packed`. `num_queries`: only the first ones attend."""
-        query = self.q_proj(hidden_states[:, :num_queries])
+        query = self.q_proj(hidden_states if num_queries is None else hidden_states[:, :num_queries])
         key = self.k_proj(hidden_states)
         value = self.v_proj(hidden_states)
         if packed is not None:
             query, key, value = packed.pad(query), packed.pad(key), packed.pad(value)
         # (batch, seq, hidden) -> (batch, heads, seq, head_dim)
-        query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value))
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        heads = (query.shape[0], -1, self.num_heads, self.head_dim)
+        query = query.view(heads).transpose(1, 2)
+        key = key.view(heads).transpose(1, 2)
+        value = value.view(heads).transpose(1, 2)
         attended, weights = attention(
             self,
             query,
@@ -233,7 +240,8 @@ class HFCLIPEncoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
-        residual = hidden_states[:, : kwargs.get("num_queries")]
+        num_queries = kwargs.get("num_queries")
+        residual = hidden_states if num_queries is None else hidden_states[:, :num_queries]
         attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
         hidden_states = residual + attended
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
@@ -254,9 +262,12 @@ class HFCLIPEncoder(nn.Module):
         **kwargs,
     ) -> torch.Tensor:
         """`num_queries`: the last block computes only that many positions, all that the caller will read."""
-        for layer in self.layers[:-1]:
+        implementation = self.config._attn_implementation
+        kwargs["attention"] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        *layers, last = self.layers
+        for layer in layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        return self.layers[-1](hidden_states, attention_mask, num_queries=num_queries, **kwargs)
+        return last(hidden_states, attention_mask, num_queries=num_queries, **kwargs)
 
 
 class HFCLIPPreTrainedModel(PreTrainedModel):
@@ -422,7 +433,7 @@ class HFCLIPTextEmbeddings(nn.Module):
         self.position_embedding = drawn_with(0.01, positions)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
+        return embed_tokens(self.token_embedding, input_ids) + self.position_embedding(position_ids)
 
 
 def check_texts(
@@ -446,19 +457,28 @@ def check_texts(
             f"attention_mask: found shape {tuple(attention_mask.shape)}, expected that of input_ids, "
             f"{tuple(input_ids.shape)}: 1 for each real token."
         )
-    # On a GPU the host would have to wait for the ids; there the embedding itself raises.
-    if input_ids.device.type == "cpu" and not (torch.compiler.is_compiling() or is_exporting()):
-        if not 0 <= (extreme := _furthest_id(input_ids)) < config.vocab_size:
-            raise ValueError(
-                f"input_ids: found id {extreme}, expected 0 to {config.vocab_size - 1}, the vocabulary of this model. "
-                "Use the tokenizer that was saved with it."
-            )
 
 
-def _furthest_id(input_ids: torch.Tensor) -> int:
-    """The lowest id if it is negative, else the highest."""
-    lowest, highest = (int(extreme) for extreme in input_ids.aminmax())
-    return lowest if lowest < 0 else highest
+def embed_tokens(embedding: nn.Embedding, input_ids: torch.Tensor) -> torch.Tensor:
+    """Ids of any shape -> (..., hidden). Raises ValueError for ids on the host that the vocabulary does not have."""
+    try:
+        return embedding(input_ids)
+    except IndexError as error:
+        lowest, highest = (int(extreme) for extreme in input_ids.aminmax())
+        raise ValueError(
+            f"input_ids: found id {lowest if lowest < 0 else highest}, expected 0 to {embedding.num_embeddings - 1}, the "
+            "vocabulary of this model. Use the tokenizer that was saved with it."
+        ) from error
+
+
+def check_lengths(text_lengths: list[int], input_ids: torch.Tensor) -> None:
+    """Raises ValueError, saying what was found and expected, for lengths that the texts cannot have."""
+    batch_size, length = input_ids.shape
+    if len(text_lengths) != batch_size or not 0 < min(text_lengths) <= max(text_lengths) <= length:
+        raise ValueError(
+            f"text_lengths: found {len(text_lengths)} numbers from {min(text_lengths, default=None)} to "
+            f"{max(text_lengths, default=None)}, expected one from 1 to {length} for each of {batch_size} texts."
+        )
 
 
 class HFCLIPTextModel(HFCLIPPreTrainedModel):
@@ -548,29 +568,31 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
 
         After that no mask is needed: attention is causal, and whatever follows the pooled token cannot change it.
         """
-        order = None if attention_mask is None else real_tokens_first(attention_mask)
-        positions = None
-        if order is not None:
-            positions = count_from_first_real(attention_mask).gather(1, order)
-            input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
         batch_size, length = input_ids.shape
+        order = positions = None
         if text_lengths is not None:
-            lengths = torch.tensor(text_lengths)
-            pooled = lengths.to(input_ids.device, non_blocking=True) - 1
+            check_lengths(text_lengths, input_ids)
+            pooled = torch.tensor(text_lengths).to(input_ids.device, non_blocking=True) - 1
         else:
+            if attention_mask is not None:
+                order = real_tokens_first(attention_mask)
+            if order is not None:
+                positions = count_from_first_real(attention_mask).gather(1, order)
+                input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
             pooled = pooled_positions(input_ids, attention_mask, self.config.eos_token_id)
             # One wait for a device pays where it spares much more work than it takes.
-            worth_knowing = is_on_host(pooled) or batch_size * length >= TOKENS_WORTH_A_WAIT
-            lengths = 1 + pooled.cpu() if worth_knowing else torch.full((batch_size,), length)
-        width, num_real = int(lengths.max()), int(lengths.sum())
-        input_ids, positions = input_ids[:, :width], None if positions is None else positions[:, :width]
-        rows = torch.arange(batch_size, device=pooled.device)
+            if is_on_host(pooled) or batch_size * length >= TOKENS_WORTH_A_WAIT:
+                text_lengths = [1 + position for position in pooled.tolist()]
+        width = max(text_lengths) if text_lengths else length
+        num_real = sum(text_lengths) if text_lengths else batch_size * length
+        input_ids = input_ids[:, :width]
         if num_real > 0.8 * batch_size * width:
-            hidden_states = self._encode(input_ids, None, positions, **kwargs)
-            real = torch.arange(width, device=pooled.device) <= pooled[:, None]
-            pooler_output = hidden_states[rows, pooled]
+            hidden_states = self._encode(
+                input_ids, None, None if positions is None else positions[:, :width], **kwargs
+            )
+            pooler_output = hidden_states[torch.arange(batch_size, device=pooled.device), pooled]
         else:
-            packed = PackedTexts.of(lengths, input_ids.device)
+            packed = PackedTexts.of(text_lengths, input_ids.device)
             if positions is None:
                 positions = torch.arange(width, device=input_ids.device).expand(batch_size, -1)
             hidden_states = self.embeddings(packed.pack(input_ids), packed.pack(positions))
@@ -578,10 +600,13 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
             mask = create_causal_mask(self.config, layout, None, None)
             hidden_states = self.encoder(hidden_states, mask, **{**kwargs, "is_causal": True, "packed": packed})
             hidden_states = self.final_layer_norm(hidden_states)
-            real, pooler_output = packed.real, hidden_states.index_select(0, packed.last)
+            pooler_output = hidden_states.index_select(0, packed.last)
             hidden_states = packed.pad(hidden_states)
-        last_hidden_state = hidden_states.masked_fill(~real[..., None], 0)
-        last_hidden_state = F.pad(last_hidden_state, (0, 0, 0, length - width))
+        last_hidden_state = hidden_states
+        if text_lengths is None or num_real < batch_size * length:
+            real = torch.arange(width, device=pooled.device) <= pooled[:, None]
+            last_hidden_state = hidden_states.masked_fill(~real[..., None], 0)
+            last_hidden_state = F.pad(last_hidden_state, (0, 0, 0, length - width))
         if order is not None:  # back to where they were
             places = order[..., None].expand_as(last_hidden_state)
             last_hidden_state = torch.zeros_like(last_hidden_state).scatter(1, places, last_hidden_state)
@@ -648,7 +673,7 @@ class HFCLIPBagOfWordsModel(HFCLIPPreTrainedModel):
         is_word = is_word & (input_ids != self.config.bos_token_id)
         if attention_mask is not None:
             is_word = is_word & attention_mask.bool()
-        hidden_states = self.token_embedding(input_ids)
+        hidden_states = embed_tokens(self.token_embedding, input_ids)
         weights = is_word.to(hidden_states.dtype) / is_word.sum(dim=1, keepdim=True).clamp(min=1)
         # (batch, 1, length) @ (batch, length, hidden) -> (batch, hidden)
         mean = (weights[:, None].to(hidden_states.dtype) @ hidden_states)[:, 0]
