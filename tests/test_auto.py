@@ -124,7 +124,7 @@ IMPORTS = {
     "HFCLIPBagOfWordsConfig": ("", "from transformers import AutoModel, PreTrainedModel"),
     "HFCLIPModel": ("", "from transformers import AutoProcessor, CLIPProcessor, ProcessorMixin"),
     "HFCLIPForImageClassification": ("", "from transformers import AutoTokenizer, CLIPTokenizer"),
-    "HFCLIPPreTrainedModel": ("", "from transformers import AutoImageProcessor, CLIPImageProcessor"),
+    "HFCLIPPreTrainedModel": ("", "from transformers import AutoImageProcessor, BatchFeature"),
     "HFCLIPTextModel": ("", "from transformers import pipeline"),
     "HFCLIPVisionModel": ("", "from transformers import AutoModelForZeroShotImageClassification"),
     "HFCLIPResNetModel": ("import transformers", "import transformers.modeling_layers"),
