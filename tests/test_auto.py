@@ -164,19 +164,22 @@ def load(module, name):
 load("hfclip", "HFCLIPModel")
 load("transformers", "CLIPTextModelWithProjection")
 """,
-    "sentence_transformers": "import hfclip\nimport sentence_transformers",
-    "sentence_transformers before": "import sentence_transformers\nimport hfclip",
 }
 PROGRAMS = OTHER_PROGRAMS | {
     name: f"{before}\nfrom hfclip import {name}\n{behind}\n" for name, (before, behind) in IMPORTS.items()
 }
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_auto_classes_and_pipeline_after_any_imports(vit_folder, program):
-    if program.startswith("sentence_transformers"):
-        pytest.importorskip("sentence_transformers")
-    assert run(PROGRAMS[program] + "\nkwargs = {}\n" + AUTO + PIPELINE, vit_folder) == ""
+    assert run(program + "\nkwargs = {}\n" + AUTO + PIPELINE, vit_folder) == ""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("program", ["import hfclip, sentence_transformers", "import sentence_transformers, hfclip"])
+def test_auto_classes_and_pipeline_beside_sentence_transformers(vit_folder, program):
+    pytest.importorskip("sentence_transformers")
+    assert run(program + "\nkwargs = {}\n" + AUTO + PIPELINE, vit_folder) == ""
 
 
 def test_each_public_name_is_imported_first_by_some_program():

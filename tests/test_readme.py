@@ -40,7 +40,9 @@ def save_what_is_read(folder: Path) -> None:
 
 
 def test_python_of_the_readme_runs_without_a_warning(tmp_path):
-    snippets = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    snippets = re.findall(
+        r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
     assert snippets
     save_what_is_read(tmp_path)
     (tmp_path / "readme.py").write_text("\n".join(snippets), encoding="utf-8")
