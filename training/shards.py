@@ -12,7 +12,6 @@ import os
 import queue
 import re
 import shutil
-import tarfile
 import threading
 import time
 import uuid
@@ -29,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .config import UsageError
+from .tars import files_of
 
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -453,14 +453,13 @@ def load_index(shard: Path, cache: Path) -> tuple[np.ndarray, set[str]]:
 def index_tar(shard: Path) -> tuple[np.ndarray, set[str]]:
     """The `MEMBERS` of each sample, and what is wrong with the tar."""
     rows, last_name, damage = [], None, set()
-    size = shard.stat().st_size
     with open(shard, "rb", buffering=0) as file:
         for name, start, length in files_of(file, damage):
             folder, _, base = name.rpartition("/")
             stem, _, extension = base.partition(".")
             extension = extension.lower()
             kind = "image" if extension in IMAGE_EXTENSIONS else {"txt": "text"}.get(extension, extension)
-            if kind not in ("image", "text", "json") or start + length > size:  # cut off
+            if kind not in ("image", "text", "json"):
                 continue
             if (folder, stem) != last_name or rows[-1][f"{kind}_offset"] >= 0:
                 last_name = (folder, stem)
@@ -480,75 +479,3 @@ def usable(members: np.ndarray, key: str | None, damage: set[str]) -> tuple[np.n
     has_caption = np.where(is_json, members["json_offset"], members["text_offset"]) >= 0
     missing = {"missing image": int((~has_image).sum()), "missing caption": int((~has_caption).sum())}
     return has_image & has_caption, is_json, +Counter({**missing, **dict.fromkeys(damage, 1)})
-
-
-def files_of(file: BinaryIO, damage: set[str]) -> Iterator[tuple[str, int, int]]:
-    """Name, first byte and size of each regular file of a tar. What is wrong with the tar is put into `damage`."""
-    offset, headers = 0, 0
-    while True:
-        file.seek(offset)
-        block = file.read(tarfile.BLOCKSIZE)
-        if plain := _plain_header(block):
-            start = offset + tarfile.BLOCKSIZE
-            yield plain[0], start, plain[1]
-            offset = start + -(-plain[1] // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            headers += 1
-            continue
-        member, following = _any_header(file, offset)
-        if member is not None:
-            if member.isfile():
-                yield member.name, member.offset_data, member.size
-            offset = following
-            headers += 1
-        elif len(block) < tarfile.BLOCKSIZE:
-            damage.add("truncated shard")
-            break
-        elif not any(block):  # a whole tar ends with blocks of zeros
-            break
-        else:
-            damage.add("damaged shard")
-            offset = _next_header(file, offset + tarfile.BLOCKSIZE)
-    if damage and not headers:
-        damage.clear()
-        damage.add("not a tar")
-
-
-def _plain_header(block: bytes) -> tuple[str, int] | None:
-    """Name and size, if this is the header of a regular file and all of it: many times faster than tarfile."""
-    if len(block) < tarfile.BLOCKSIZE or block[156:157] not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        return None
-    try:
-        checksum, size = (int(block[a:b].rstrip(b"\0 "), 8) for a, b in ((148, 156), (124, 136)))
-    except ValueError:
-        return None
-    if checksum != sum(block) - sum(block[148:156]) + 8 * 32:  # itself taken as blanks
-        return None
-    parts = [block[:100]]
-    if block[257:263] == b"ustar\0":
-        parts.insert(0, block[345:500])
-    name = b"/".join(filter(None, (part.partition(b"\0")[0] for part in parts)))
-    # An old way to say that it is a folder.
-    return None if name.endswith(b"/") else (name.decode("utf-8", "surrogateescape"), size)
-
-
-def _any_header(file: BinaryIO, offset: int) -> tuple[tarfile.TarInfo | None, int]:
-    """The member that begins at `offset`, with its long name and other extensions, and where the next one does."""
-    file.seek(offset)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            return tar.next(), tar.offset
-    except tarfile.ReadError:
-        return None, offset
-
-
-def _next_header(file: BinaryIO, offset: int) -> int:
-    """Where the next block lies that is a header, by its checksum; else the zeros that end the tar, or its end."""
-    file.seek(offset)
-    last = b"\xff"
-    while len(block := file.read(tarfile.BLOCKSIZE)) == tarfile.BLOCKSIZE:
-        try:
-            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            return offset
-        except tarfile.HeaderError:
-            offset, last = offset + tarfile.BLOCKSIZE, block
-    return offset if any(last) else offset - tarfile.BLOCKSIZE

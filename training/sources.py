@@ -157,13 +157,16 @@ class SceneSource:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Where the bytes of a sample lie in its tar. All of them are in memory: 25 bytes each.
+# Bytes that no picture and no caption has: what says so is not read into memory.
+LARGEST = {"image": 1 << 30, "caption": 1 << 24}
+
+# Where the bytes of a sample lie in its tar. All of them are in memory: 33 bytes each.
 _SAMPLE = np.dtype(
     [
         ("image_offset", np.int64),
-        ("image_size", np.uint32),
+        ("image_size", np.int64),
         ("caption_offset", np.int64),
-        ("caption_size", np.uint32),
+        ("caption_size", np.int64),
         ("is_json", np.bool_),
     ]
 )
@@ -227,6 +230,8 @@ class ShardSource:
     def _read(self, index: int, what: str) -> bytes:
         row = self._row(index)
         offset, size = int(row[f"{what}_offset"]), int(row[f"{what}_size"])
+        if size > LARGEST[what]:
+            raise BadSample("too large image" if what == "image" else "unreadable caption")
         try:
             with self._open(self._shard_of(index)) as file:
                 file.seek(offset)

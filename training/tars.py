@@ -1,0 +1,165 @@
+"""Which files a tar holds and where, read from its headers, of which nothing is believed before it is checked.
+
+As strict as `tarfile`, and stricter with numbers, of which it takes signs. Headers that extend the next one are read
+one after the other, however many there are, and what they say is bounded: a tar of hostile headers costs a pass over
+its bytes. Damage costs what it hits: reading goes on with the next header.
+
+    block -> _parse: name, size, kind -> a file; or _extension: what it says of the next file
+          -> no header: _next_header
+"""
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+
+
+BLOCK = tarfile.BLOCKSIZE
+CHUNK = 2048 * BLOCK
+LONGEST_EXTENSION = 1 << 20  # bytes of a long name, or of extended attributes
+LARGEST_SIZE = 1 << 62
+LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+EXTENSIONS = (*LONG, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+# Only links, folders and devices have no contents, whatever their size says.
+WITHOUT_CONTENTS = tuple(set(tarfile.SUPPORTED_TYPES) - {*FILES, *EXTENSIONS, tarfile.GNUTYPE_SPARSE})
+RECORD = re.compile(rb"(\d{1,20}) ")  # begins with its length
+
+
+def files_of(file: BinaryIO, damage: set[str]) -> Iterator[tuple[str, int, int]]:
+    """Name, first byte and size of each regular file that is whole. What is wrong with the tar is put into `damage`."""
+    end = file.seek(0, os.SEEK_END)
+    offset, headers, said, always = 0, 0, {}, {}  # said of the next file, and of all that follow
+    while offset is not None:
+        block = _read(file, offset, BLOCK)
+        if len(block) < BLOCK:
+            damage.add("truncated shard")
+            break
+        start, header = offset + BLOCK, _parse(block)
+        if header is None:
+            offset, said = _next_header(file, start), {}
+            if any(block) or offset is not None:  # a whole tar ends with nothing but zeros
+                damage.add("damaged shard")
+            continue
+        name, size, kind = header
+        headers += 1
+        if kind in EXTENSIONS and start + size <= end:
+            length = _padded(size) if kind in LONG else size  # a name ends with a zero, as tarfile has it
+            new = _extension(kind, _read(file, start, length) if size <= LONGEST_EXTENSION else None)
+            if "broken" in new:
+                damage.add("damaged shard")
+            if kind == tarfile.XGLTYPE:
+                always |= {key: value for key, value in new.items() if key != "broken"}
+            else:
+                said = {**new, **said}  # the first one counts, as for tarfile
+            offset = start + _padded(size)
+            continue
+        if kind == tarfile.GNUTYPE_SPARSE:
+            is_extended = block[482]
+            while is_extended and len(block := _read(file, start, BLOCK)) == BLOCK:
+                start, is_extended = start + BLOCK, block[504]
+        about, said = {**always, **said}, {}
+        size = about.get("size", size)
+        if kind in WITHOUT_CONTENTS:
+            size = 0
+        if start + size > end:  # cut off, or it never was so large
+            offset = _lost(file, start, damage)
+            continue
+        if kind in FILES and not {"broken", "sparse"} & about.keys():
+            yield about.get("path", name), start, size
+        offset = start + _padded(size)
+    if damage and not headers:
+        damage.clear()
+        damage.add("not a tar")
+
+
+def _lost(file: BinaryIO, offset: int, damage: set[str]) -> int | None:
+    """Where to go on behind a header whose contents are not all there; None if nothing follows."""
+    following = _next_header(file, offset)
+    damage.add("truncated shard" if following is None else "damaged shard")
+    return following
+
+
+def _parse(block: bytes) -> tuple[str, int, bytes] | None:
+    """Name, size and kind, or None if this is no header."""
+    try:
+        if (plain := _parse_plain(block)) is not None:
+            return plain
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        if block[124] not in (0o200, 0o377):  # else the size is written in base 256
+            _octal(block[124:136])
+    except (tarfile.HeaderError, ValueError):
+        return None
+    return (member.name, member.size, member.type) if 0 <= member.size <= LARGEST_SIZE else None
+
+
+def _parse_plain(block: bytes) -> tuple[str, int, bytes] | None:
+    """The same for an ordinary header of a regular file, many times faster than tarfile; None if it is not one."""
+    kind = block[156:157]
+    if kind not in (tarfile.REGTYPE, tarfile.AREGTYPE) or block[124] > 127:
+        return None
+    if _octal(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * 32:  # itself taken as blanks
+        return None
+    name = block[:100].partition(b"\0")[0]
+    if block[257:263] == b"ustar\0" and (prefix := block[345:500].partition(b"\0")[0]):
+        name = prefix + b"/" + name
+    if name.endswith(b"/"):  # an old way to say that it is a folder
+        return None
+    return name.decode("utf-8", "surrogateescape"), _octal(block[124:136]), kind
+
+
+def _octal(field: bytes) -> int:
+    digits = field.partition(b"\0")[0].strip()
+    if digits.strip(b"01234567"):  # int() would take signs and underscores
+        raise ValueError(f"{field!r} is no octal number")
+    return int(digits or b"0", 8)
+
+
+def _extension(kind: bytes, data: bytes | None) -> dict:
+    """What a header in front of a file says of it: `path`, `size`, `sparse`; `broken` if it is not to be understood."""
+    if data is None:
+        return {"broken": True}
+    if kind in LONG:
+        name = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        return {"path": name} if kind == tarfile.GNUTYPE_LONGNAME else {}
+    said, place = {}, 0
+    while place < len(data) and data[place]:
+        length = RECORD.match(data, place)
+        record = data[length.end() : place + int(length[1])] if length else b""
+        key, equals, value = record.partition(b"=")
+        if not (key and equals and value.endswith(b"\n") and place + int(length[1]) <= len(data)):
+            return {"broken": True}
+        place += int(length[1])
+        if key == b"path":
+            said["path"] = value[:-1].decode("utf-8", "surrogateescape").rstrip("/")
+        elif key == b"size":
+            if not re.fullmatch(rb"\d{1,18}\n", value):
+                return {"broken": True}
+            said["size"] = int(value)
+        elif key.startswith(b"GNU.sparse."):
+            said["sparse"] = True
+    return said
+
+
+def _next_header(file: BinaryIO, offset: int) -> int | None:
+    """Where the next block lies that is a header, by its checksum."""
+    while len(data := _read(file, offset, CHUNK)) >= BLOCK:
+        sums = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)[:, 148:156]
+        is_octal = ((sums >= ord("0")) & (sums <= ord("7"))) | (sums == ord(" ")) | (sums == 0)
+        for number in np.flatnonzero(is_octal.all(axis=1) & sums.any(axis=1)).tolist():
+            if _parse(data[number * BLOCK : (number + 1) * BLOCK]) is not None:
+                return offset + number * BLOCK
+        offset += CHUNK
+    return None
+
+
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
