@@ -29,15 +29,15 @@ from training.redaction import redacted
 from training.shards import (
     NUM_THREADS,
     check_space,
-    copy,
-    expand_braces,
     in_threads,
     index_tar,
-    look_up,
-    persist,
+    look_up_all,
+    make_folder,
+    patterns_of,
     temporary_file,
     usable,
 )
+from training.stores import fetch, open_store, reason
 
 
 HOW = ("without data.caption_key", "with one")  # samples may be usable or not
@@ -83,9 +83,10 @@ def count_shards(url: str, cache: Path) -> tuple[Path, list[CountedShard]]:
     path = _index_file(url, cache)
     partial = path.with_suffix(".partial")
     known = {shard[:2]: shard for file in (path, partial) for shard in _read(file)}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     try:
-        files, shards = look_up(expand_braces(url))
+        files, shards = look_up_all(patterns_of(url))
+        shards = [shard[:2] for shard in shards]
         todo = [shard for shard in shards if shard not in known]
         largest = sorted((size or 0 for _, size in todo), reverse=True)[:NUM_THREADS]
         check_space(url, sum(largest), path.parent)
@@ -97,7 +98,7 @@ def count_shards(url: str, cache: Path) -> tuple[Path, list[CountedShard]]:
     except UsageError:
         raise
     except Exception as error:  # each store has errors of its own
-        raise UsageError(f"{url!r} cannot be counted: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{url!r} cannot be counted: {reason(error)}") from error
     by_path = {shard.path: shard for shard in known.values()}
     counted = [known.get(shard, by_path[shard[0]]) for shard in shards]  # without a size where the store tells none
     if not counted or all("not a tar" in shard.left_out[0] for shard in counted):
@@ -121,7 +122,7 @@ def _counter(files: fsspec.AbstractFileSystem, folder: Path, lines, stop: thread
     def count(shard: tuple[str, int | None]) -> CountedShard:
         path, size = shard
         with temporary_file(folder / "tar") as temporary:
-            persist(lambda: copy(files, path, size, temporary, UntilStopped()), path)
+            fetch(files, path, size, temporary, UntilStopped())
             members, damage = index_tar(temporary)
             size = temporary.stat().st_size
         both = [usable(members, key, damage) for key in (None, "any")]
@@ -144,7 +145,7 @@ def read_counts(url: str, cache: Path) -> list[CountedShard]:
     try:
         files, remote = _beside(url, path)
         with temporary_file(path) as temporary:
-            files.get_file(remote, str(temporary))
+            fetch(files, remote, None, temporary)
             counted = _read(temporary)
             os.replace(temporary, path)
             return counted
@@ -152,7 +153,7 @@ def read_counts(url: str, cache: Path) -> list[CountedShard]:
         if not path.is_file():
             raise UsageError(
                 f"data.disk: found no counts of {url!r}, neither in {path.parent} nor beside the tars "
-                f"({type(error).__name__}: {error}). Make them once by `{command(url, cache)}`."
+                f"({reason(error)}). Make them once by `{command(url, cache)}`."
             ) from error
     return _read(path)
 
@@ -175,8 +176,7 @@ def upload(url: str, path: Path) -> str:
         files.put_file(str(path), remote)
     except Exception as error:  # each store has errors of its own
         raise UsageError(
-            f"--upload: {type(error).__name__}: {error}. The counts are in {path}; copy it to the same place on each "
-            "machine instead."
+            f"--upload: {reason(error)}. The counts are in {path}; copy it to the same place on each machine instead."
         ) from error
     return files.unstrip_protocol(remote)
 
@@ -187,8 +187,9 @@ def _index_file(url: str, cache: Path) -> Path:
 
 def _beside(url: str, path: Path) -> tuple[fsspec.AbstractFileSystem, str]:
     """The store, and the place in it of the file of counts: the folder of the first pattern."""
-    files, pattern = fsspec.url_to_fs(expand_braces(url)[0])
-    return files, f"{pattern.rpartition('/')[0]}/{path.name}"
+    pattern = patterns_of(url)[0]
+    files = open_store(pattern)
+    return files, f"{files._strip_protocol(pattern).rpartition('/')[0]}/{path.name}"
 
 
 def _read(path: Path) -> list[CountedShard]:

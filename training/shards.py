@@ -8,16 +8,17 @@
 
 import glob
 import hashlib
+import itertools
 import os
 import queue
 import re
 import shutil
+import tempfile
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,12 +29,14 @@ import numpy as np
 from tqdm import tqdm
 
 from .config import UsageError
+from .stores import ChangedFile, RemoteFile, fetch, look_up, open_store, paths_of, reason
 from .tars import files_of
 
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_PATTERNS = 1_000_000
 NUM_THREADS = 16  # that fetch and index shards: they wait for networks and disks
-FETCH_ATTEMPTS = 3
+SECONDS_TO_END = 5  # for those that are told to
 THREADS_AHEAD = 4  # of each process that reads, for shards that come next
 
 # Where one sample's members lie in its tar: byte offset and size, -1 where there is none.
@@ -42,18 +45,37 @@ MEMBERS = [(f"{member}_{what}", np.int64) for member in ("image", "text", "json"
 
 def in_threads(function: Callable, tars: list, description: str, stop: threading.Event | None = None) -> list:
     """The results of `function`, in order. The first exception, or Ctrl-C, ends all: what has not begun never does, and
-    what is under way is told to end by `stop`."""
-    pool = ThreadPoolExecutor(NUM_THREADS)
+    what is under way is told to end by `stop`, and not waited for if it does not."""
+    stop, results, done, todo = stop or threading.Event(), [None] * len(tars), queue.SimpleQueue(), queue.SimpleQueue()
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                number = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                done.put((number, function(tars[number]), None))
+            except BaseException as error:
+                done.put((number, None, error))
+
+    for number in range(len(tars)):
+        todo.put(number)
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(NUM_THREADS, len(tars)))]
     try:
-        futures = [pool.submit(function, tar) for tar in tars]
-        done = as_completed(futures)
-        for future in tqdm(done, desc=description, unit="tar", total=len(tars), disable=None, leave=False):
-            future.result()
-        return [future.result() for future in futures]
+        for thread in threads:
+            thread.start()
+        for _ in tqdm(tars, desc=description, unit="tar", disable=None, leave=False):
+            number, results[number], error = done.get()
+            if error is not None:
+                raise error
+        return results
     finally:
-        if stop is not None:
-            stop.set()
-        pool.shutdown(cancel_futures=True)
+        stop.set()
+        end = time.monotonic() + SECONDS_TO_END
+        for thread in threads:
+            if thread.is_alive():
+                thread.join(max(end - time.monotonic(), 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,72 +84,151 @@ def in_threads(function: Callable, tars: list, description: str, stop: threading
 
 
 def find_shards(name: str, cache: Path) -> list[Path]:
-    """The tars that a path, URL, glob, brace pattern or folder names; remote ones are fetched into the cache first.
+    """The tars that a path, URL, glob, brace pattern or folder names, or several of these joined by `::`; remote ones are
+    fetched into the cache first.
 
     Returns:
-        Paths in sorted order; none if `name` means something else than tars.
+        Paths, those of a glob or folder in sorted order; none if `name` means something else than tars.
+
+    Raises:
+        UsageError: for tars that are not there or are no files, and where only a part of `name` means tars.
     """
-    patterns = expand_braces(os.path.expanduser(name))
-    if "://" in name:
-        return _fetch_shards(patterns, cache / "shards")
-    if Path(patterns[0]).is_dir():
-        return sorted(Path(patterns[0]).glob("*.tar"))
-    if not name.endswith(".tar"):
-        return []
-    paths = [found for pattern in patterns for found in sorted(glob.glob(pattern)) or [pattern]]
-    missing = [path for path in paths if not Path(path).is_file()]
+    found = []
+    for protocol, group in itertools.groupby(patterns_of(name), key=_protocol):
+        patterns = list(group)
+        if protocol:
+            found.append((patterns[0], _fetch_shards(patterns, cache / "shards")))
+        else:
+            found += [(pattern, _local_shards(pattern)) for pattern in patterns]
+    others = [pattern for pattern, paths in found if not paths]
+    if 0 < len(others) < len(found):
+        raise UsageError(f"{name!r}: {others[0]!r} names no tars, but other parts of it do. Give data of one kind.")
+    paths = [path for _, paths in found for path in paths]
+    missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise UsageError(f"{name!r}: found no file {missing[0]!r} ({len(missing)} of {len(paths)} tars are missing).")
-    return [Path(path) for path in paths]
+        hint = " Join patterns by '::'." if set(name) & set(", ") else ""
+        raise UsageError(
+            f"{name!r}: {_what_is_there(missing[0])}, expected a tar file ({len(missing)} of {len(paths)} tars are "
+            f"missing).{hint}"
+        )
+    return paths
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """ "{00..02}.tar" -> ["00.tar", "01.tar", "02.tar"]; "{a,b}.tar" -> ["a.tar", "b.tar"]."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    inside = match.group(1)
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
-    if numbers:
-        first, last = numbers.groups()
-        words = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    else:
-        words = inside.split(",")
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    return [expanded for word in words for expanded in expand_braces(before + word + after)]
+def _local_shards(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    if path.is_dir():
+        return sorted(path.glob("*.tar")) or ([path] if path.suffix == ".tar" else [])
+    if not pattern.endswith(".tar"):
+        return []
+    return [Path(found) for found in sorted(glob.glob(pattern)) or [pattern]]
+
+
+def _what_is_there(path: Path) -> str:
+    if path.is_symlink():
+        return f"{str(path)!r} is a link to {os.readlink(path)!r}, which is no file"
+    if path.is_dir():
+        return f"{str(path)!r} is a folder"
+    return f"{str(path)!r} is no ordinary file" if path.exists() else f"found no file {str(path)!r}"
+
+
+def patterns_of(name: str) -> list[str]:
+    """What is named, without `::` and braces: paths and globs, and URLs of all but files of this machine.
+
+    Raises:
+        UsageError: if a part is empty, or for more than `MAX_PATTERNS`.
+    """
+    parts = [""]
+    for word in name.split("::"):
+        # A protocol alone is joined to what follows by `::` as fsspec has it: simplecache::https://...
+        chained = parts[-1] in fsspec.available_protocols()
+        parts = [*parts[:-1], f"{parts[-1]}::{word}"] if chained else [*parts, word]
+    if "" in parts[1:]:
+        raise UsageError(f"{name!r}: found an empty part, expected patterns of tars joined by '::'.")
+    local = (os.path.expanduser(part.removeprefix("file://")) for part in parts[1:])
+    patterns = list(itertools.islice(itertools.chain(*map(expand_braces, local)), MAX_PATTERNS + 1))
+    if len(patterns) > MAX_PATTERNS:
+        raise UsageError(f"{name!r} names more than {MAX_PATTERNS:,} tars. Use a folder or a glob, or fewer of them.")
+    return patterns
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """Gives the words of a pattern in the shell's order: "{00..02}.tar", "{2..0}", "{0..8..2}", "{a..c}", "{a,b{1,2}}".
+
+    Braces that hold neither a range nor a comma, or are not closed, stand for themselves.
+    """
+    for opening in (match.start() for match in re.finditer("{", pattern)):
+        depth, cuts = 0, [opening]
+        for place in range(opening, len(pattern)):
+            depth += {"{": 1, "}": -1}.get(pattern[place], 0)
+            if depth == 0:
+                break
+            if depth == 1 and pattern[place] == ",":
+                cuts.append(place)
+        if depth > 0:
+            continue
+        words = _range(pattern[opening + 1 : place])
+        if words is None and len(cuts) > 1:
+            ends = itertools.pairwise([*cuts, place])
+            words = itertools.chain(*(expand_braces(pattern[start + 1 : end]) for start, end in ends))
+        if words is not None:
+            for word in words:
+                yield from (pattern[:opening] + word + rest for rest in expand_braces(pattern[place + 1 :]))
+            return
+    yield pattern
+
+
+def _range(inside: str) -> Iterator[str] | None:
+    """The words of "000..299", "9..0", "0..10..2" or "a..z"; None if it is no range."""
+    match = re.fullmatch(r"(-?\d+|[a-zA-Z])\.\.(-?\d+|[a-zA-Z])(?:\.\.-?(\d+))?", inside)
+    if not match or match[1].isalpha() != match[2].isalpha():
+        return None
+    ends, step = match.group(1, 2), int(match[3] or 1) or 1
+    first, last = map(ord if match[1].isalpha() else int, ends)
+    numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+    if match[1].isalpha():
+        return map(chr, numbers)
+    is_padded = any(re.match("-?0.", end) for end in ends)
+    width = max(map(len, ends)) if is_padded else 0
+    return (str(number).zfill(width) for number in numbers)
+
+
+def _protocol(pattern: str) -> str:
+    """Of a URL; empty for a path."""
+    return pattern.partition("://")[0] if "://" in pattern else ""
 
 
 def _fetch_shards(urls: list[str], cache: Path) -> list[Path]:
-    """Copies remote tars into the cache, several at a time. Those that are there already are not fetched again.
+    """Copies remote tars into the cache, several at a time. Those that are there already are not fetched again, and one
+    of which a part is there is fetched from there on.
 
     Raises:
         UsageError: before anything is fetched if the disk is too small; if a tar is not there or cannot be had. What
             was fetched until then stays.
     """
     try:
-        files, shards = look_up(urls)
-        found = [(path, size, _local_name(files, path, cache)) for path, size in shards]
-        missing = [shard for shard in found if not _is_fetched(*shard[1:])]
+        files, shards = look_up_all(urls)
+        found = [(shard, _local_name(files, shard.path, cache)) for shard in shards]
+        missing = [(shard, local) for shard, local in found if not _is_fetched(shard, local)]
         if missing:
-            check_space(urls[0], sum(size or 0 for _, size, _ in missing), cache)
+            needed = sum((shard.size or 0) - _size_on_disk(_part(shard, local)) for shard, local in missing)
+            check_space(urls[0], needed, cache)
             _fetch_all(files, missing)
-        return [local for _, _, local in found]
+        return [local for _, local in found]
     except UsageError:
         raise
     except Exception as error:  # each store has errors of its own
-        raise UsageError(f"{urls[0]!r} cannot be fetched: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{urls[0]!r} cannot be fetched: {reason(error)}") from error
 
 
-def look_up(urls: list[str]) -> tuple[fsspec.AbstractFileSystem, list[tuple[str, int | None]]]:
-    """The store, and path and size (None where it does not tell) of each tar that URLs without braces name."""
-    files, paths = fsspec.url_to_fs(urls[0])[0], []
-    for url in urls:
-        url += "*.tar" if url.endswith("/") else ""
-        path = files._strip_protocol(url)
-        if url.endswith(".tar"):
-            paths += sorted(files.glob(path)) if glob.has_magic(path) else [path]
-    sizes = in_threads(lambda path: files.info(path).get("size"), paths, "looking up shards")
-    return files, list(zip(paths, sizes, strict=True))
+def look_up_all(urls: list[str]) -> tuple[fsspec.AbstractFileSystem, list[RemoteFile]]:
+    """The store, and the tars in it that URLs without braces name; none if they name something else."""
+    if len(protocols := set(map(_protocol, urls))) > 1:
+        raise UsageError(f"{urls[0]!r}: found URLs of {' and '.join(sorted(protocols))}, expected those of one store.")
+    files, others = open_store(urls[0]), [url for url in urls if not url.endswith((".tar", "/"))]
+    if 0 < len(others) < len(urls):
+        raise UsageError(f"{others[0]!r} names no tars, but {urls[0]!r} does. Give data of one kind.")
+    paths = [] if others else [path for url in urls for path in paths_of(files, url)]
+    return files, in_threads(partial(look_up, files), paths, "looking up shards")
 
 
 def _local_name(files: fsspec.AbstractFileSystem, path: str, cache: Path) -> Path:
@@ -135,12 +236,22 @@ def _local_name(files: fsspec.AbstractFileSystem, path: str, cache: Path) -> Pat
     return folder / path.rsplit("/", 1)[-1]
 
 
-def _is_fetched(size: int | None, local: Path) -> bool:
-    return local.is_file() and size in (None, local.stat().st_size)
+def _part(shard: RemoteFile, local: Path) -> Path:
+    """What has come of a tar; of another one, should it change."""
+    version = hashlib.sha256(f"{shard.size}|{shard.version}".encode()).hexdigest()[:16]
+    return local.with_name(f"{local.name}.{version}.part")
+
+
+def _is_fetched(shard: RemoteFile, local: Path) -> bool:
+    return local.is_file() and shard.size in (None, local.stat().st_size)
+
+
+def _size_on_disk(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def check_space(url: str, needed: int, cache: Path) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder(cache)
     free = shutil.disk_usage(cache).free
     if needed > free:
         raise UsageError(
@@ -150,9 +261,25 @@ def check_space(url: str, needed: int, cache: Path) -> None:
         )
 
 
-def _fetch_all(files: fsspec.AbstractFileSystem, shards: list[tuple[str, int | None, Path]]) -> None:
+def make_folder(path: Path) -> None:
+    """Makes a folder of the cache.
+
+    Raises:
+        UsageError: if it cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"data.cache_dir: {path} cannot be written ({error.strerror}). Name another folder."
+        ) from error
+
+
+def _fetch_all(files: fsspec.AbstractFileSystem, shards: list[tuple[RemoteFile, Path]]) -> None:
     stop = threading.Event()
-    total = sum(size or 0 for _, size, _ in shards) or None
+    total = sum(shard.size or 0 for shard, _ in shards) or None
     with tqdm(total=total, desc="bytes", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         in_threads(lambda shard: _fetch(files, *shard, _Progress(bar, stop)), shards, "fetching shards", stop)
 
@@ -164,22 +291,35 @@ class _Progress(fsspec.Callback):
         super().__init__()
         self.bar, self.stop = bar, stop
 
+    def call(self, *_, **__) -> None:
+        if self.stop.is_set():
+            raise InterruptedError("stopped")
+
     def relative_update(self, inc: int = 1) -> None:
         self.absolute_update(self.value + inc)
 
     def absolute_update(self, value: int) -> None:
-        if self.stop.is_set():
-            raise InterruptedError("stopped")
+        self.call()
         with self.bar.get_lock():
             self.bar.update(value - self.value)
         self.value = value
 
 
-def _fetch(files: fsspec.AbstractFileSystem, path: str, size: int | None, local: Path, progress: _Progress) -> None:
-    """Copies one tar so that `local` appears whole or not at all."""
-    with temporary_file(local) as temporary:
-        persist(lambda: copy(files, path, size, temporary, progress), path, again=lambda: progress.absolute_update(0))
-        os.replace(temporary, local)
+def _fetch(files: fsspec.AbstractFileSystem, shard: RemoteFile, local: Path, progress: _Progress) -> None:
+    """Copies one tar so that `local` appears whole or not at all; what has come of it stays, to go on with."""
+    part = _part(shard, local)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(part, mode="ab"):  # other runs may want the same tar
+        if _is_fetched(shard, local):  # meanwhile
+            return part.unlink(missing_ok=True)
+        for old in set(local.parent.glob("*.part")) - {part}:
+            old.unlink(missing_ok=True)
+        try:
+            fetch(files, shard.path, shard.size, part, progress)
+            os.replace(part, local)
+        finally:
+            if _size_on_disk(part) == 0:
+                part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -195,36 +335,6 @@ def temporary_file(path: Path) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def copy(
-    files: fsspec.AbstractFileSystem, path: str, size: int | None, local: Path, progress: fsspec.Callback
-) -> None:
-    """Copies one tar, and raises OSError if less than `size` bytes arrive."""
-    files.get_file(path, str(local), callback=progress)
-    if size not in (None, local.stat().st_size):
-        raise OSError(f"{path} broke off after {local.stat().st_size} of {size} bytes")
-
-
-def persist(
-    fetch: Callable[[], None], path: str, attempts: int = FETCH_ATTEMPTS, again: Callable[[], None] = lambda: None
-) -> None:
-    """Calls `fetch` until it gets through, after longer and longer waits; `again` before each.
-
-    Raises:
-        FileNotFoundError, PermissionError, InterruptedError, UsageError: at once.
-        OSError: after so many attempts.
-    """
-    for attempt in range(1, attempts + 1):
-        try:
-            return fetch()
-        except (FileNotFoundError, PermissionError, InterruptedError, UsageError):
-            raise
-        except Exception as error:  # each store has errors of its own
-            if attempt == attempts:
-                raise OSError(f"{error} ({path}, {attempt} attempts). Run again to go on from here.") from error
-            again()
-            time.sleep(2**attempt / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +362,7 @@ class ShardCache:
     def __init__(self, url: str, shards: list[tuple[str, int]], folder: Path, limit: int):
         self.url, self.shards, self.folder, self.limit = url, shards, folder, limit
         self.touched: dict[int, float] = {}
-        (folder / "locks").mkdir(parents=True, exist_ok=True)
+        make_folder(folder / "locks")
 
     def open(self, shard: int) -> BinaryIO:
         """A tar to read from, fetched first if it is not there.
@@ -317,25 +427,15 @@ class ShardCache:
 
     def _copy(self, shard: int, temporary: Path, attempts: int) -> None:
         path, size = self.shards[shard]
-
-        def once() -> None:
-            files = fsspec.url_to_fs(self.url)[0]  # of this process: connections do not survive a fork
-            files.get_file(path, str(temporary))
-            found = temporary.stat().st_size
-            if found != size and found == files.info(path).get("size"):
-                raise UsageError(
-                    f"{path} has {found} bytes, but had {size} when the shards were counted. Count them again by "
-                    "training/index.py, for a new run; for this one, put back what was there."
-                )
-            if found != size:
-                raise OSError(f"{path} broke off after {found} of {size} bytes")
-
         try:
-            persist(once, path, attempts)
-        except UsageError:
-            raise
+            fetch(open_store(self.url), path, size, temporary, attempts=attempts)
+        except ChangedFile as error:
+            raise UsageError(
+                f"{path} has {error.found} bytes, but had {size} when the shards were counted. Count them again by "
+                "training/index.py, for a new run; for this one, put back what was there."
+            ) from error
         except Exception as error:  # each store has errors of its own
-            raise UsageError(f"{path} cannot be fetched: {type(error).__name__}: {error}") from error
+            raise UsageError(f"{path} cannot be fetched: {reason(error)}") from error
 
     def _make_room(self, size: int, temporary: Path) -> bool:
         """Whether `size` more bytes fit, without those tars that were not read for longest; keeps their place if so."""
@@ -398,11 +498,11 @@ def _last_read(folder: Path) -> Iterator[tuple[float, Path]]:
 
 
 @contextmanager
-def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
+def _lock(path: Path, wait: bool = True, mode: str = "w") -> Iterator[bool]:
     """Whether the lock that the file stands for is ours; others of this machine, threads too, do not have it then."""
     import fcntl  # not there on Windows
 
-    with open(path, "w") as file:
+    with open(path, mode) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -434,19 +534,22 @@ def _tasks(process: int) -> queue.SimpleQueue:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_index(shard: Path, cache: Path) -> tuple[np.ndarray, set[str]]:
-    """`index_tar`, kept in the cache where the tar is whole."""
+def load_index(shard: Path, cache: Path | None) -> tuple[np.ndarray, set[str]]:
+    """`index_tar`, kept in the cache, if there is one, where the tar is whole."""
+    if cache is None:
+        return index_tar(shard)
     state = shard.stat()
     identity = f"{shard.resolve()}|{state.st_size}|{state.st_mtime_ns}"
     path = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy"
-    if path.is_file():
+    with suppress(OSError, ValueError, EOFError):  # not there, or damaged
         return np.load(path), set()
     index, damage = index_tar(shard)
     if not damage:
-        cache.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp.npy")
-        np.save(temporary, index)
-        os.replace(temporary, path)
+        with suppress(OSError):  # a full disk: it is made again next time
+            np.save(temporary, index)
+            os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)
     return index, damage
 
 

@@ -9,18 +9,21 @@ import glob
 import hashlib
 import json
 import math
+import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from hfclip.data.scenes import Scenes
 
 from .config import DataConfig, UsageError
 from .index import command, read_counts
-from .shards import ShardCache, expand_braces, find_shards, in_threads, load_index, usable
+from .shards import ShardCache, find_shards, in_threads, load_index, make_folder, patterns_of, usable
 
 
 IMAGE_KEYS = ("image", "jpg", "png", "img")
@@ -184,7 +187,7 @@ class ShardSource:
 
     def __init__(self, shards: list[Path], config: DataConfig):
         self.shards, self.key = shards, config.caption_key
-        self.cache = Path(config.cache_dir).expanduser() / "indices"
+        self.cache = _indices(config)
         found = in_threads(self._samples, shards, "indexing shards")
         self.skipped = sum((skipped for _, skipped in found), Counter())
         if self.skipped["not a tar"] == len(shards) > 0:
@@ -253,8 +256,23 @@ class ShardSource:
 
     def _samples(self, shard: Path) -> tuple[np.ndarray, Counter]:
         """The `_SAMPLE` of each usable sample of a tar, and what was left out."""
-        members, damage = load_index(shard, self.cache)
+        try:
+            members, damage = load_index(shard, self.cache)
+        except OSError as error:
+            raise UsageError(f"{shard} cannot be read: {error.strerror or error}.") from error
         return _usable_samples(members, self.key, damage)
+
+
+def _indices(config: DataConfig) -> Path | None:
+    """Where the indices of tars are kept; None, and a word on the screen, if nothing can be written there."""
+    folder = Path(config.cache_dir).expanduser() / "indices"
+    try:
+        make_folder(folder)
+    except UsageError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            tqdm.write(f"{error} Without it, tars are indexed anew at each start.", file=sys.stderr)
+        return None
+    return folder
 
 
 def _usable_samples(members: np.ndarray, key: str | None, damage: set[str]) -> tuple[np.ndarray, Counter]:
@@ -285,8 +303,8 @@ class StreamSource(ShardSource):
     ROWS_IN_MEMORY = 256  # tars of which each process remembers where the samples lie
 
     def __init__(self, name: str, config: DataConfig):
-        urls, folder = expand_braces(name), Path(config.cache_dir).expanduser()
-        if "://" not in name or not all(url.endswith((".tar", "/")) for url in urls):
+        urls, folder = patterns_of(name), Path(config.cache_dir).expanduser()
+        if not all("://" in url and url.endswith((".tar", "/")) for url in urls):
             raise UsageError(
                 f"data.disk: {name!r} is no URL of tars (s3://bucket/{{0000..0999}}.tar). Unset it: only those are "
                 "fetched while a run goes on; local tars are read in place."
