@@ -6,6 +6,7 @@ import http.server
 import io
 import itertools
 import json
+import os
 import pickle
 import random
 import shutil
@@ -25,7 +26,7 @@ from training_utils import caption, image_bytes, pairs, tiny_recipe, write_tar
 from hfclip import HFCLIPTokenizer
 from training.config import Config, DataConfig, UsageError
 from training.data import COUNTED, Collate, PairDataset, build_loader, caption_id, rank_slice, shuffled
-from training.shards import files_of, find_shards
+from training.shards import files_of, find_shards, patterns_of
 from training.sources import BadSample, ShardSource, open_source
 
 
@@ -384,6 +385,92 @@ def test_patterns_name_shards(tmp_path):
         assert found == [folder / f"{i:02d}.tar" for i in expected], pattern
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("{2..0}", ["2", "1", "0"]),
+        ("{00003..00001}", ["00003", "00002", "00001"]),
+        ("{8..10}", ["8", "9", "10"]),
+        ("{08..010}", ["008", "009", "010"]),
+        ("{0..10..5}", ["0", "5", "10"]),
+        ("{10..0..-5}", ["10", "5", "0"]),
+        ("{-1..1}", ["-1", "0", "1"]),
+        ("{a..c}", ["a", "b", "c"]),
+        ("{a,b{1..2},}x", ["ax", "b1x", "b2x", "x"]),
+        ("{a,b} {c,d}", ["a c", "a d", "b c", "b d"]),
+        ("{a}{}{0..}{a,b", ["{a}{}{0..}{a,b"]),
+        ("a.tar::{0..1}.tar", ["a.tar", "0.tar", "1.tar"]),
+        ("simplecache::s3://b/{0..1}.tar::s3://c/x.tar",
+         ["simplecache::s3://b/0.tar", "simplecache::s3://b/1.tar", "s3://c/x.tar"]),
+        ("file:///data/a b.tar", ["/data/a b.tar"]),
+    ],
+)  # fmt: skip
+def test_patterns_mean_what_they_mean_to_shells_and_webdataset(pattern, expected):
+    assert patterns_of(pattern) == expected
+
+
+def test_patterns_are_joined_and_not_multiplied():
+    assert len(patterns_of("a{000..299}.tar::b{300..599}.tar")) == 600
+
+
+@pytest.mark.parametrize("pattern", ["{0..999999999999}.tar", "{0..9999}{0..9999}.tar"])
+def test_rejects_patterns_of_too_many_names_at_once(pattern):
+    with pytest.raises(UsageError, match="more than 1,000,000 tars"):
+        patterns_of(pattern)
+
+
+def test_joined_patterns_name_folders_globs_and_files(tmp_path, monkeypatch):
+    folder = shards(tmp_path, 30, num_shards=3)
+    (tmp_path / "my shards").mkdir()
+    write_tar(tmp_path / "my shards" / "a,b.tar", pairs(range(30, 34)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = find_shards("~/my shards::~/shards/{02..01}.tar::~/shards/*0.tar", tmp_path)
+    assert found == [tmp_path / "my shards" / "a,b.tar", *(folder / f"{i:02d}.tar" for i in (2, 1, 0))]
+    assert find_shards(f"{tmp_path}/{{my shards,shards}}", tmp_path)[0] == found[0]
+    source = opened(tmp_path, f"{folder}::file://{tmp_path}/my shards/*.tar")
+    assert len(source) == 34 and source.captions(33) == [caption(33)]
+    assert not (tmp_path / "cache" / "shards").exists()  # files of this machine are read in place
+
+
+def test_names_of_tars_that_are_no_files_are_told(tmp_path):
+    (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "link.tar").symlink_to("nowhere.tar")
+    os.mkfifo(tmp_path / "pipe.tar")
+    shards(tmp_path, 4)
+    for name, words in {
+        "folder.tar": "folder.tar' is a folder, expected a tar file",
+        "link.tar": "link.tar' is a link to 'nowhere.tar', which is no file",
+        "pipe.tar": "pipe.tar' is no ordinary file",
+        "*.tar": "3 of 3 tars are missing",
+        "x*.tar": "found no file '.*x\\*.tar'",
+        "a.tar,b.tar": "found no file.*Join patterns by '::'",
+        "a.tar::": "found an empty part",
+        "shards::photos": "'.*photos' names no tars, but other parts",
+    }.items():
+        with pytest.raises(UsageError, match=words):
+            opened(tmp_path, f"{tmp_path}/{name}".replace("::", f"::{tmp_path}/" if name != "a.tar::" else "::"))
+    source = opened(tmp_path)
+    shutil.rmtree(tmp_path / "shards")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "00.tar").symlink_to("nowhere.tar")
+    with pytest.raises(UsageError, match="00.tar' is a link to"):
+        opened(tmp_path)
+    assert len(source) == 4
+
+
+def test_local_tars_need_no_cache(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    source = opened(tmp_path, shards(tmp_path, 4), cache_dir=str(tmp_path / "file" / "cache"))
+    assert len(source) == 4
+    errors = capsys.readouterr().err
+    assert f"data.cache_dir: {tmp_path / 'file' / 'cache'}" in errors and "cannot be written" in errors
+    with (
+        pytest.raises(UsageError, match="data.cache_dir: .*cannot be written"),
+        server(tmp_path / "shards") as (url, _),
+    ):
+        opened(tmp_path, url + "/{00..01}.tar", cache_dir=str(tmp_path / "file" / "cache"))
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     fetched = None
 
@@ -482,7 +569,9 @@ def test_a_missing_shard_ends_the_fetching_and_what_was_fetched_stays(tmp_path):
         with pytest.raises(UsageError, match="cannot be fetched: FileNotFoundError.*02.tar"):
             opened(tmp_path, address + "/{00..02}.tar")
         assert time.monotonic() - start < 20
-        names = [path.name for path in sorted((tmp_path / "cache" / "shards").rglob("*.*"), key=lambda path: path.name)]
+        names = [
+            path.name for path in sorted((tmp_path / "cache" / "shards").rglob("*.*"), key=lambda path: path.name)
+        ]
         assert names[0] == "00.tar" and [name[:7] + name[-5:] for name in names[1:]] == ["01.tar..part"]
 
 
