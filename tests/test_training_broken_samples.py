@@ -83,6 +83,9 @@ BROKEN = {
     "noise for an image": ("not an image", [("jpg", np.random.default_rng(0).bytes(700)), ("txt", TEXT)]),
     "empty text": ("empty caption", [("jpg", JPEG), ("txt", b"")]),
     "blank text": ("empty caption", [("jpg", JPEG), ("txt", " \t\n\u3000".encode())]),
+    "blanks of HTML": ("empty caption", [("jpg", JPEG), ("txt", b"&nbsp; &#8203;&amp;nbsp;")]),
+    "mark of byte order": ("empty caption", [("jpg", JPEG), ("txt", b"\xef\xbb\xbf\n")]),
+    "characters without width": ("empty caption", [("jpg", JPEG), ("json", b'{"text": "\\u200b\\u2060\\ufeff"}')]),
     "no caption in the list": ("empty caption", [("jpg", JPEG), ("json", b'{"captions": []}')]),
     "text in UTF-16": ("unreadable caption", [("jpg", JPEG), ("txt", "a cat".encode("utf-16"))]),
     "broken JSON": ("unreadable caption", [("jpg", JPEG), ("json", b'{"text": "a cat"')]),
@@ -103,6 +106,7 @@ ODD = {
     "/absolute/{}": [("jpg", image_bytes(1, kind="GIF")), ("txt", TEXT)],
     "a/b/c/d/{}": [("jpg", encoded(Image.new("CMYK", (40, 32)), "JPEG")), ("txt", b"a\0cat")],
     "\u00e9\u4e2d/{}": [("png", encoded(Image.new("P", (40, 32)))), ("json", json.dumps({"text": "\u732b"}).encode())],
+    "ampersands/{}": [("jpg", JPEG), ("txt", "\u732b & \U0001f408&nbsp;".encode())],
     "x" * 200 + "/{}": [("webp", image_bytes(2, kind="WEBP")), ("txt", b"\xef\xbb\xbfa cat" + b" cat" * 10_000)],
 }
 

@@ -377,6 +377,29 @@ def test_run_without_usable_data_saves_before_it_ends(tmp_path, capsys, monkeypa
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
+@pytest.mark.parametrize("processes", [None, 2])
+def test_run_names_the_shards_that_it_lost(processes, tmp_path):
+    """One is removed, one cut, while it trains; another process than the first may be the one that reads them."""
+    write_shards(tmp_path, 64)
+    for name in ("gone", "cut"):
+        write_tar(tmp_path / "shards" / f"{name}.tar", pairs(range(64, 72)))
+    recipe = write_recipe(tmp_path, model=model_with_tokenizer(tmp_path), optim={"steps": 100_000})
+    line = command("--config", recipe, processes=processes)
+    process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(tmp_path / "run", process, 2)
+    (tmp_path / "shards" / "gone.tar").unlink()
+    os.truncate(tmp_path / "shards" / "cut.tar", 5000)
+    wait_for_steps(tmp_path / "run", process, len(metrics(tmp_path / "run")) + 15)  # three epochs
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=120)
+    assert processes or process.returncode == 0, errors
+    for what in ("gone.tar cannot be read any more (No such file or directory)", "cut.tar is shorter than it was"):
+        assert output.count(f"WARNING: {tmp_path / 'shards'}/{what}: other pairs stand in") == 1
+        assert output.count(f"WARNING: not all pairs were used: {tmp_path / 'shards'}/{what}") == 1
+    line = metrics(tmp_path / "run")[-1]
+    assert line["skipped: unreadable shard"] >= 16 and line["skipped: truncated shard"] >= 8
+
+
 def test_compiled_model_gets_captions_of_one_length(tmp_path):
     """What torch.compile needs; compiling itself is torch's business, and slow."""
     tokenizer = HFCLIPTokenizer(model_max_length=16)

@@ -31,7 +31,7 @@ from .config import Config, UsageError
 from .loading import HandingOver
 from .machine import num_workers
 from .phases import Phases
-from .sources import BadSample, MixtureSource, Source, StreamSource
+from .sources import BadSample, MixtureSource, Source, StreamSource, not_blank
 from .stopping import SIGNALS
 
 
@@ -357,18 +357,20 @@ class PairDataset(Dataset):
 
     def __getitem__(self, place: Place) -> dict:
         """`image` (3, size, size) uint8, `caption`, `sample` (its index in the source), `text_length`, `problems`: index
-        into `PROBLEMS` of what is wrong with the sample of this place, if anything.
+        into `PROBLEMS` of what is wrong with the sample of this place, if anything; `lost`: what is gone (`BadSample`).
 
         A place with no usable sample within reach gives `failure`, a message, instead of an image: an exception in a
         worker process would end this rank alone, before the others can save.
         """
-        place, found = Place(*place), []
+        place, found, lost = Place(*place), [], []
         for index, _ in zip(self.order(place.step, place.slot), range(self.max_bad), strict=False):
             try:
                 example = self._load(index, place)
-                return {**example, "sample": index, "text_length": place.text_length, "problems": found[:1]}
+                about = {"sample": index, "text_length": place.text_length, "problems": found[:1], "lost": lost}
+                return {**example, **about}
             except BadSample as bad:
                 found.append(PROBLEMS.index(bad.kind))
+                lost += [bad.lost] if bad.lost else []
             except UsageError as error:  # a shard that cannot be fetched
                 return {"failure": str(error), "problems": found[:1]}
         kinds = ", ".join(sorted({PROBLEMS[problem] for problem in found}))
@@ -379,7 +381,7 @@ class PairDataset(Dataset):
         # Seeded by the place, not by the process: the same whatever the number of workers and ranks.
         rng = np.random.default_rng([self.seed, place.step, place.slot])
         image, captions = self.source[index]
-        captions = [caption.strip() for caption in captions if caption.strip()]
+        captions = not_blank(captions)
         if not captions:
             raise BadSample("empty caption")
         if image == b"":
@@ -407,7 +409,8 @@ def _image_problem(image: bytes, error: ValueError) -> str:
 
 class Collate:
     """Examples -> batch: `pixel_values` uint8 (local_batch, 3, size, size), `input_ids` and `attention_mask` padded to
-    the longest caption, `group_id` where captions are grouped, and `counts` (see `COUNTED`); or `failure`, a message.
+    the longest caption, `group_id` where captions are grouped, `counts` (see `COUNTED`), and `lost` where
+    something is found to be gone; or `failure`, a message.
 
     Args:
         pad_to_max: Pad to the context, or to the phase's text length, instead.
@@ -458,7 +461,8 @@ class Collate:
         if self.sort_by_length:
             longest_first = batch["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
             batch = {name: values[longest_first] for name, values in batch.items()}
-        return {**batch, "counts": counts}
+        lost = sorted({lost for example in examples for lost in example.get("lost", ())})
+        return {**batch, "counts": counts, **({"lost": lost} if lost else {})}
 
     def _num_truncated(self, captions: list[str], attention_mask: torch.Tensor, limit: int) -> int:
         full = (attention_mask.sum(dim=1) == limit).nonzero().flatten().tolist()

@@ -24,7 +24,7 @@ from hfclip.losses import LN_2, GlobalBatch
 from .config import Config, UsageError
 from .data import caption_id
 from .machine import PRECISIONS
-from .sources import BadSample, Source, num_samples
+from .sources import BadSample, Source, not_blank, num_samples
 
 
 # What tokenizers that share their vocabulary may still treat differently.
@@ -276,7 +276,7 @@ NUM_PROBED = 64
 def usable_captions(source: Source, index: int) -> list[str]:
     """The captions of a sample that training may choose from; none if they cannot be read."""
     try:
-        return [caption.strip() for caption in source.captions(index) if caption.strip()]
+        return not_blank(source.captions(index))
     except BadSample:
         return []
 

@@ -24,7 +24,7 @@ from hfclip.zero_shot import evaluating
 
 from .config import Config, UsageError
 from .machine import num_workers
-from .sources import BadSample, Source, open_source
+from .sources import BadSample, Source, not_blank, open_source
 
 
 NUM_PICTURES = 24
@@ -188,7 +188,7 @@ def _open_pairs(config: Config, image_size: int) -> HeldOutPairs:
     indices, captions = [], []
     for index in range(min(len(source), config.eval.max_samples)):
         try:
-            texts = [text for text in source.captions(index) if text.strip()]
+            texts = not_blank(source.captions(index))
         except BadSample:
             continue
         if texts:

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -97,6 +97,8 @@ class Run:
     """The step of the newest checkpoint."""
     whole_at: int | None = None
     """After which step weights, moments and all else are those of one step; None while a step is under way."""
+    lost: list[str] = field(default_factory=list)
+    """What is gone of the data since the run began."""
     drawn_at: float = -math.inf
 
     @property
@@ -325,9 +327,12 @@ def next_batch(run: Run, batches: Batches, step: int) -> dict | None:
     while True:
         batch = batch or batches.wait(SECONDS_BETWEEN_LOOKS)
         failure = batch and batch.get("failure")
-        flags = [run.stopping.requested, failure is not None, batch is None]
+        news = [message for message in (batch or {}).get("lost", ()) if message not in run.lost]
+        flags = [run.stopping.requested, failure is not None, batch is None, bool(news)]
         flags = torch.tensor(flags, dtype=torch.int, device=run.accelerator.device)
-        interrupted, failed, waiting = run.accelerator.reduce(flags, "sum").tolist()
+        interrupted, failed, waiting, told = run.accelerator.reduce(flags, "sum").tolist()
+        if told:
+            tell_what_is_lost(run, gather_object(news))
         if interrupted or failed:
             run.tracking.say(f"Stopping after step {step} ...")
             if step > run.saved:
@@ -336,10 +341,19 @@ def next_batch(run: Run, batches: Batches, step: int) -> dict | None:
                 raise UsageError(next(message for message in gather_object([failure]) if message))
             return None
         if not waiting:
+            batch.pop("lost", None)
             return batch
         if not is_said and time.monotonic() - since > SECONDS_TO_SAY_SO:
             run.tracking.say(f"Step {step + 1} has waited {SECONDS_TO_SAY_SO} s for data in {waiting} processes ...")
             is_said = True
+
+
+def tell_what_is_lost(run: Run, news: list[str]) -> None:
+    """Warns of each shard that is gone since the run began, once: the run goes on, with other pairs."""
+    for message in dict.fromkeys(news):
+        if message not in run.lost:
+            run.lost.append(message)
+            run.tracking.say(f"WARNING: {message}: other pairs stand in for its own, and each is counted")
 
 
 def give_up(run: Run, done: int, bad_in_a_row: int, batch: dict[str, torch.Tensor]) -> None:
@@ -420,6 +434,8 @@ def finish(run: Run, done: int) -> dict[str, float] | None:
 
     Returns what was measured; None for an interrupted run.
     """
+    for message in run.lost:
+        run.accelerator.print(f"WARNING: not all pairs were used: {message}")
     if done < run.stop:
         run.tracking.bar.close()
         keep_settings(run)

@@ -10,7 +10,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -19,6 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from hfclip.bpe_hfclip import clean
 from hfclip.data.scenes import Scenes
 
 from .config import DataConfig, UsageError
@@ -29,14 +32,28 @@ from .shards import ShardCache, find_shards, in_threads, load_index, make_folder
 IMAGE_KEYS = ("image", "jpg", "png", "img")
 CAPTION_KEYS = ("text", "caption", "captions", "texts", "sentences")
 NUM_SCENES = 50_000
+INVISIBLE = ("Cc", "Cf", "Mn", "Zl", "Zp", "Zs")  # in Unicode: control, format, marks on nothing, and white space
 
 
 class BadSample(Exception):
-    """A sample that cannot be used; `kind` is what it is counted under."""
+    """A sample that cannot be used; `kind` is what it is counted under, and `lost` tells of what went with it, if more
+    than the sample itself is gone since the run began."""
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, lost: str | None = None):
         super().__init__(kind)
-        self.kind = kind
+        self.kind, self.lost = kind, lost
+
+
+def not_blank(captions: list[str]) -> list[str]:
+    """Those of which something is left when they are cleaned: no blanks, also in HTML (`&nbsp;`), marks of byte order or
+    characters without width."""
+    return [caption.strip() for caption in captions if not _is_blank(caption)]
+
+
+def _is_blank(caption: str) -> bool:
+    if re.search("[a-zA-Z0-9]", re.sub("&#?[a-zA-Z0-9]+;?", "", caption)):  # nearly all, without the slow cleaning
+        return False
+    return all(unicodedata.category(sign) in INVISIBLE for sign in clean(caption))
 
 
 class Source(Protocol):
@@ -235,14 +252,16 @@ class ShardSource:
         offset, size = int(row[f"{what}_offset"]), int(row[f"{what}_size"])
         if size > LARGEST[what]:
             raise BadSample("too large image" if what == "image" else "unreadable caption")
+        shard = self._shard_of(index)
         try:
-            with self._open(self._shard_of(index)) as file:
+            with self._open(shard) as file:
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
-            raise BadSample("unreadable shard") from error
+            lost = f"{self.shards[shard]} cannot be read any more ({error.strerror or error})"
+            raise BadSample("unreadable shard", lost) from error
         if len(data) != size:
-            raise BadSample("truncated shard")
+            raise BadSample("truncated shard", f"{self.shards[shard]} is shorter than it was")
         return data
 
     def _shard_of(self, index: int) -> int:
@@ -382,10 +401,12 @@ class TableSource:
         if image is None:
             raise BadSample("missing image")
         if image["bytes"] is None:
+            path = Path(image["path"])
             try:
-                image["bytes"] = Path(image["path"]).read_bytes()
+                image["bytes"] = path.read_bytes()
             except OSError as error:
-                raise BadSample("missing image") from error
+                lost = f"images of {path.parent} cannot be read any more ({error.strerror or error})"
+                raise BadSample("missing image", lost) from error
         return image["bytes"], self._captions(row)
 
     def captions(self, index: int) -> list[str]:
