@@ -102,6 +102,8 @@ def test_rejects_mistaken_arguments(arguments, words):
         ({"optim": [1, 2]}, ["optim", "[1, 2]", "mapping"]),
         ({"run": {"trackers": [1]}}, ["run.trackers", "[1]", "list of text"]),
         ("optim: {lr: 1", ["not a YAML file", "line 1"]),
+        ("optim: {lr: 1}\nrun: {seed: 1}\noptim: {steps: 2}", ["'optim' is given twice, in lines 1 and 3"]),
+        ("optim:\n  lr: 1\n  steps: 2\n  lr: 2", ["'lr' is given twice, in lines 2 and 4"]),
         ("just text", ["'just text'", "mapping of sections"]),
     ],
 )
@@ -109,6 +111,12 @@ def test_rejects_mistaken_files(values, words, tmp_path):
     with pytest.raises(UsageError) as error:
         parse_arguments(["--config", write(tmp_path, values)])
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_yaml_may_merge_mappings_whose_keys_it_overrides(tmp_path):
+    text = "optim: &a {lr: 1.0, steps: 2}\nmodel: {config: {vision_config: &b {<<: *a, lr: 3}, text_config: {<<: *b, lr: 4}}}"
+    values = load_yaml(write(tmp_path, text))
+    assert values["model"]["config"]["text_config"] == {"lr": 4, "steps": 2}
 
 
 def test_help_explains_every_setting(capsys):

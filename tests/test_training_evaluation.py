@@ -1,7 +1,10 @@
 """The trainer's evaluations: held-out pairs with damage, scenes, and a model left as it was."""
 
+import json
+
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from training_utils import caption, image_bytes, pairs, tiny_recipe, write_tar
@@ -44,6 +47,43 @@ def test_retrieval_leaves_damaged_pairs_out_and_equals_the_definition(tmp_path):
     owner = [i for i, captions in enumerate(texts) for _ in captions]
     expected = {f"retrieval/{name}": value for name, value in retrieval_recall(images, embeds, owner).items()}
     assert found == {**expected, "retrieval/unreadable_images": 1}
+
+
+@pytest.mark.parametrize(
+    ("splits", "held_out"),
+    [
+        (["train", "validation"], 1),
+        (["train", "validation", "test"], 2),
+        (["train"], 0),
+        (["train", "dev", "extra"], 1),
+    ],
+)
+def test_retrieval_takes_the_split_that_is_held_out(splits, held_out, tmp_path):
+    for number, split in enumerate(splits):
+        folder = tmp_path / "photos" / split
+        folder.mkdir(parents=True)
+        names = [f"{seed}.jpg" for seed in range(10 * number, 10 * number + 3)]
+        lines = [json.dumps({"file_name": name, "text": caption(int(name[:-4]))}) for name in names]
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        for name in names:
+            (folder / name).write_bytes(image_bytes(int(name[:-4])))
+    config = Config.from_dict(tiny_recipe(tmp_path)).data
+    source = open_source(str(tmp_path / "photos"), config, None, 32)
+    found = sorted(source.captions(index)[0] for index in range(len(source)))
+    assert found == sorted(caption(10 * held_out + seed) for seed in range(3))
+
+
+def test_rejects_retrieval_without_a_split_that_is_held_out(tmp_path):
+    folder = tmp_path / "photos"
+    for split in ("train", "extra"):
+        (folder / split).mkdir(parents=True)
+        (folder / split / "metadata.jsonl").write_text(json.dumps({"file_name": "0.jpg", "text": "a cat"}))
+        (folder / split / "0.jpg").write_bytes(image_bytes(0))
+    files = [{"split": split, "path": f"{split}/*"} for split in ("train", "extra")]
+    header = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": files}]})
+    (folder / "README.md").write_text(f"---\n{header}---\n")
+    with pytest.raises(UsageError, match=r"eval.retrieval: .*'extra'.*expected test or validation or val or dev"):
+        built(tmp_path, retrieval=str(folder))
 
 
 def test_no_more_held_out_pairs_than_asked_for(tmp_path):

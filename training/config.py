@@ -306,7 +306,8 @@ class EvalConfig:
     zero_shot: str | None = None
     """A labelled folder (clip-benchmark layout or one folder a class), or "scenes": zero-shot accuracy."""
     retrieval: str | None = None
-    """Held-out pairs, named as data.train is: recall of images and texts."""
+    """Held-out pairs, named as data.train is: recall of images and texts. Of a data set that `datasets` loads, its split
+    "test", "validation", "val" or "dev", the first that is there, or its only one."""
     every: int | None = None
     """Steps between evaluations. null: one after each epoch. 0: at the end only."""
     batch_size: int = 256
@@ -448,6 +449,18 @@ def run_folder_of(config_file: str) -> Path | None:
     return path.parent if path.name == CONFIG_FILE and path.is_file() and is_of_run else None
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that is given twice in a mapping, of which YAML would drop the first."""
+
+    def compose_mapping_node(self, anchor):
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            if (before := lines.setdefault(key.value, key.start_mark)) is not key.start_mark:
+                place = f"lines {before.line + 1} and {key.start_mark.line + 1}"
+                raise yaml.YAMLError(f"{key.value!r} is given twice, in {place}. Join them into one.")
+        return node
+
+
 def load_yaml(name: str) -> dict:
     """Reads a config file, given as a path or as the name of a recipe in `training/configs`."""
     path = Path(name).expanduser()
@@ -457,7 +470,7 @@ def load_yaml(name: str) -> dict:
         recipes = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.yaml")))
         raise UsageError(f"--config: found no file {name!r}, expected a YAML file or one of the recipes: {recipes}.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config: {path} is not a YAML file: {error}") from error
     _require(isinstance(values or {}, dict), f"--config {path}", values, "a mapping of sections")

@@ -184,7 +184,7 @@ def _open_pairs(config: Config, image_size: int) -> HeldOutPairs:
     if config.eval.retrieval == "scenes":
         task = retrieval_task(size=image_size)
         return HeldOutPairs(task.images, [[text] for text in task.texts])
-    source = open_source(config.eval.retrieval, config.data, "test", image_size)
+    source = open_source(config.eval.retrieval, config.data, None, image_size)
     indices, captions = [], []
     for index in range(min(len(source), config.eval.max_samples)):
         try:

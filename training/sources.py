@@ -31,6 +31,7 @@ from .shards import ShardCache, find_shards, in_threads, load_index, make_folder
 
 IMAGE_KEYS = ("image", "jpg", "png", "img")
 CAPTION_KEYS = ("text", "caption", "captions", "texts", "sentences")
+HELD_OUT = ("test", "validation", "val", "dev")  # splits, in the order of preference
 NUM_SCENES = 50_000
 INVISIBLE = ("Cc", "Cf", "Mn", "Zl", "Zp", "Zs")  # in Unicode: control, format, marks on nothing, and white space
 
@@ -51,7 +52,7 @@ def not_blank(captions: list[str]) -> list[str]:
 
 
 def _is_blank(caption: str) -> bool:
-    if re.search("[a-zA-Z0-9]", re.sub("&#?[a-zA-Z0-9]+;?", "", caption)):  # nearly all, without the slow cleaning
+    if "&" not in caption and re.search("[a-zA-Z0-9]", caption):  # nearly all, without the slow cleaning
         return False
     return all(unicodedata.category(sign) in INVISIBLE for sign in clean(caption))
 
@@ -68,13 +69,13 @@ class Source(Protocol):
     def captions(self, index: int) -> list[str]: ...
 
 
-def open_source(name: str | dict[str, float], config: DataConfig, split: str, image_size: int) -> Source:
+def open_source(name: str | dict[str, float], config: DataConfig, split: str | None, image_size: int) -> Source:
     """Opens what `data.train` or `eval.retrieval` names.
 
     Args:
         name: Of one source, or a mapping of names to weights: a `MixtureSource`. All its sources are read with the
             same settings.
-        split: of the built-in scenes, and of what `datasets` loads.
+        split: of the built-in scenes, and of what `datasets` loads. None: the one that is held out.
         image_size: side in pixels of the built-in scenes.
 
     Raises:
@@ -89,7 +90,7 @@ def open_source(name: str | dict[str, float], config: DataConfig, split: str, im
     if config.disk is not None and name == config.train:
         return StreamSource(name, config)
     if name == "scenes":
-        return SceneSource(split, image_size, config.max_samples or NUM_SCENES)
+        return SceneSource(split or "test", image_size, config.max_samples or NUM_SCENES)
     shards = find_shards(name, Path(config.cache_dir).expanduser())
     source = ShardSource(shards, config) if shards else TableSource.load(name, config, split)
     if len(source) == 0:
@@ -386,7 +387,7 @@ class TableSource:
         self.skipped = Counter()
 
     @classmethod
-    def load(cls, name: str, config: DataConfig, split: str) -> "TableSource":
+    def load(cls, name: str, config: DataConfig, split: str | None) -> "TableSource":
         table = _load_table(name, split)
         image_key = _find_column(table.column_names, config.image_key, IMAGE_KEYS, "data.image_key", name)
         caption_key = _find_column(table.column_names, config.caption_key, CAPTION_KEYS, "data.caption_key", name)
@@ -436,8 +437,8 @@ def _caption_list(value: Any) -> list[str]:
     return captions
 
 
-def _load_table(name: str, split: str):
-    from datasets import get_dataset_split_names, load_dataset
+def _load_table(name: str, split: str | None):
+    from datasets import load_dataset
 
     path = Path(name).expanduser()
     # "owner/name" may be on the Hub; but not if "owner" is a folder here.
@@ -449,18 +450,33 @@ def _load_table(name: str, split: str):
     try:
         if name.endswith(".parquet"):
             return load_dataset("parquet", data_files=str(path) if "://" not in name else name, split="train")
-        if path.exists():
-            splits = get_dataset_split_names(str(path))
-            # A folder without splits has but one, whatever it is called. "test[:100]" is an expression, not a name.
-            if split.isidentifier() and split not in splits and len(splits) == 1:
-                split = splits[0]
-            return load_dataset(str(path), split=split)
-        return load_dataset(name, split=split)
+        found = str(path) if path.exists() else name
+        if path.exists() or split is None:
+            split = _split_of(found, split)
+        return load_dataset(found, split=split)
+    except UsageError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set that is a script
         raise UsageError(
             f"{name!r} is neither tars, parquet files nor an image folder here, and `datasets` cannot load it with "
             f"data.split {split!r}: {error}"
         ) from error
+
+
+def _split_of(name: str, split: str | None) -> str:
+    """The split that is asked for, or one that is held out where none is; but the only one, whatever it is called."""
+    from datasets import get_dataset_split_names
+
+    splits = get_dataset_split_names(name)
+    # "test[:100]" is an expression, not a name.
+    if len(splits) == 1 and (split is None or split.isidentifier()):
+        return splits[0]
+    if split is None and not (split := next((held_out for held_out in HELD_OUT if held_out in splits), None)):
+        raise UsageError(
+            f"eval.retrieval: {name!r} has the splits {splits}, expected {' or '.join(HELD_OUT)} among them. Name a "
+            "folder or file that holds the pairs of the evaluation alone."
+        )
+    return split
 
 
 def _find_column(columns: list[str], asked: str | None, usual: tuple[str, ...], setting: str, name: str) -> str:
