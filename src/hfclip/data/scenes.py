@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 
 # Hue in degrees, saturation and value in [0, 1].
@@ -183,15 +183,18 @@ def _place(rng: random.Random, position: str, radius: float) -> tuple[float, flo
 
 def _scatter(rng: random.Random, count: int, radius: float) -> list[tuple[float, float]]:
     """`count` centers whose objects neither touch each other nor the border, by rejection."""
-    low, high = _MARGIN + radius, 1 - _MARGIN - radius
+    low, high, apart = _MARGIN + radius, 1 - _MARGIN - radius, 2 * radius + _GAP
     while True:
         centers = []
         for _ in range(50):  # then start afresh: the first ones may have left no room
             center = rng.uniform(low, high), rng.uniform(low, high)
-            if all(math.dist(center, other) >= 2 * radius + _GAP for other in centers):
+            for other in centers:
+                if math.dist(center, other) < apart:
+                    break
+            else:
                 centers.append(center)
-            if len(centers) == count:
-                return centers
+                if len(centers) == count:
+                    return centers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,30 +272,6 @@ def describe(attributes: dict) -> str:
 # Paint: the plan in pixels
 # ---------------------------------------------------------------------------------------------------------------------
 
-_SUPERSAMPLING = 4
-
-
-def _polar(radii: Sequence[float], start: float = -90.0) -> np.ndarray:
-    """Corners at equal angles from `start` degrees (-90 is up) with these radii: (corners, 2)."""
-    angles = np.radians(start + 360 * np.arange(len(radii)) / len(radii))
-    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.asarray(radii)[:, None]
-
-
-def _cross(half_width: float = 0.42) -> np.ndarray:
-    quarter = np.array([(-half_width, -1), (half_width, -1), (half_width, -half_width)])
-    turns = [np.array([(c, s), (-s, c)]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
-    return np.concatenate([quarter @ turn for turn in turns])
-
-
-_OUTLINES = {  # closed polygons within about one unit of the center, y down; the second one of a shape is a hole
-    "circle": [_polar([0.95] * 48)],
-    "square": [_polar([1.15] * 4, start=45)],
-    "triangle": [_polar([1.2] * 3) + [0, 0.25]],
-    "star": [_polar([1.15, 0.48] * 5) + [0, 0.08]],
-    "cross": [_cross()],
-    "ring": [_polar([1.0] * 48), _polar([0.52] * 48)],
-}
-
 
 def _paint(rng: random.Random, attributes: dict, size: int) -> Image.Image:
     colors = [_vary(rng, *COLORS[kind["color"]]) for kind in attributes["objects"]]
@@ -300,30 +279,29 @@ def _paint(rng: random.Random, attributes: dict, size: int) -> Image.Image:
     axis = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
     x, y = axis[None, :], axis[:, None]
 
-    base, second = _background_colors(rng, colors)
+    base, second = (np.array(color, np.float32)[:, None, None] for color in _background_colors(rng, colors))
     mix = _texture(rng, attributes["background"], x, y)
-    canvas = base + (second - base) * mix[..., None]  # (size, size) -> (size, size, 3)
+    canvas = base + (second - base) * mix  # (3, size, size)
     for kind, color in zip(attributes["objects"], colors, strict=True):
         for center in kind["centers"]:
             _stamp(rng, canvas, kind["shape"], center, kind["radius"], color)
 
     angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0.0, 0.2)
-    light = rng.uniform(0.88, 1.0) + strength * (x * math.cos(angle) + y * math.sin(angle))
-    canvas *= light[..., None]
-    return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+    canvas *= rng.uniform(0.88, 1.0) + x * (strength * math.cos(angle)) + y * (strength * math.sin(angle))
+    return Image.fromarray(np.clip(canvas, 0, 255, out=canvas).astype(np.uint8).transpose(1, 2, 0))
 
 
-def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
-    rgb = colorsys.hsv_to_rgb(hue % 360 / 360, min(max(saturation, 0), 1), min(max(value, 0), 1))
-    return np.array(rgb, dtype=np.float32) * 255
+def _rgb(hue: float, saturation: float, value: float) -> tuple[float, float, float]:
+    red, green, blue = colorsys.hsv_to_rgb(hue % 360 / 360, min(max(saturation, 0), 1), min(max(value, 0), 1))
+    return 255 * red, 255 * green, 255 * blue
 
 
-def _vary(rng: random.Random, hue: float, saturation: float, value: float) -> np.ndarray:
-    """A shade of the color that nobody would name differently: float RGB in [0, 255], (3,)."""
+def _vary(rng: random.Random, hue: float, saturation: float, value: float) -> tuple[float, float, float]:
+    """A shade of the color that nobody would name differently: RGB in [0, 255]."""
     return _rgb(hue + rng.uniform(-5, 5), saturation * rng.uniform(0.9, 1.05), value + rng.uniform(-0.05, 0.03))
 
 
-def _background_colors(rng: random.Random, colors: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _background_colors(rng: random.Random, colors: list[tuple]) -> tuple[tuple, tuple]:
     """Two muted colors, both well apart from every object's."""
     while True:
         hue, saturation, value = rng.uniform(0, 360), rng.uniform(0.05, 0.4), rng.uniform(0.2, 0.95)
@@ -355,21 +333,42 @@ def _texture(rng: random.Random, background: str, x: np.ndarray, y: np.ndarray) 
     return np.clip(wave * (size / (2 * math.pi * frequency)) + 0.5, 0, 1)
 
 
-def _stamp(rng: random.Random, canvas: np.ndarray, shape: str, center: tuple, radius: float, color: np.ndarray):
-    """Paints one object onto `canvas` (size, size, 3), turned by up to 12 degrees, with antialiased edges."""
-    size = len(canvas)
-    left, top = (max(int((c - 1.2 * radius) * size), 0) for c in center)
-    right, bottom = (min(math.ceil((c + 1.2 * radius) * size), size) for c in center)
-    mask = Image.new("L", ((right - left) * _SUPERSAMPLING, (bottom - top) * _SUPERSAMPLING))
-    draw = ImageDraw.Draw(mask)
+def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Five points of 1.15, with 0.48 between them: distance to the edge next to the nearest point."""
+    v = v - 0.08
+    angle = np.abs((np.arctan2(u, -v) + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
+    along, across = 1.15 - 0.48 * math.cos(math.pi / 5), 0.48 * math.sin(math.pi / 5)
+    length = math.hypot(along, across)
+    across_point, along_point = np.hypot(u, v) * np.stack([np.sin(angle), np.cos(angle)])
+    return (across_point * along + (along_point - 1.15) * across) / length
+
+
+# How far a place lies outside of a shape (negative: inside), as a fraction of the radius; u to the right, v downwards.
+_OUTSIDE = {
+    "circle": lambda u, v: np.hypot(u, v) - 0.95,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.81,
+    "triangle": lambda u, v: np.maximum(v - 0.25, math.sqrt(3) / 2 * np.abs(u) - (v - 0.25) / 2) - 0.6,
+    "star": _star,
+    "cross": lambda u, v: np.maximum(np.maximum(np.abs(u), np.abs(v)) - 1, np.minimum(np.abs(u), np.abs(v)) - 0.42),
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.76) - 0.24,
+}
+
+
+def _stamp(rng: random.Random, canvas: np.ndarray, shape: str, center: tuple, radius: float, color: tuple):
+    """Paints one object onto `canvas` (3, size, size), turned by up to 12 degrees, with edges a pixel wide."""
+    size = canvas.shape[-1]
+    left, top = (max(int((c - 1.25 * radius) * size), 0) for c in center)
+    right, bottom = (min(math.ceil((c + 1.25 * radius) * size), size) for c in center)
     angle = math.radians(rng.uniform(-12, 12))
-    turn = radius * np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
-    for polygon, fill in zip(_OUTLINES[shape], (255, 0), strict=False):
-        corners = ((polygon @ turn + center) * size - (left, top)) * _SUPERSAMPLING
-        draw.polygon(corners.ravel().tolist(), fill=fill)
-    cover = np.asarray(mask.reduce(_SUPERSAMPLING), np.float32)[..., None] / 255
-    patch = canvas[top:bottom, left:right]
-    patch += (color - patch) * cover
+    x, y = (
+        ((np.arange(start, stop, dtype=np.float32) + 0.5) / size - c) / radius
+        for start, stop, c in zip((left, top), (right, bottom), center, strict=True)
+    )
+    cosine, sine = math.cos(angle), math.sin(angle)
+    u, v = cosine * x + sine * y[:, None], cosine * y[:, None] - sine * x
+    cover = np.clip(0.5 - _OUTSIDE[shape](u, v) * (radius * size), 0, 1)
+    patch = canvas[:, top:bottom, left:right]
+    patch += (np.array(color, np.float32)[:, None, None] - patch) * cover
 
 
 # ---------------------------------------------------------------------------------------------------------------------
