@@ -7,6 +7,7 @@ All that a step does follows from the settings, the weights and the step's numbe
 their own pairs; the loss and the gradient norm are the same two numbers on each of them.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from hfclip import HFCLIPImageProcessor, HFCLIPModel, contrastive_loss, sigmoid_loss
 from hfclip.grad_cache import cached_backward
+from hfclip.modeling_hfclip_transformer import pooled_positions
 
 from . import optim, parallel
 from .config import Config, OptimConfig, UsageError
@@ -31,6 +34,7 @@ from .phases import Phases
 from .timing import Stopwatch
 
 
+MOST_ON_DEVICE = 2 << 30  # bytes of the pictures of a batch that lie there while it is embedded in micro-batches
 OF_LOSS = ("group_id", "teacher_image_embeds", "teacher_text_embeds")  # of a batch; the towers get the rest
 
 
@@ -110,16 +114,24 @@ class TrainingStep:
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
 
     def _backward(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss; the gradients of all weights are in their `grad` then. Micro-batches wait on the host."""
-        of_loss = {name: self._on_device(batch[name]) for name in OF_LOSS if name in batch}
-        batch = {name: values for name, values in batch.items() if name not in of_loss}
+        """The loss; the gradients of all weights are in their `grad` then.
+
+        What depends on the texts' lengths is decided here, on the host, where they are known: it then queues the work of
+        all micro-batches without waiting for the device.
+        """
         count = num_micro_batches(self.config.optim, self.accelerator.num_processes)
-        parts = split(batch, count, trim=not self.config.model.compile)
+        # A compiled graph is for one length; lengths given as numbers would make one for each batch.
+        lengths = None if self.config.model.compile else text_lengths(batch, self.core.config.text_config)
+        on_device = {
+            name: values if waits_on_host(values) else self._on_device(values) for name, values in batch.items()
+        }
+        of_loss = {name: on_device.pop(name) for name in OF_LOSS if name in batch}
+        parts = split(on_device, count, lengths)
         teacher = self._teacher_embeds(parts, of_loss)
         loss = partial(self._loss, group_id=of_loss.get("group_id"), teacher=teacher)
         parameters = parallel.scalars(self.core)
         if count == 1:
-            value = loss(*self._embed(batch), *parameters)
+            value = loss(*self._embed(parts[0]), *parameters)
             with self.watch.time("backward"):
                 self.accelerator.backward(value)
             return value.detach()
@@ -144,10 +156,11 @@ class TrainingStep:
         """Pixels, ids and mask -> unit embeddings (size, dim) of images and texts."""
         with self.watch.time("forward"), self.accelerator.autocast():
             output = self.model(
-                input_ids=self._on_device(batch["input_ids"]),
-                attention_mask=self._on_device(batch["attention_mask"]),
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
                 pixel_values=normalized(self._on_device(batch["pixel_values"]), self.pixel_mean, self.pixel_std),
                 embeds_only=True,
+                text_lengths=batch.get("text_lengths"),
             )
         # Under autocast in half precision; the loss, and the gradients that the cache keeps, are not.
         images, texts = output.image_embeds, output.text_embeds
@@ -266,18 +279,37 @@ def num_micro_batches(config: OptimConfig, num_ranks: int) -> int:
     return min(math.ceil(max(shares) / size), min(shares))
 
 
-def split(batch: dict[str, Tensor], count: int, trim: bool) -> list[dict[str, Tensor]]:
-    """`count` parts of a batch on the host; with `trim`, their captions padded to the longest of each."""
+def text_lengths(batch: dict[str, Tensor], config: PreTrainedConfig) -> list[int] | None:
+    """Tokens of each text of a batch on the host that the text tower reads; None for texts padded on the left."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    if not mask[:, 0].all():
+        return None
+    if config.model_type == "hfclip_text" and not config.reads_padding:
+        return (1 + pooled_positions(ids, mask, config.eos_token_id)).tolist()
+    return mask.sum(dim=1).tolist()
+
+
+def waits_on_host(values: Tensor) -> bool:
+    """Whether a tensor of the batch is too large to lie on the device beside a micro-batch: very many pictures."""
+    return values.nbytes > MOST_ON_DEVICE
+
+
+def split(batch: dict[str, Tensor], count: int, lengths: list[int] | None = None) -> list[dict]:
+    """`count` parts of a batch, as views: nothing is copied, and no device is waited for.
+
+    With `lengths`, of the texts, each part has its own as `text_lengths` and its texts are cut at the longest.
+    """
     parts = [
         dict(zip(batch, values, strict=True))
         for values in zip(*(values.tensor_split(count) for values in batch.values()), strict=True)
     ]
-    return [_trimmed(part) for part in parts] if count > 1 and trim else parts
-
-
-def _trimmed(part: dict[str, Tensor]) -> dict[str, Tensor]:
-    longest = int(part["attention_mask"].sum(dim=1).max())
-    return {**part, **{name: part[name][:, :longest] for name in ("input_ids", "attention_mask")}}
+    if lengths is not None:
+        starts = itertools.accumulate((len(part["input_ids"]) for part in parts), initial=0)
+        for part, start in zip(parts, starts, strict=False):
+            part["text_lengths"] = lengths[start : start + len(part["input_ids"])]
+            longest = max(part["text_lengths"])
+            part |= {name: part[name][:, :longest] for name in ("input_ids", "attention_mask")}
+    return parts
 
 
 def pixel_statistics(image_processor: HFCLIPImageProcessor, device: torch.device) -> dict[str, Tensor]:

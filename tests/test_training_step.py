@@ -1,0 +1,128 @@
+"""The step on a device: micro-batches are queued without waiting for it, and nothing is sent to it twice."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
+from training.config import Config
+from training.phases import Phase, Phases
+from training.step import TrainingStep, build_step, split, text_lengths
+from training.timing import Stopwatch
+
+
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+VIT = {**TOWER, "model_type": "hfclip_vit", "image_size": 32, "patch_size": 8}
+RESNET = {
+    "model_type": "hfclip_resnet",
+    "depths": [1, 1, 1, 1],
+    "stem_width": 8,
+    "image_size": 32,
+    "projection_dim": 16,
+}
+TEXT = {**TOWER, "vocab_size": 100, "bos_token_id": 98, "eos_token_id": 99, "max_position_embeddings": 12}
+BAG_OF_WORDS = {"model_type": "hfclip_bag_of_words", "hidden_size": 32, "vocab_size": 100, "eos_token_id": 99}
+BATCH = 12
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def batch(group: bool = True) -> dict[str, torch.Tensor]:
+    """As the loader gives it, captions of many lengths, the longest first."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 11, (BATCH, 1), generator=generator).sort(dim=0, descending=True).values
+    ids = torch.randint(1, 90, (BATCH, 12), generator=generator).where(torch.arange(12) < lengths, 99)
+    pixels = torch.randint(0, 256, (BATCH, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    whole = {"pixel_values": pixels, "input_ids": ids, "attention_mask": (torch.arange(12) <= lengths).long()}
+    return whole | ({"group_id": torch.arange(BATCH)} if group else {})
+
+
+def step_on(device: str, vision: dict = VIT, text: dict = TEXT, **optim) -> TrainingStep:
+    optim = {"batch_size": BATCH, "steps": 10, "warmup_steps": 1, **optim}
+    config = Config.from_dict({"model": {"preset": "ViT-B/32", "tokenizer": "given"}, "optim": optim})
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    step = build_step(
+        HFCLIPModel(HFCLIPConfig(projection_dim=16, vision_config=vision, text_config=text)).train(),
+        config,
+        accelerator,
+        HFCLIPImageProcessor(size=32),
+        total_steps=10,
+        watch=Stopwatch(torch.device("cpu")),
+        phases=Phases([], Phase(32, 12, 0.0), stride=8, steps_per_epoch=10, total_steps=10),
+    )
+    # Set behind `build_step`: optimizers are not made for weights without values.
+    accelerator.state.device = torch.device(device)
+    step.core.to(device)
+    step.pixel_mean, step.pixel_std = step.pixel_mean.to(device), step.pixel_std.to(device)
+    return step
+
+
+class Sent(TorchDispatchMode):
+    """What is copied from the host to the device, by its shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if function is torch.ops.aten._to_copy.default and arguments[0].device.type == "cpu" != result.device.type:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("vision", [VIT, RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("text", [TEXT, BAG_OF_WORDS], ids=["transformer", "bag of words"])
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_no_value_is_read_from_the_device_before_the_loss(vision, text, micro_batch_size):
+    """On the meta device there are none: whatever the host would have to wait for raises."""
+    step = step_on("meta", vision, text, micro_batch_size=micro_batch_size)
+    loss = step._backward(batch(group=False))
+    assert loss.device.type == "meta"
+    assert all(parameter.grad is not None for parameter in step.core.parameters())
+
+
+def test_batch_is_sent_to_the_device_once_whatever_the_number_of_micro_batches():
+    for micro_batch_size in (None, 6, 2):
+        step = step_on("meta", micro_batch_size=micro_batch_size)
+        with Sent() as sent:
+            step._backward(batch(group=False))
+        assert sent.shapes.count((BATCH, 3, 32, 32)) == 1
+        assert sent.shapes.count((BATCH, 12)) == 2  # ids and mask
+        assert not [shape for shape in sent.shapes if len(shape) == 4 and shape[0] < BATCH]
+
+
+def test_pictures_beyond_what_a_device_should_hold_are_sent_by_micro_batches(monkeypatch):
+    monkeypatch.setattr("training.step.MOST_ON_DEVICE", BATCH * 3 * 32 * 32 - 1)
+    step = step_on("meta", micro_batch_size=6)
+    with Sent() as sent:
+        step._backward(batch(group=False))
+    assert (BATCH, 3, 32, 32) not in sent.shapes
+    assert sent.shapes.count((6, 3, 32, 32)) == 4  # two of them in two passes
+
+
+def test_micro_batches_are_views_cut_at_their_longest_text():
+    whole = batch()
+    lengths = text_lengths(whole, HFCLIPConfig(text_config=TEXT).text_config)
+    assert lengths == whole["attention_mask"].sum(dim=1).tolist()
+    parts = split(whole, 5, lengths)
+    assert [len(part["group_id"]) for part in parts] == [3, 3, 2, 2, 2]
+    assert sum((part["text_lengths"] for part in parts), []) == lengths
+    for part in parts:
+        assert part["input_ids"].shape[1] == max(part["text_lengths"])
+        assert part["pixel_values"].untyped_storage().data_ptr() == whole["pixel_values"].untyped_storage().data_ptr()
+
+
+def test_text_ends_at_its_first_end_token_and_left_padding_gives_no_lengths():
+    whole, config = batch(), HFCLIPConfig(text_config=TEXT).text_config
+    whole["input_ids"][0, 2] = 99
+    assert text_lengths(whole, config)[0] == 3
+    whole["attention_mask"] = whole["attention_mask"].flip(1)
+    assert text_lengths(whole, config) is None
