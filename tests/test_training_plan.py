@@ -313,9 +313,10 @@ def test_names_what_does_not_fit_and_what_makes_it_smaller(settings, memory, mes
         assert plan.bottleneck.endswith(f"Try --micro-batch {plan.largest} or less")
 
 
-def test_pictures_on_the_device_are_those_of_a_micro_batch():
-    plan = make_plan(run(world=8, micro_batch=100))
-    assert plan.memory["pictures (uint8)"] == 100 * 3 * 224**2
+@pytest.mark.parametrize(("world", "pictures"), [(8, 4096), (1, 100)], ids=["0.6 GB", "4.9 GB"])
+def test_pictures_on_the_device_are_those_of_the_batch_or_of_a_micro_batch_if_they_are_many(world, pictures):
+    plan = make_plan(run(world=world, micro_batch=100))
+    assert plan.memory["pictures (uint8)"] == pictures * 3 * 224**2
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from training.flops import tower_flops, training_flops
 from training.low_precision import text_matrices
 from training.model import build_architecture
 from training.parallel import scalars, units
+from training.step import MOST_ON_DEVICE
 
 
 GIB, HALF, FULL = 2**30, 2, 4  # bytes; bytes of a number in half and in single precision
@@ -326,6 +327,12 @@ def activation_bytes(run: Run) -> float:
     return total + in_flight
 
 
+def pictures_bytes(run: Run, micro: int) -> int:
+    """Of the pictures on the device: all of a process's part of the batch, or of a micro-batch if these are too many."""
+    whole = run.local * run.picture
+    return whole if whole <= MOST_ON_DEVICE else micro * run.picture
+
+
 def batches_ahead(run: Run) -> int:
     """Batches of one process that its workers hold on the host, at most: one for each of them at least."""
     if not run.workers:
@@ -473,13 +480,16 @@ def make_plan(run: Run) -> Plan:
     fitting = {}
     for cached in (False, True):
         fixed = sum(model_bytes(run, cached).values()) + sum(batch_bytes(run).values())
-        fitting[cached] = max(0, min(run.local, int((usable(run.device) - fixed) // (each + run.picture))))
+        # Pictures of the whole batch, or of a micro-batch each with its pair.
+        picture = 0 if pictures_bytes(run, 0) else run.picture
+        room = usable(run.device) - fixed - pictures_bytes(run, 0)
+        fitting[cached] = max(0, min(run.local, int(room // (each + picture))))
     largest = run.local if fitting[False] == run.local else fitting[True]
     whole = largest == run.local
     micro = run.micro_batch or (run.local if whole else 2 ** max(0, largest.bit_length() - 1))
     micro = min(micro, run.local)
     num_micro = math.ceil(run.local / micro)
-    per_pair = dict(zip(PER_PAIR, (micro * each, micro * run.picture), strict=True))
+    per_pair = dict(zip(PER_PAIR, (micro * each, pictures_bytes(run, micro)), strict=True))
     memory = {**model_bytes(run, num_micro > 1), **per_pair, **batch_bytes(run)}
     seconds, steps = step_seconds(run, num_micro), int(run.pairs * run.epochs // run.batch)
     return Plan(run, micro, num_micro, largest, memory, seconds, steps, _days(run, num_micro, steps))
