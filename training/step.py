@@ -126,7 +126,7 @@ class TrainingStep:
             name: values if waits_on_host(values) else self._on_device(values) for name, values in batch.items()
         }
         of_loss = {name: on_device.pop(name) for name in OF_LOSS if name in batch}
-        parts = split(on_device, count, lengths)
+        parts = split({**on_device, "text_lengths": lengths}, count, trim=lengths is not None)
         teacher = self._teacher_embeds(parts, of_loss)
         loss = partial(self._loss, group_id=of_loss.get("group_id"), teacher=teacher)
         parameters = parallel.scalars(self.core)
@@ -156,8 +156,8 @@ class TrainingStep:
         """Pixels, ids and mask -> unit embeddings (size, dim) of images and texts."""
         with self.watch.time("forward"), self.accelerator.autocast():
             output = self.model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                input_ids=self._on_device(batch["input_ids"]),
+                attention_mask=self._on_device(batch["attention_mask"]),
                 pixel_values=normalized(self._on_device(batch["pixel_values"]), self.pixel_mean, self.pixel_std),
                 embeds_only=True,
                 text_lengths=batch.get("text_lengths"),
@@ -294,21 +294,23 @@ def waits_on_host(values: Tensor) -> bool:
     return values.nbytes > MOST_ON_DEVICE
 
 
-def split(batch: dict[str, Tensor], count: int, lengths: list[int] | None = None) -> list[dict]:
-    """`count` parts of a batch, as views: nothing is copied, and no device is waited for.
+def split(batch: dict, count: int, trim: bool) -> list[dict]:
+    """`count` parts of a batch, as views: nothing is copied.
 
-    With `lengths`, of the texts, each part has its own as `text_lengths` and its texts are cut at the longest.
+    With `trim`, the texts of each part are cut at its longest, and it has their `text_lengths`. These are the batch's,
+    if it has them as a list, so that no device is waited for; else its mask is counted.
     """
+    tensors = {name: values for name, values in batch.items() if name != "text_lengths"}
     parts = [
-        dict(zip(batch, values, strict=True))
-        for values in zip(*(values.tensor_split(count) for values in batch.values()), strict=True)
+        dict(zip(tensors, values, strict=True))
+        for values in zip(*(values.tensor_split(count) for values in tensors.values()), strict=True)
     ]
-    if lengths is not None:
-        starts = itertools.accumulate((len(part["input_ids"]) for part in parts), initial=0)
-        for part, start in zip(parts, starts, strict=False):
-            part["text_lengths"] = lengths[start : start + len(part["input_ids"])]
-            longest = max(part["text_lengths"])
-            part |= {name: part[name][:, :longest] for name in ("input_ids", "attention_mask")}
+    if trim:
+        lengths = batch.get("text_lengths") or batch["attention_mask"].sum(dim=1).tolist()
+        ends = list(itertools.accumulate(len(part["input_ids"]) for part in parts))
+        for part, start, end in zip(parts, [0, *ends], ends, strict=False):
+            part["text_lengths"] = lengths[start:end]
+            part |= {name: part[name][:, : max(lengths[start:end])] for name in ("input_ids", "attention_mask")}
     return parts
 
 
