@@ -1,5 +1,6 @@
 """The cached zero-shot classifier: against the model's own logits, in what it takes, saves and refuses."""
 
+import copy
 import json
 
 import numpy as np
@@ -167,6 +168,18 @@ def test_ranking_of_bfloat16_embeddings_is_that_of_their_float32_product(model, 
     assert (best > second).all()
     half = F.normalize(images.float(), dim=-1).bfloat16() @ embeds.T
     assert (half.topk(2, dim=1).values.diff() == 0).any()  # or the test could not fail
+
+
+@pytest.mark.parametrize("pad_token_id", [0, 7, 533])
+def test_padding_side_and_pad_token_do_not_change_label_embeddings(model, processor, pad_token_id):
+    expected = embed_labels(model, processor, LABELS)
+    for side in ("left", "right"):
+        tokenizer = copy.deepcopy(processor.tokenizer)
+        tokenizer.padding_side, tokenizer.pad_token_id = side, pad_token_id
+        other = HFCLIPProcessor(image_processor=processor.image_processor, tokenizer=tokenizer)
+        ids = other(text=LABELS, return_tensors="pt")["input_ids"]
+        assert (ids[:, 0] == pad_token_id).any() == (side == "left")
+        torch.testing.assert_close(embed_labels(model, other, LABELS), expected, **CLOSE)
 
 
 def test_embeds_in_eval_mode_and_restores_the_mode_of_every_module(processor):
