@@ -9,6 +9,7 @@ Anything that fails on the way leaves no folder behind.
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -16,8 +17,8 @@ import platform
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,26 +26,37 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import hfclip
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip.configuration_hfclip import TOWER_CONFIGS
 from hfclip.hub import HubError, check_target, end_on_interrupt, push
 from hfclip.model_card import model_card
 
 from .checkpoints import Checkpoint, View, open_checkpoint
+from .errors import UsageError, refusals
 from .folder import WrittenWeights, new_folder, num_bytes, require_free, write_weights
 from .proof import Rounded, compare, differences, features_of, fixed_inputs, rounded, show, streamed
 from .reference import Recorder, unread
+from .whose import advice
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"  # has the vocabulary of OpenAI's nine models
 OPENAI_VOCABULARY = 49408
-MAX_LAYERS = 1000
+# What the machine refuses: no space, files too large, no permission, too many open files, a broken disk.
+OF_THE_MACHINE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.EIO,
+)
 
 
 Items = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]]
@@ -77,7 +89,7 @@ def convert(plan: Conversion, out: Path, options: argparse.Namespace) -> None:
     """Does it. See the module's docstring.
 
     Raises:
-        ValueError: tensors missing, left over or of the wrong shape; a result that differs from its source; an output
+        UsageError: tensors missing, left over or of the wrong shape; a result that differs from its source; an output
             folder that exists; too little space.
     """
     dtype = DTYPES.get(options.dtype)
@@ -104,14 +116,14 @@ def prove(plan: Conversion, files: list[Path], dtype: torch.dtype | None) -> dic
     """Compares what source and result compute, and returns the differences by name.
 
     Raises:
-        ValueError: above `TOLERANCE`, a value that is not finite, or a tensor of the source that took part in nothing.
+        UsageError: above `TOLERANCE`, a value that is not finite, or a tensor of the source that took part in nothing.
     """
     say("Comparing with the source ...")
     inputs = fixed_inputs(plan.config)
     source = Recorder(plan.weights)
     expected = plan.features(source if dtype is None else Rounded(source, dtype), *inputs)
     if idle := unread(source):
-        raise ValueError(f"{len(idle)} tensors of the source take part in nothing, such as {idle[:3]}.")
+        raise UsageError(f"{len(idle)} tensors of the source take part in nothing, such as {idle[:3]}.")
     found = features_of(streamed(plan.model_class, plan.config, WrittenWeights(files)), *inputs)
     if dtype is not None:
         show("What rounding changes", differences(found, plan.features(plan.weights, *inputs)))
@@ -128,7 +140,7 @@ def publish(out: Path, options: argparse.Namespace) -> None:
     try:
         push(out, options.push_to_hub, private=options.private, revision=options.revision)
     except (HubError, ValueError) as error:
-        kind = HubError if isinstance(error, HubError) else ValueError
+        kind = HubError if isinstance(error, HubError) else UsageError
         raise kind(f"{error}\n{again}") from error
 
 
@@ -140,24 +152,17 @@ def on_meta(model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype 
     """The model without weights.
 
     Raises:
-        ValueError: more layers than any model has, which would take for ever to build, or a negative
-            `initializer_factor`, with which no weights can be drawn.
+        UsageError: a tower of transformers that cannot be built from its settings; ours refuse theirs before.
     """
-    for part in (config, getattr(config, "text_config", config), getattr(config, "vision_config", config)):
-        if (layers := getattr(part, "num_hidden_layers", 0)) > MAX_LAYERS:
-            raise ValueError(f"{part.model_type}: found {layers} layers, expected at most {MAX_LAYERS}.")
-        if not (factor := getattr(part, "initializer_factor", 1.0)) >= 0:
-            raise ValueError(
-                f"{part.model_type}: found initializer_factor {factor}, expected a number from 0. It has no bearing on "
-                "trained weights: set it to 1.0 in config.json."
-            )
-    with torch.device("meta"):
+    towers = [getattr(config, f"{name}_config", config) for name in ("text", "vision")]
+    is_ours = all(tower.model_type in TOWER_CONFIGS for tower in towers)
+    with nullcontext() if is_ours else refusals("A tower cannot be built"), torch.device("meta"):
         model = model_class(config)
     return model if dtype is None else model.to(dtype)
 
 
 def check_fit(layout: Mapping[str, Tensor], model: PreTrainedModel) -> None:
-    """Raises ValueError unless `layout` is exactly the model's state dict, names and shapes."""
+    """Raises UsageError unless `layout` is exactly the model's state dict, names and shapes."""
     expected = model.state_dict()
     missing, surplus = sorted(expected.keys() - layout.keys()), sorted(layout.keys() - expected.keys())
     common = expected.keys() & layout.keys()
@@ -171,36 +176,47 @@ def check_fit(layout: Mapping[str, Tensor], model: PreTrainedModel) -> None:
         for name in sorted(wrong)[:3]
     ]
     if problems:
-        raise ValueError(f"The tensors do not fit the architecture that they tell: {'; '.join(problems)}.")
+        raise UsageError(f"The tensors do not fit the architecture that they tell: {'; '.join(problems)}.")
 
 
-@contextmanager
-def settings_of(path: Path) -> Iterator[None]:
-    """Says which file holds a setting that is of the wrong kind, such as a text for a number."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UsageError: no such file, no JSON, or no object.
+    """
     try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ArithmeticError, RuntimeError, RecursionError) as error:
-        raise ValueError(f"{path} has a setting that makes no sense ({type(error).__name__}: {error}).") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: found no readable JSON file ({error}), expected one of settings.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: found {type(content).__name__}, expected an object of settings.")
+    return content
 
 
 def open_model(folder: Path) -> tuple[HFCLIPConfig, View]:
     """Config and weights of a whole HFCLIPModel, or of transformers' CLIPModel.
 
     Raises:
-        ValueError: another model, or one whose weights do not fit its config; from_pretrained would draw them at random.
+        UsageError: another model, a quantised one, or one whose weights do not fit its config; from_pretrained would
+            draw them at random.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: found no config.json, expected the folder of a model.")
-    with settings_of(folder / "config.json"):
-        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if written["model_type"] not in ("hfclip", "clip"):
-            raise ValueError(
-                f"{folder}: found a model of type {written['model_type']!r}, expected a whole CLIP model."
-            )
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder}: found no config.json, expected the folder of a model.{advice(folder)}")
+    written = read_json(path)
+    if (kind := written.get("model_type")) not in ("hfclip", "clip"):
+        raise UsageError(f"{folder}: found a model of type {kind!r}, expected a whole CLIP model.")
+    if written.get("quantization_config") is not None:
+        raise UsageError(
+            f"{folder}: found quantised weights, expected plain ones. Start from the model as it was before."
+        )
+    with refusals(path):
         config = HFCLIPConfig.from_pretrained(folder)
+        model = on_meta(HFCLIPModel, config)
     checkpoint = open_checkpoint(folder)
     weights = View(checkpoint, {name: name for name in checkpoint if not name.endswith("position_ids")})
-    check_fit(weights.on_meta(), on_meta(HFCLIPModel, config))
+    check_fit(weights.on_meta(), model)
     return config, weights
 
 
@@ -281,26 +297,34 @@ def _sha256(file) -> str:
 def openai_processor(config: HFCLIPConfig, merges: str | None) -> tuple[Any, list[str]]:
     """Image processor at the model's resolution with OpenAI's tokenizer, and notes for the user.
 
-    The merges come from a file, or from the Hub. Where there are none, the folder is written without a tokenizer.
+    The merges come from a file, or from the Hub. A model with another vocabulary is written without a tokenizer.
+
+    Raises:
+        UsageError: merges that cannot be had, or that are another vocabulary's.
     """
     text = config.text_config
     image_processor = HFCLIPImageProcessor(size=config.image_size)
+    if merges is None and text.vocab_size != OPENAI_VOCABULARY:
+        return image_processor, [
+            f"no tokenizer was written: OpenAI's has 49,408 tokens, this model {text.vocab_size}."
+        ]
     try:
         if merges is not None:
             tokenizer = HFCLIPTokenizer.from_openai_bpe(merges)
-        elif text.vocab_size == OPENAI_VOCABULARY:
-            tokenizer = HFCLIPTokenizer.from_pretrained(OPENAI_TOKENIZER)
         else:
-            return image_processor, [f"no tokenizer was written: OpenAI's has 49,408 tokens, this model {text.vocab_size}."]  # fmt: skip
+            tokenizer = HFCLIPTokenizer.from_pretrained(OPENAI_TOKENIZER)
     except (OSError, ValueError) as error:  # ValueError: without network, a folder without files
         if merges is not None:
-            raise ValueError(f"--merges: {error}") from error
-        return image_processor, [
-            "NO TOKENIZER was written: OpenAI's cannot be fetched from the Hub. Convert again with --merges "
+            raise UsageError(f"--merges: {error}") from error
+        raise UsageError(
+            "No tokenizer: OpenAI's cannot be fetched from the Hub, and without it the model cannot be used. Pass --merges "
             "bpe_simple_vocab_16e6.txt.gz (it lies in OpenAI's repository, folder clip)."
-        ]
+        ) from error
     if len(tokenizer) != text.vocab_size:
-        return image_processor, [f"no tokenizer was written: --merges has {len(tokenizer)} tokens, this model {text.vocab_size}."]  # fmt: skip
+        raise UsageError(
+            f"--merges: found {len(tokenizer)} tokens, expected the model's {text.vocab_size}. Pass the merges that it "
+            "was trained with, or leave --merges out."
+        )
     tokenizer.model_max_length = text.max_position_embeddings
     return HFCLIPProcessor(image_processor, tokenizer), []
 
@@ -308,10 +332,11 @@ def openai_processor(config: HFCLIPConfig, merges: str | None) -> tuple[Any, lis
 def open_processor(folder: Path) -> tuple[HFCLIPImageProcessor | None, Any]:
     """A model folder's image processor and tokenizer; None for what it has not."""
     image_processor = tokenizer = None
-    if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        image_processor = HFCLIPImageProcessor.from_pretrained(folder)
-    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with refusals(folder):
+        if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+            image_processor = HFCLIPImageProcessor.from_pretrained(folder)
+        if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return image_processor, tokenizer
 
 
@@ -357,13 +382,14 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line of a converter, refused before any work where it cannot end well.
 
     Raises:
-        ValueError: an output that is not free (see `require_free`), or settings of the Hub that make no sense.
+        UsageError: an output that is not free (see `require_free`), or settings of the Hub that make no sense.
     """
     options = parser.parse_args()
     if options.push_to_hub is not None:
-        check_target(options.push_to_hub, options.revision)
+        with refusals("--push-to-hub"):
+            check_target(options.push_to_hub, options.revision)
     elif alone := [name for name in ("private", "revision") if getattr(options, name) is not None]:
-        raise ValueError(
+        raise UsageError(
             f"Found --{' and --'.join(alone)} without --push-to-hub. Say where to publish, --push-to-hub REPO, or leave "
             f"{'them' if len(alone) > 1 else 'it'} out."
         )
@@ -372,14 +398,21 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a converter's `main`. Exit codes: 0 done, 1 the Hub refused, 2 wrong use or a bad file, 130 Ctrl-C."""
+    """Runs a converter's `main`. Exit codes: 0 done, 1 the Hub refused, 2 wrong use or a bad file, 130 Ctrl-C.
+
+    A fault of the program itself shows its traceback.
+    """
     transformers.utils.logging.disable_progress_bar()  # the weights have one of their own
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, which tidies up
     try:
         main()
     except HubError as error:
         sys.exit(_end(1, str(error)))
-    except (ValueError, OSError, StrictDataclassError, SafetensorError) as error:
+    except UsageError as error:
+        sys.exit(_end(2, str(error)))
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
         sys.exit(_end(2, str(error)))
     except KeyboardInterrupt:
         sys.exit(_end(130, "Interrupted; nothing was written. Run the same command again."))

@@ -18,8 +18,10 @@ import torch
 
 from conversion.checkpoints import Checkpoint, View, open_checkpoint
 from conversion.convert import Conversion, convert, openai_processor, options_of, parser_of, run, say
+from conversion.errors import UsageError
 from conversion.key_maps import CONSTANTS, hfclip_items, openai_config
 from conversion.reference import Settings, image_features, text_features
+from conversion.whose import require_own
 from hfclip import HFCLIPModel
 
 
@@ -46,7 +48,9 @@ def main() -> None:
         "--any-hash", action="store_true", help="accept a file under a published name with another SHA-256"
     )
     options = options_of(parser)
+    require_own("openai", options.source)
     checkpoint = open_checkpoint(options.source)
+    require_own("openai", options.source, checkpoint)
     conversion = plan(checkpoint, options.merges)
     if not check_hash(checkpoint, options.any_hash):
         conversion.notes.append(
@@ -60,14 +64,14 @@ def check_hash(checkpoint: Checkpoint, any_hash: bool) -> bool:
     """Says and returns whether the file is one that OpenAI published.
 
     Raises:
-        ValueError: it bears the name of one and is another, unless `any_hash`.
+        UsageError: it bears the name of one and is another, unless `any_hash`.
     """
     name, found = Path(checkpoint.path).name, checkpoint.sha256()
     known = {digest: published for published, digest in PUBLISHED.items()}
     if found in known:
         say(f"SHA-256 matches OpenAI's {known[found]}.")
     elif name in PUBLISHED and not any_hash:
-        raise ValueError(
+        raise UsageError(
             f"{checkpoint.path} has the SHA-256 {found}, expected {PUBLISHED[name]} of OpenAI's {name}. Fetch it again, "
             "rename it if it is a model of your own, or pass --any-hash."
         )
@@ -79,8 +83,6 @@ def check_hash(checkpoint: Checkpoint, any_hash: bool) -> bool:
 def plan(checkpoint: Checkpoint, merges: str | None) -> Conversion:
     """Finds the architecture of a checkpoint in OpenAI's names and plans its conversion."""
     names = {name: name for name in checkpoint if name.rpartition(".")[2] not in CONSTANTS}
-    if "logit_bias" in names:
-        raise ValueError(f"{checkpoint.path} has a logit_bias, as OpenCLIP's have. Use convert_openclip.py.")
     weights = View(checkpoint, names)
     config = openai_config(weights.on_meta())
     processor, notes = openai_processor(config, merges)

@@ -1,11 +1,14 @@
 """OpenCLIP's checkpoints -> model folders.
 
     python conversion/convert_openclip.py CLIP-ViT-B-32-laion2B-s34B-b79K clip-b32-laion    # a folder from the Hub
-    python conversion/convert_openclip.py epoch_32.pt my-clip --model ViT-B-32.json --merges bpe_simple_vocab_16e6.txt.gz
+    python conversion/convert_openclip.py epoch_32.pt my-clip --merges bpe_simple_vocab_16e6.txt.gz
+    python conversion/convert_openclip.py epoch_32.pt my-clip --model ViT-B-32-quickgelu --merges ...
 
-The source is a folder with open_clip_config.json and weights, or a training checkpoint (.pt, .bin, .safetensors) with
-the JSON of its architecture: a file, or the name of one that an installed open_clip knows. Prefixes such as `module.`
-are removed and optimizer states left aside; of several sets of weights (EMA) `--weights` chooses one.
+The source is a folder with open_clip_config.json and weights, or a training checkpoint (.pt, .bin, .safetensors). The
+architecture of a ViT or ResNet of OpenCLIP follows from shapes (`openclip_shapes`); what no shape tells, such as
+QuickGELU, from the name of the run or of `--model`. Others need the JSON of theirs: a file, or the name of one that an
+installed open_clip knows. Prefixes such as `module.` are removed and optimizer states left aside; of several sets of
+weights (EMA) `--weights` chooses one.
 
 Converted are OpenCLIP's own ViT, ResNet and text towers with all their activations, masks, poolings, context lengths
 and vocabularies, trained with the contrastive or the sigmoid loss; SigLIP, image towers of timm, and BERT-like text
@@ -14,7 +17,6 @@ other attention blocks, text towers with class tokens, projections of two layers
 """
 
 import importlib.util
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,10 +29,13 @@ import torch
 from transformers import AutoTokenizer
 
 from conversion.checkpoints import Checkpoint, View, open_checkpoint
-from conversion.convert import Conversion, convert, openai_processor, options_of, parser_of, run, say, settings_of
+from conversion.convert import Conversion, convert, openai_processor, options_of, parser_of, read_json, run, say
+from conversion.errors import UsageError, refusals
 from conversion.foreign_towers import SIGLIP_PREPROCESS, foreign_plan, is_foreign
-from conversion.key_maps import CONSTANTS, hfclip_items, openclip_config
+from conversion.key_maps import CONSTANTS, hfclip_items, openclip_config, require_kinds
+from conversion.openclip_shapes import ASK, model_name, name_of_run, settings_from_shapes
 from conversion.reference import Settings, image_features, text_features
+from conversion.whose import require_own
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 
 
@@ -41,8 +46,9 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument(
         "--model",
-        metavar="JSON",
-        help=f"the architecture, where the source is no folder with {CONFIG}: a file or a name",
+        metavar="NAME",
+        help=f"the architecture, where the source is no folder with {CONFIG}: OpenCLIP's name, or its JSON file "
+        "(default: told by shapes)",
     )
     parser.add_argument("--weights", metavar="NAME", help="which weights of a training checkpoint, e.g. state_dict")
     parser.add_argument(
@@ -53,47 +59,17 @@ def main() -> None:
         "--text-model", metavar="NAME", help="config of a text tower of transformers: a folder or a Hub name"
     )
     options = options_of(parser)
-    settings = read_settings(options.source, options.model)
+    require_own("openclip", options.source)
     checkpoint = open_checkpoint(options.source)
-    with settings_of(options.model or options.source / CONFIG):
-        conversion = plan(checkpoint, settings, options)
-    convert(conversion, options.out, options)
+    require_own("openclip", options.source, checkpoint)
+    convert(plan(checkpoint, options), options.out, options)
 
 
-def read_settings(source: Path, model: str | None) -> dict[str, Any]:
-    """`model_cfg` and `preprocess_cfg` of a checkpoint.
-
-    Raises:
-        ValueError: nothing tells the architecture.
-    """
-    path = source / CONFIG if model is None else Path(model)
-    if model is not None and not path.is_file() and (spec := importlib.util.find_spec("open_clip")):
-        path = Path(spec.origin).parent / "model_configs" / f"{model.replace('/', '-')}.json"
-    if not path.is_file():
-        found = f"--model {model}" if model else f"no {CONFIG} in {source}"
-        raise ValueError(
-            f"Found {found}, expected the architecture as OpenCLIP's JSON. Pass --model FILE.json; OpenCLIP keeps them in "
-            "src/open_clip/model_configs (a name is enough where open_clip is installed)."
-        )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON file: {error}.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: found {type(settings).__name__}, expected an object with model_cfg.")
-    settings = settings if "model_cfg" in settings else {"model_cfg": settings}
-    model_cfg = settings["model_cfg"]
-    lacking = [key for key in ("vision_cfg", "text_cfg") if not (isinstance(model_cfg, dict) and isinstance(model_cfg.get(key), dict))]  # fmt: skip
-    if lacking:
-        raise ValueError(f"{path} describes no dual encoder: {', '.join(lacking)} missing.")
-    return settings
-
-
-def plan(checkpoint: Checkpoint, settings: dict[str, Any], options) -> Conversion:
+def plan(checkpoint: Checkpoint, options) -> Conversion:
     """Finds the model's weights among a checkpoint's and plans their conversion."""
-    model_cfg = settings["model_cfg"]
     weights = View(checkpoint, weight_names(checkpoint, options.weights))
-    config, items, features_of_source = architecture(weights.on_meta(), model_cfg, options)
+    settings, told = find_settings(checkpoint, weights, options)
+    config, items, features_of_source, assumed = architecture(weights.on_meta(), settings["model_cfg"], options)
     processor, notes = build_processor(config, settings, options)
     return Conversion(
         checkpoint=checkpoint,
@@ -103,27 +79,59 @@ def plan(checkpoint: Checkpoint, settings: dict[str, Any], options) -> Conversio
         config=config,
         features=features_of_source,
         processor=processor,
-        notes=notes,
+        notes=told + assumed + notes,
     )
 
 
+def find_settings(checkpoint: Checkpoint, weights: View, options) -> tuple[dict[str, Any], list[str]]:
+    """`model_cfg` and `preprocess_cfg` of a checkpoint, and notes on what was assumed.
+
+    They come from a JSON file where there is one, else from shapes and from what `--model`, or the run, is named.
+
+    Raises:
+        UsageError: a file that is no description of a dual encoder, or weights whose shapes tell too little.
+    """
+    path = options.source / CONFIG if options.model is None else Path(options.model)
+    name = options.model and model_name(options.model)
+    if name and not path.is_file() and (spec := importlib.util.find_spec("open_clip")):
+        path = Path(spec.origin).parent / "model_configs" / f"{name}.json"
+    if path.is_file():
+        return read_settings(path), []
+    model_cfg, note = settings_from_shapes(weights.on_meta(), name or name_of_run(checkpoint.scalars))
+    return {"model_cfg": model_cfg}, [note]
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """`model_cfg` and `preprocess_cfg` in a file, each setting of the kind that OpenCLIP gives it."""
+    settings = read_json(path)
+    settings = settings if "model_cfg" in settings else {"model_cfg": settings}
+    model_cfg = settings["model_cfg"]
+    lacking = [key for key in ("vision_cfg", "text_cfg") if not (isinstance(model_cfg, dict) and isinstance(model_cfg.get(key), dict))]  # fmt: skip
+    if lacking:
+        raise UsageError(f"{path} describes no dual encoder: {', '.join(lacking)} missing. {ASK}")
+    if not isinstance(settings.get("preprocess_cfg") or {}, dict):
+        raise UsageError(f"{path}: preprocess_cfg: found {settings['preprocess_cfg']!r}, expected an object.")
+    require_kinds(path, model_cfg)
+    return settings
+
+
 def architecture(weights: dict[str, torch.Tensor], model_cfg: dict[str, Any], options) -> tuple:
-    """Config, items and features of `Conversion`; `weights` are on the meta device."""
+    """Config, items and features of `Conversion`, and notes; `weights` are on the meta device."""
     if is_foreign(model_cfg):
         return foreign_plan(weights, model_cfg, reference_settings(model_cfg, weights), options.text_model)
-    return openclip_config(weights, model_cfg), hfclip_items, partial(features, model_cfg)
+    return openclip_config(weights, model_cfg), hfclip_items, partial(features, model_cfg), []
 
 
 def weight_names(checkpoint: Checkpoint, chosen: str | None) -> dict[str, str]:
     """OpenCLIP's names of one model's tensors -> the checkpoint's.
 
     Raises:
-        ValueError: no model among the tensors, several without a choice, or none of the chosen name.
+        UsageError: no model among the tensors, several without a choice, or none of the chosen name.
     """
     prefixes = [name.removesuffix("logit_scale") for name in checkpoint if name.endswith("logit_scale")]
     prefixes = [prefix for prefix in prefixes if any(name.startswith(f"{prefix}visual.") for name in checkpoint)]
     if not prefixes:
-        raise ValueError(
+        raise UsageError(
             f"{checkpoint.path}: found no CLIP model among {len(checkpoint)} tensors such as {list(checkpoint)[:3]}, "
             "expected `logit_scale` and `visual. ...`."
         )
@@ -133,7 +141,7 @@ def weight_names(checkpoint: Checkpoint, chosen: str | None) -> dict[str, str]:
         others = sorted(by_name.keys() - {chosen})
         say(f"Taking the weights `state_dict`; {', '.join(others)} can be had with --weights.")
     if chosen is not None and chosen not in by_name or chosen is None and len(by_name) > 1:
-        raise ValueError(f"--weights: found {chosen}, expected one of {sorted(by_name)}.")
+        raise UsageError(f"--weights: found {chosen}, expected one of {sorted(by_name)}.")
     prefix = by_name[chosen] if chosen else prefixes[0]
     names = {name.removeprefix(prefix): name for name in checkpoint if name.startswith(prefix)}
     if left := len(checkpoint) - len(names):
@@ -189,7 +197,8 @@ def build_processor(config: HFCLIPConfig, settings: dict[str, Any], options) -> 
     preprocess = settings.get("preprocess_cfg") or {}
     if not preprocess and config.vision_config.model_type == "siglip_vision_model":
         preprocess = SIGLIP_PREPROCESS  # OpenCLIP has it beside the name of the weights, not in the architecture
-    image_processor = build_image_processor(config.image_size, preprocess)
+    with refusals("preprocess_cfg"):
+        image_processor = build_image_processor(config.image_size, preprocess)
     name = options.tokenizer or text_cfg.get("hf_tokenizer_name")
     folder = options.source if options.source.is_dir() else None
     has_tokenizer = folder and any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "tokenizer_config.json"))  # fmt: skip
@@ -204,14 +213,15 @@ def build_processor(config: HFCLIPConfig, settings: dict[str, Any], options) -> 
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         else:
             tokenizer = HFCLIPTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers' own errors have no other class
         if options.tokenizer:
-            raise ValueError(f"--tokenizer: {error}") from error
-        return image_processor, [
-            f"NO TOKENIZER was written: {name} cannot be had ({error}). Convert again with --tokenizer FOLDER."
-        ]
+            raise UsageError(f"--tokenizer: {error}") from error
+        raise UsageError(
+            f"No tokenizer: {name or folder} cannot be had ({error}), and without it the model cannot be used. Pass "
+            "--tokenizer FOLDER."
+        ) from error
     if len(tokenizer) > config.text_config.vocab_size:
-        raise ValueError(
+        raise UsageError(
             f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.text_config.vocab_size}. Pass the "
             "one that belongs to it with --tokenizer."
         )
@@ -227,7 +237,7 @@ def build_processor(config: HFCLIPConfig, settings: dict[str, Any], options) -> 
 def hub_name(name: str, asked_for: str | None) -> str:
     """A name that the user gave, or one in the checkpoint's settings, which may not point at files of this machine."""
     if asked_for is None and Path(name).expanduser().exists():
-        raise ValueError("it is a path in the checkpoint's settings, not a name on the Hub")
+        raise UsageError("it is a path in the checkpoint's settings, not a name on the Hub")
     return name
 
 
@@ -245,12 +255,12 @@ def build_image_processor(image_size: int, preprocess: dict[str, Any]) -> HFCLIP
     """OpenCLIP's evaluation transform.
 
     Raises:
-        ValueError: an interpolation or a way to resize that has no counterpart.
+        UsageError: an interpolation or a way to resize that has no counterpart.
     """
     mode, interpolation = preprocess.get("resize_mode", "shortest"), preprocess.get("interpolation", "bicubic")
     resample = {"bicubic": 3, "bilinear": 2, "random": 3}.get(interpolation)
     if mode not in ("shortest", "squash") or resample is None:
-        raise ValueError(
+        raise UsageError(
             f"preprocess_cfg: found resize_mode {mode!r} and interpolation {interpolation!r}, expected 'shortest' or "
             "'squash', and 'bicubic' or 'bilinear'."
         )

@@ -8,7 +8,6 @@ CLIPVisionModelWithProjection. hfclip opens such folders as they are; converted 
 AutoModel as hfclip's, and have an old `eos_token_id: 2` repaired. For the way back see export.py.
 """
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from conversion.checkpoints import Checkpoint, View, open_checkpoint
-from conversion.convert import Conversion, convert, options_of, parser_of, run, settings_of
+from conversion.convert import Conversion, convert, options_of, parser_of, read_json, run
+from conversion.errors import UsageError, refusals
 from conversion.reference import Settings, image_features, text_features
+from conversion.whose import advice, require_own
 from hfclip import (
     HFCLIPImageProcessor,
     HFCLIPModel,
@@ -34,7 +35,7 @@ from hfclip import (
     HFCLIPVisionModel,
     HFCLIPVisionModelWithProjection,
 )
-from hfclip.configuration_hfclip import TRANSFORMERS_MODEL_TYPES
+from hfclip.configuration_hfclip import DUAL_ENCODER, TRANSFORMERS_MODEL_TYPES
 
 
 CLASSES = {
@@ -52,35 +53,37 @@ FILES = ["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"]
 def main() -> None:
     options = options_of(parser_of(__doc__))
     folder = options.source if options.source.exists() else fetch(str(options.source))
-    with settings_of(folder / "config.json"):
-        conversion = plan(folder)
-    convert(conversion, options.out, options)
+    convert(plan(folder), options.out, options)
 
 
 def fetch(name: str) -> Path:
     """A model's files from the Hub, or from its cache.
 
     Raises:
-        ValueError: neither a folder here nor a repository there, or no connection.
+        UsageError: neither a folder here nor a repository there, or no connection.
     """
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except HFValidationError as error:
-        raise ValueError(f"{name} is neither a folder here nor a name on the Hub.") from error
+        raise UsageError(f"{name} is neither a folder here nor a name on the Hub.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"{name} is no folder here and cannot be fetched from the Hub: {error}") from error
+        raise UsageError(f"{name} is no folder here and cannot be fetched from the Hub: {error}") from error
 
 
 def plan(folder: Path) -> Conversion:
     """Plans the conversion of a folder that transformers wrote.
 
     Raises:
-        ValueError: no folder of one of the five classes.
+        UsageError: no folder of one of the five classes.
     """
+    require_own("transformers", folder)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: found no config.json, expected a folder that transformers wrote.{advice(folder)}")
     checkpoint = open_checkpoint(folder)
-    written = read_config(folder)
+    written = read_json(folder / "config.json")
     model_class = find_class(written, checkpoint, folder)
-    config = model_class.config_class.from_pretrained(folder)
+    with refusals(folder / "config.json"):
+        config = model_class.config_class.from_pretrained(folder)
     theirs = {"CLIPModel": ("text_config", "vision_config")}.get(_their_name(model_class), ())
     # transformers lets `text_config_dict` of old configs replace `text_config`.
     parts = {key: next((written[name] for name in (f"{key}_dict", key) if written.get(name) is not None), {}) for key in theirs}  # fmt: skip
@@ -103,20 +106,19 @@ def plan(folder: Path) -> Conversion:
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder}: found no readable config.json, expected a folder that transformers wrote."
-        ) from error
-
-
 def find_class(written: dict[str, Any], checkpoint: Checkpoint, folder: Path) -> type:
     """Our class for the one that wrote the folder: as `architectures` says, else by its tensors."""
-    if written["model_type"] not in TRANSFORMERS_MODEL_TYPES:
-        raise ValueError(f"{folder}: found a model of type {written['model_type']!r}, expected one of {', '.join(TRANSFORMERS_MODEL_TYPES)}.")  # fmt: skip
-    architecture = (written.get("architectures") or [None])[0]
+    model_type = written.get("model_type")
+    if model_type == DUAL_ENCODER:
+        raise UsageError(
+            f"{folder}: found a model of type {model_type!r}, which needs no conversion: HFCLIPModel.from_pretrained opens "
+            "it as it is, and save_pretrained writes it as hfclip's."
+        )
+    if not isinstance(model_type, str) or model_type not in TRANSFORMERS_MODEL_TYPES:
+        known = ", ".join(kind for kind in TRANSFORMERS_MODEL_TYPES if kind != DUAL_ENCODER)
+        raise UsageError(f"{folder}: found a model of type {model_type!r}, expected one of {known}.")
+    written_by = written.get("architectures") or [None]
+    architecture = written_by[0] if isinstance(written_by, list) else str(written_by)
     if architecture is None:
         text = any("token_embedding" in name for name in checkpoint)
         vision = any("patch_embedding" in name for name in checkpoint)
@@ -124,9 +126,7 @@ def find_class(written: dict[str, Any], checkpoint: Checkpoint, folder: Path) ->
         kind = {(True, True): "", (True, False): "Text", (False, True): "Vision"}.get((text, vision))
         architecture = None if kind is None else f"CLIP{kind}Model{'WithProjection' if kind and projected else ''}"
     if architecture not in CLASSES:
-        raise ValueError(
-            f"{folder}: found a {architecture or written.get('model_type')}, expected one of {', '.join(CLASSES)}."
-        )
+        raise UsageError(f"{folder}: found a {architecture or model_type}, expected one of {', '.join(CLASSES)}.")
     return CLASSES[architecture]
 
 
@@ -161,7 +161,7 @@ def features(towers: dict[str, dict[str, Any]], weights, pixel_values, input_ids
 def reference_settings(tower: dict[str, Any]) -> Settings:
     """A tower's settings as `reference` takes them."""
     if tower["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(f"hidden_act: found {tower['hidden_act']!r}, expected one of {', '.join(ACTIVATIONS)}.")
+        raise UsageError(f"hidden_act: found {tower['hidden_act']!r}, expected one of {', '.join(ACTIVATIONS)}.")
     end, heads = tower["eos_token_id"], tower["num_attention_heads"]
     return Settings(
         text_heads=heads,
@@ -178,9 +178,10 @@ def find_processor(folder: Path, model_class: type) -> tuple[Any, list[str]]:
     has_text, has_images = model_class.input_modalities != ("image",), "image" in model_class.input_modalities
     beside = folder.parent / "tokenizer"  # diffusers
     places = [place for place in (folder, beside) if any(place.glob("tokenizer*.json")) or (place / "vocab.json").is_file()]  # fmt: skip
-    tokenizer = HFCLIPTokenizer.from_pretrained(places[0]) if has_text and places else None
     has_settings = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
-    image_processor = HFCLIPImageProcessor.from_pretrained(folder) if has_images and has_settings else None
+    with refusals(folder):
+        tokenizer = HFCLIPTokenizer.from_pretrained(places[0]) if has_text and places else None
+        image_processor = HFCLIPImageProcessor.from_pretrained(folder) if has_images and has_settings else None
     notes = [f"no {what} was written: the source has none." for what, needed, part in (("tokenizer", has_text, tokenizer), ("image processor", has_images, image_processor)) if needed and part is None]  # fmt: skip
     if tokenizer is not None and image_processor is not None:
         return HFCLIPProcessor(image_processor, tokenizer), notes

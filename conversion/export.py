@@ -32,6 +32,7 @@ from conversion.convert_openclip import CONFIG
 from conversion.convert_openclip import features as openclip_features
 from conversion.convert_transformers import defaults_of
 from conversion.convert_transformers import features as transformers_features
+from conversion.errors import UsageError
 from conversion.folder import WrittenWeights, new_folder, partial_folder, require_free, write_weights
 from conversion.key_maps import openai_config, openai_items, openclip_config
 from conversion.proof import compare, features_of, fixed_inputs, streamed
@@ -58,7 +59,7 @@ def main() -> None:
 def to_openai(options: argparse.Namespace, config: HFCLIPConfig, weights: View) -> None:
     """A state dict in OpenAI's names, as a file."""
     if options.out.suffix not in (".pt", ".safetensors"):
-        raise ValueError(f"{options.out}: found the suffix {options.out.suffix!r}, expected .pt or .safetensors.")
+        raise UsageError(f"{options.out}: found the suffix {options.out.suffix!r}, expected .pt or .safetensors.")
     layout = dict(openai_items(weights.on_meta()))
     require_same(config, openai_config(layout), "openai/CLIP")
     with partial_folder(options.out) as folder:
@@ -95,7 +96,7 @@ def to_transformers(options: argparse.Namespace, config: HFCLIPConfig, weights: 
         config, HFCLIPConfig.from_dict({**theirs.to_dict(), "model_type": "hfclip"}), "transformers' CLIPModel"
     )
     if config.logit_bias_init_value is not None:
-        raise ValueError("transformers' CLIPModel has no logit_bias, which this model was trained with.")
+        raise UsageError("transformers' CLIPModel has no logit_bias, which this model was trained with.")
     towers = {key: defaults_of(key) | getattr(theirs, key).to_dict() for key in ("text_config", "vision_config")}
     with new_folder(options.out, options.source, options.overwrite) as folder:
         written = write_weights(folder, weights.on_meta(), weights.items())
@@ -115,7 +116,7 @@ def to_transformers(options: argparse.Namespace, config: HFCLIPConfig, weights: 
 def to_onnx(options: argparse.Namespace, config: HFCLIPConfig, weights: View) -> None:
     """A folder with both towers as ONNX, tokenizer and image processor beside them."""
     if importlib.util.find_spec("onnxruntime") is None:
-        raise ValueError("ONNX needs packages that are not here. pip install 'hfclip[onnx]'.")
+        raise UsageError("ONNX needs packages that are not here. pip install 'hfclip[onnx]'.")
     model = HFCLIPModel.from_pretrained(options.source, dtype=torch.float32).eval()
     with new_folder(options.out, options.source, options.overwrite) as folder:
         (folder / "onnx").mkdir()
@@ -143,7 +144,7 @@ EXPORTS = {"openai": to_openai, "openclip": to_openclip, "transformers": to_tran
 
 
 def require_same(config: HFCLIPConfig, reread: HFCLIPConfig, library: str) -> None:
-    """Raises ValueError, field by field, unless what `library` reads from the export is the architecture of `config`."""
+    """Raises UsageError, field by field, unless what `library` reads from the export is the architecture of `config`."""
     differences = []
     for part in ("vision_config", "text_config"):
         ours, theirs = getattr(config, part), getattr(reread, part)
@@ -158,7 +159,7 @@ def require_same(config: HFCLIPConfig, reread: HFCLIPConfig, library: str) -> No
             if found != expected:
                 differences.append(f"{part}.{name} is {found}, and {library} would have {expected}")
     if differences:
-        raise ValueError(f"Not to be exported: {'; '.join(differences)}.")
+        raise UsageError(f"Not to be exported: {'; '.join(differences)}.")
 
 
 def _architectural(config: Any) -> set[str]:
@@ -185,7 +186,7 @@ def openclip_settings(config: HFCLIPConfig) -> dict[str, Any]:
             **_layer_settings(vision),
         }
     if vision.model_type not in ("hfclip_resnet", "hfclip_vit") or text.model_type != "hfclip_text":
-        raise ValueError(
+        raise UsageError(
             f"OpenCLIP has no towers {vision.model_type} and {text.model_type} with these weights' names."
         )
     vision_cfg |= {"image_size": vision.image_size, "head_width": vision.hidden_size // vision.num_attention_heads}
@@ -232,9 +233,9 @@ def transformers_config(config: HFCLIPConfig) -> CLIPConfig:
     for key in ("text_config", "vision_config"):
         fields = getattr(config, key).to_dict()
         if fields["model_type"] not in types:
-            raise ValueError(f"transformers' CLIPModel has no tower of type {fields['model_type']}.")
+            raise UsageError(f"transformers' CLIPModel has no tower of type {fields['model_type']}.")
         if fields.get("eos_token_id") == 2:
-            raise ValueError("text_config.eos_token_id is 2, for which transformers pools at the highest id instead.")
+            raise UsageError("text_config.eos_token_id is 2, for which transformers pools at the highest id instead.")
         ours_alone = {"causal", "pooling", "pre_layer_norm", "patch_dropout", "auto_map", "architectures"}
         towers[key] = {name: value for name, value in fields.items() if name not in ours_alone}
         towers[key]["model_type"] = types[fields["model_type"]]
@@ -258,14 +259,14 @@ def image_settings(processor: Any) -> dict[str, Any]:
     """What other libraries' image processors are told.
 
     Raises:
-        ValueError: a step that is left out, or another scale of the pixels.
+        UsageError: a step that is left out, or another scale of the pixels.
     """
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
     unusual = [f"{step}=False" for step in steps if getattr(processor, step, True) is False]
     if abs(processor.rescale_factor - 1 / 255) > 1e-9:
         unusual.append(f"rescale_factor={processor.rescale_factor}")
     if unusual:
-        raise ValueError(f"Not to be exported: the image processor has {', '.join(unusual)}.")
+        raise UsageError(f"Not to be exported: the image processor has {', '.join(unusual)}.")
     names = ("size", "crop_size", "resample", "image_mean", "image_std")
     return {name: getattr(processor, name) for name in names}
 
@@ -278,7 +279,7 @@ def preprocess_settings(image_processor: HFCLIPImageProcessor | None) -> dict[st
     interpolation = {3: "bicubic", 2: "bilinear"}.get(int(settings["resample"]))
     sizes = {*dict(settings["size"]).values(), *dict(settings["crop_size"]).values()} - {None}
     if interpolation is None or len(sizes) > 1:
-        raise ValueError(
+        raise UsageError(
             f"Not to be exported: the image processor resizes to {settings['size']} by resampling {settings['resample']} and "
             f"crops {settings['crop_size']}; OpenCLIP knows one size, bicubic (3) and bilinear (2)."
         )
@@ -296,7 +297,7 @@ def preprocess_settings(image_processor: HFCLIPImageProcessor | None) -> dict[st
 
 
 def prove(config: HFCLIPConfig, weights: Mapping[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError unless the export computes what the model does."""
+    """Raises UsageError unless the export computes what the model does."""
     model = streamed(HFCLIPModel, config, weights)
     compare(found, features_of(model, *fixed_inputs(config)))
 
@@ -345,7 +346,7 @@ def export_tower(tower: ImageTower | TextTower, inputs: torch.Tensor, path: Path
             verbose=False,
         )
     except ImportError as error:
-        raise ValueError(f"ONNX needs packages that are not here ({error}). pip install 'hfclip[onnx]'.") from error
+        raise UsageError(f"ONNX needs packages that are not here ({error}). pip install 'hfclip[onnx]'.") from error
     for graph in (program.model.graph, *program.model.functions.values()):
         for node in graph:
             node.metadata_props.clear()  # stack traces, with paths of this machine

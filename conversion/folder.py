@@ -18,6 +18,8 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from tqdm import tqdm
 
+from .errors import UsageError
+
 
 MAX_SHARD_BYTES = 5_000_000_000
 DTYPE_NAMES = {
@@ -37,7 +39,7 @@ def new_folder(path: Path, source: Path, overwrite: bool = False) -> Iterator[Pa
     """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
 
     Raises:
-        ValueError: `path` is not free (see `require_free`), or written by another process.
+        UsageError: `path` is not free (see `require_free`), or written by another process.
     """
     path = Path(os.path.realpath(path))  # a link stays, what it points at is replaced
     with partial_folder(path) as partial:
@@ -58,18 +60,18 @@ def partial_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path`, empty and for this process alone, until the block ends. What a killed run left there goes first.
 
     Raises:
-        ValueError: another process is at it.
+        UsageError: another process is at it.
     """
     path = Path(os.path.realpath(path))
     if not path.name:
-        raise ValueError(f"{path} cannot be written. Choose the name of a new folder.")
+        raise UsageError(f"{path} cannot be written. Choose the name of a new folder.")
     partial, lock_file = (path.with_name(f".{path.name}.hfclip-{kind}") for kind in ("partial", "lock"))
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_file)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(f"Another process is writing {path}. Wait for it, or choose another name.") from error
+        raise UsageError(f"Another process is writing {path}. Wait for it, or choose another name.") from error
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -82,7 +84,7 @@ def partial_folder(path: Path) -> Iterator[Path]:
 
 
 def require_free(path: Path, source: Path, overwrite: bool, is_file: bool = False) -> None:
-    """Raises ValueError unless a folder (or a file, if `is_file`) can be written at `path`.
+    """Raises UsageError unless a folder (or a file, if `is_file`) can be written at `path`.
 
     It cannot where something is that is not to be replaced, or that holds the source or is no model, and where this
     user may not write.
@@ -94,30 +96,30 @@ def require_free(path: Path, source: Path, overwrite: bool, is_file: bool = Fals
 
 def require_replaceable(path: Path, source: Path, overwrite: bool, is_file: bool) -> None:
     if not overwrite:
-        raise ValueError(f"{path} exists already. Choose another name, or pass --overwrite to replace it.")
+        raise UsageError(f"{path} exists already. Choose another name, or pass --overwrite to replace it.")
     path, source = path.resolve(), source.resolve()
     if path.is_file() and not is_file:
-        raise ValueError(f"{path} is a file, expected a folder or nothing. Choose another name.")
+        raise UsageError(f"{path} is a file, expected a folder or nothing. Choose another name.")
     if path in (source, *source.parents) or source in path.parents:
-        raise ValueError(
+        raise UsageError(
             f"{path} holds the source or a part of it, which --overwrite would delete. Choose another name."
         )
     if path.is_dir() and any(path.iterdir()) and not is_model_folder(path):
-        raise ValueError(
+        raise UsageError(
             f"{path} is no folder of a model, or holds other folders; --overwrite replaces models only. Choose another "
             "name, or empty it."
         )
 
 
 def require_writable(folder: Path) -> None:
-    """Raises ValueError unless files can be made in `folder`, or in what is there of the way to it."""
+    """Raises UsageError unless files can be made in `folder`, or in what is there of the way to it."""
     while not os.path.exists(folder):
         folder = folder.parent
     try:
         with tempfile.TemporaryFile(dir=folder):  # tried out: permissions alone do not tell
             pass
     except OSError as error:
-        raise ValueError(
+        raise UsageError(
             f"{folder} is not writable ({error.strerror}). Choose another place for the output, or change its "
             "permissions."
         ) from error
@@ -135,10 +137,10 @@ def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raises ValueError if the disk that holds `folder` has less than `needed` bytes free."""
+    """Raises UsageError if the disk that holds `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ValueError(
+        raise UsageError(
             f"{folder} needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free. Make room, or choose a "
             "folder on another disk."
         )
@@ -160,8 +162,8 @@ def write_weights(
         The weight files.
 
     Raises:
-        ValueError: a tensor that is not in the layout, of another shape, with values that are not finite, or one that
-            never came; too little space.
+        UsageError: values that are not finite; too little space.
+        ValueError: a tensor that is not in the layout or of another shape, or one that never came.
     """
     total = num_bytes(layout)
     require_space(folder, total + 10_000_000)
@@ -202,14 +204,14 @@ def write_weights(
 
 
 def require_finite(name: str, tensor: torch.Tensor, stored: torch.Tensor) -> None:
-    """Raises ValueError if a tensor, as it is stored, has values that are not finite."""
+    """Raises UsageError if a tensor, as it is stored, has values that are not finite."""
     if stored.isfinite().all():
         return
     if tensor.isfinite().all():
-        raise ValueError(
+        raise UsageError(
             f"{name!r} reaches {tensor.abs().max():.3g}, more than {stored.dtype} holds. Choose another --dtype."
         )
-    raise ValueError(
+    raise UsageError(
         f"{name!r} has {int((~tensor.isfinite()).sum())} values that are not finite (NaN or infinite): the training "
         "went wrong, or the file is damaged. Choose another checkpoint."
     )
@@ -235,7 +237,7 @@ def _write_header(file, layout: Mapping[str, torch.Tensor], names: list[str]) ->
     for name in names:
         tensor = layout[name]
         if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name!r} is of {tensor.dtype}, which safetensors files do not hold here.")
+            raise UsageError(f"{name!r} is of {tensor.dtype}, which safetensors files do not hold here.")
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         places[name] = start

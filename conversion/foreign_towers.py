@@ -9,22 +9,29 @@
 Each half of a checkpoint becomes a `Tower`: its config, its pooling rule, its tensors under our names, and what it
 computes from the source's own tensors. A tower that ends in the joint space itself gets an identity matrix as its
 projection, which changes no bit of its output.
+
+What the source computes is asked of the source's own code: timm, and transformers as OpenCLIP calls it. Nothing that
+tells the result how to compute (`SIGLIP_VITS`, `TEXT_POOLERS`) takes part in it, so that a wrong entry shows in the
+proof. Without timm a SigLIP's image tower is compared with plain PyTorch, and a note says what that leaves unproven.
 """
 
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from hfclip import HFCLIPConfig
+from hfclip.limits_hfclip import refuse_absurd
 
 from .checkpoints import View
+from .errors import UsageError, refusals
 from .key_maps import (
     CONVERTIBLE,
     UNCHANGED,
@@ -45,13 +52,10 @@ Tensors = Mapping[str, Tensor]
 TIMM = set("timm_model_name timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path".split())
 HUGGING_FACE = set("hf_model_name hf_model_pretrained hf_proj_type hf_pooler_type".split())
 
-# timm's SigLIP ViTs: name -> width, heads, activation. Shapes tell the rest.
-SIGLIP_VITS = {
-    "base": (768, 12, "gelu"),
-    "large": (1024, 16, "gelu"),
-    "so400m": (1152, 16, "gelu"),
-    "giantopt": (1536, 16, "gelu_tanh"),
-}
+# timm's SigLIP ViTs: name -> width, heads. Shapes tell the rest, but for the activation: timm's first SigLIP ViTs have
+# GELU, those that came with SigLIP2 its approximation by tanh.
+SIGLIP_VITS = {"base": (768, 12), "large": (1024, 16), "so400m": (1152, 16), "giantopt": (1536, 16)}
+SIGLIP_TANH = re.compile(r"vit_((base_patch32|so400m_patch16|giantopt_patch16)_siglip_\d+|large_patch16_siglip_512)")
 # timm's name -> transformers'; pieces that need more than a new name are not here.
 SIGLIP_PIECES = {
     "patch_embed.proj.": "embeddings.patch_embedding.",
@@ -82,12 +86,14 @@ class Tower:
     config, pooling: for `HFCLIPConfig`.
     items: the source's tensors -> ours, under our names.
     features: (the source's tensors, pixel_values or input_ids) -> embeddings in float64, not normalised.
+    notes: what `features` does not prove, for the user.
     """
 
     config: dict[str, Any] | PreTrainedConfig
     pooling: str
     items: Callable[[Tensors], Iterator[tuple[str, Tensor]]]
     features: Callable[[Tensors, Tensor], Tensor]
+    notes: list[str] = field(default_factory=list)
 
 
 def is_foreign(model_cfg: dict[str, Any]) -> bool:
@@ -98,8 +104,8 @@ def is_foreign(model_cfg: dict[str, Any]) -> bool:
 
 def foreign_plan(
     weights: Tensors, model_cfg: dict[str, Any], settings: tuple[Settings, Settings], text_model: str | None
-) -> tuple[HFCLIPConfig, Callable, Callable]:
-    """Config, items and features (see `convert.Conversion`) of a checkpoint with a tower from another library.
+) -> tuple[HFCLIPConfig, Callable, Callable, list[str]]:
+    """Config, items, features and notes (see `convert.Conversion`) of a checkpoint with a tower from another library.
 
     Args:
         weights: on the meta device, in OpenCLIP's names without `text.`.
@@ -107,7 +113,7 @@ def foreign_plan(
         text_model: folder or Hub name of the text tower's config, if not `hf_model_name`.
 
     Raises:
-        ValueError: a tower without counterpart, with the reason.
+        UsageError: a tower without counterpart, with the reason.
     """
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     is_timm, is_hf = bool(vision.get("timm_model_name")), bool(text.get("hf_model_name"))
@@ -116,7 +122,7 @@ def foreign_plan(
     if not isinstance(model_cfg.get("embed_dim"), int):
         reasons.append(f"embed_dim {model_cfg.get('embed_dim')!r}: expected a number")
     if reasons:
-        raise ValueError(f"Not convertible: {'; '.join(reasons)}.")
+        raise UsageError(f"Not convertible: {'; '.join(reasons)}.")
     image, words = halves(weights)
     image_tower = timm_tower(image, model_cfg) if is_timm else own_image_tower(image, model_cfg, settings[0])
     if is_hf:
@@ -125,15 +131,17 @@ def foreign_plan(
         text_tower = own_text_tower(words, model_cfg, settings[1])
     else:
         text_tower = siglip_text_tower(words, model_cfg, settings[1])
-    config = HFCLIPConfig(
-        text_config=text_tower.config,
-        vision_config=image_tower.config,
-        text_pooling=text_tower.pooling,
-        vision_pooling=image_tower.pooling,
-        projection_dim=model_cfg["embed_dim"],
-        logit_bias_init_value=-10.0 if "logit_bias" in weights else None,
-    )
-    return config, partial(items_of, image_tower, text_tower), partial(features_of, image_tower, text_tower)
+    with refusals("The architecture"):
+        config = HFCLIPConfig(
+            text_config=text_tower.config,
+            vision_config=image_tower.config,
+            text_pooling=text_tower.pooling,
+            vision_pooling=image_tower.pooling,
+            projection_dim=model_cfg["embed_dim"],
+            logit_bias_init_value=-10.0 if "logit_bias" in weights else None,
+        )
+    towers = (image_tower, text_tower)
+    return config, partial(items_of, *towers), partial(features_of, *towers), image_tower.notes + text_tower.notes
 
 
 def halves(weights: Tensors) -> tuple[View, View]:
@@ -184,11 +192,11 @@ def siglip_text_tower(weights: Tensors, model_cfg: dict[str, Any], settings: Set
     """OpenCLIP's text tower of SigLIP: no mask, pooled at the last position, a projection with a bias or none.
 
     Raises:
-        ValueError: a mask or another pooling; transformers' SigLIP has neither.
+        UsageError: a mask or another pooling; transformers' SigLIP has neither.
     """
     fields = openclip_text_fields(model_cfg)
     if fields["causal"] or fields["pooling"] != "last":
-        raise ValueError(
+        raise UsageError(
             "Not convertible: text_cfg: a projection with a bias, or none, behind a causal mask or another pooling than "
             f"'last' (found no_causal_mask {not fields['causal']}, pool_type {fields['pooling']!r}). Only SigLIP's text "
             "tower has it."
@@ -218,8 +226,11 @@ def siglip_text_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, T
 
 def siglip_kind(model_name: str) -> tuple[int, int, str] | None:
     """Width, heads and activation of timm's SigLIP ViTs with attention pooling; None for other models."""
-    match = re.fullmatch(r"vit_([a-z0-9]+)_patch\d+_siglip_\d+", model_name.partition(".")[0])
-    return SIGLIP_VITS.get(match[1]) if match else None
+    name = model_name.partition(".")[0]
+    match = re.fullmatch(r"vit_([a-z0-9]+)_patch\d+_siglip_\d+", name)
+    if not match or match[1] not in SIGLIP_VITS:
+        return None
+    return *SIGLIP_VITS[match[1]], "gelu_tanh" if SIGLIP_TANH.fullmatch(name) else "gelu"
 
 
 def is_siglip(vision: dict[str, Any]) -> bool:
@@ -231,19 +242,19 @@ def siglip_image_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
     """timm's SigLIP ViT with attention pooling.
 
     Raises:
-        ValueError: names or sizes that are not those of the model.
+        UsageError: names or sizes that are not those of the model.
     """
     name = model_cfg["vision_cfg"]["timm_model_name"]
     width, num_heads, activation = siglip_kind(name)
     trunk = {key.removeprefix("visual.trunk."): tensor.shape for key, tensor in weights.items()}
     unknown = [key for key in trunk if not re.fullmatch(SIGLIP_NAMES, key)]
     if unknown or not {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} <= trunk.keys():
-        raise ValueError(f"The tensors are not those of timm's {name}: unknown {unknown[:5]}, or others are missing.")
+        raise UsageError(f"The tensors are not those of timm's {name}: unknown {unknown[:5]}, or others are missing.")
     found, num_channels, patch, _ = trunk["patch_embed.proj.weight"]
     grid = round(trunk["pos_embed"][1] ** 0.5)
     image_size = model_cfg["vision_cfg"].get("image_size") or patch * grid
     if found != width or image_size // patch != grid or model_cfg["embed_dim"] != width:
-        raise ValueError(
+        raise UsageError(
             f"The settings are not those of the weights: {name} has a width of {width}, and {found} in the weights; "
             f"{image_size} px and a patch of {patch} make {image_size // patch} rows, and {grid} in the weights; "
             f"embed_dim is {model_cfg['embed_dim']}. Pass the model's own."
@@ -260,8 +271,25 @@ def siglip_image_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
         "hidden_act": "gelu_pytorch_tanh" if activation == "gelu_tanh" else "gelu",
         "layer_norm_eps": 1e-6,
     }
+    if has_timm():
+        return Tower(config, "pooler", siglip_image_items, partial(siglip_features_by_timm, name))
     features = partial(siglip_image_features, num_heads=num_heads, activation=activation, dtype=torch.float64)
-    return Tower(config, "pooler", siglip_image_items, features)
+    note = (
+        f"{num_heads} heads and the activation {activation} of {name} are taken from a table and were not proven, since "
+        "timm is not installed. To prove them: pip install timm, and convert again."
+    )
+    return Tower(config, "pooler", siglip_image_items, features, [note])
+
+
+@torch.no_grad()
+def siglip_features_by_timm(name: str, weights: Tensors, pixel_values: Tensor) -> Tensor:
+    """What timm computes, one layer's weights in memory at a time."""
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0, global_pool="map").double().eval()
+    trunk = View(weights, {key.removeprefix("visual.trunk."): key for key in weights})
+    return cpu_offload(model, torch.device("cpu"), state_dict=trunk)(pixel_values.double())
 
 
 def siglip_image_items(weights: Tensors) -> Iterator[tuple[str, Tensor]]:
@@ -290,6 +318,10 @@ def siglip_image_items(weights: Tensors) -> Iterator[tuple[str, Tensor]]:
 # Other models of timm
 
 
+def has_timm() -> bool:
+    return importlib.util.find_spec("timm") is not None
+
+
 def against_timm(vision: dict[str, Any]) -> str | None:
     """Why an image tower of timm cannot be converted."""
     name, pool, proj = vision["timm_model_name"], vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
@@ -299,7 +331,7 @@ def against_timm(vision: dict[str, Any]) -> str | None:
         return "timm_proj 'mlp': a projection of two layers, where CLIP's is a matrix"
     if is_siglip(vision):
         return None
-    if importlib.util.find_spec("timm") is None:
+    if not has_timm():
         return f"timm_model_name {name!r}: it needs timm (pip install timm), and so will whoever loads the result"
     return None
 
@@ -310,7 +342,7 @@ def timm_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
     The source is then computed by timm as well, with the source's own tensors, set up as OpenCLIP does.
 
     Raises:
-        ValueError: timm does not know the model.
+        UsageError: timm does not know the model.
     """
     vision = model_cfg["vision_cfg"]
     name, pool = vision["timm_model_name"], vision.get("timm_pool", "avg")
@@ -319,7 +351,7 @@ def timm_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
     import timm
 
     if not timm.is_model(name):
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}. Another version of timm may have it.")
+        raise UsageError(f"timm {timm.__version__} has no model {name!r}. Another version of timm may have it.")
     projection = timm_projection(weights)
     config = {
         "model_type": "timm_wrapper",
@@ -347,7 +379,7 @@ def timm_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, Tensor]]
         elif name != f"{projection}.bias":
             yield name.replace("visual.trunk.", "vision_model.timm_model.", 1), weights[name]
         elif not weights[name].is_meta and weights[name].any():
-            raise ValueError(
+            raise UsageError(
                 f"Not convertible: {name!r} is not zero: a projection with a bias, where CLIP's is a matrix."
             )
     if projection is None:
@@ -394,21 +426,22 @@ def hugging_face_tower(weights: Tensors, model_cfg: dict[str, Any], name: str) -
     The source is computed by the same class of transformers, which is OpenCLIP's code too, with the source's tensors.
 
     Raises:
-        ValueError: no such config, or one of another kind of model.
+        UsageError: no such config, or one of another kind of model.
     """
     try:
+        refuse_absurd(name, PreTrainedConfig.get_config_dict(name)[0])
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The text tower's config cannot be had: {name}. Pass --text-model FOLDER, a folder with its config.json."
+    except Exception as error:  # a config of the user's, which each class refuses in its own way
+        raise UsageError(
+            f"The text tower's config cannot be had: {name} ({error}). Pass --text-model FOLDER, a folder with its config.json."
         ) from error
     if config.model_type not in TEXT_MODELS:
         why = ": AutoModel builds its decoder as well" if config.is_encoder_decoder else ""
-        raise ValueError(f"Not convertible: a text tower {config.model_type}{why}; expected {', '.join(TEXT_MODELS)}.")
+        raise UsageError(f"Not convertible: a text tower {config.model_type}{why}; expected {', '.join(TEXT_MODELS)}.")
     pooler = model_cfg["text_cfg"].get("hf_pooler_type", "mean_pooler")
     if pooler is None:
         pooler = "cls_pooler" if config.model_type == "bert" else "mean_pooler"
-    features = partial(hugging_face_features, config, TEXT_POOLERS[pooler])
+    features = partial(hugging_face_features, config, pooler)
     return Tower(config, TEXT_POOLERS[pooler], partial(hugging_face_items, model_cfg["embed_dim"]), features)
 
 
@@ -423,15 +456,15 @@ def hugging_face_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, 
 
 
 @torch.no_grad()
-def hugging_face_features(config: PreTrainedConfig, rule: str, weights: Tensors, input_ids: Tensor) -> Tensor:
-    model = AutoModel.from_config(config, add_pooling_layer=rule == "pooler").double().eval()
+def hugging_face_features(config: PreTrainedConfig, pooler: str, weights: Tensors, input_ids: Tensor) -> Tensor:
+    model = AutoModel.from_config(config, add_pooling_layer=pooler == "cls_pooler").double().eval()
     inner = {name.removeprefix("transformer."): name for name in weights if name.startswith("transformer.")}
     model.load_state_dict({name: weights[theirs] for name, theirs in inner.items()})
     mask = (input_ids != config.pad_token_id).long()
     outputs = model(input_ids=input_ids, attention_mask=mask)
-    if rule == "mean":
+    if pooler == "mean_pooler":
         # (batch, seq, width) -> (batch, width)
         pooled = (outputs.last_hidden_state * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
     else:
-        pooled = outputs.pooler_output if rule == "pooler" else outputs.last_hidden_state[:, 0]
+        pooled = outputs.pooler_output if pooler == "cls_pooler" else outputs.last_hidden_state[:, 0]
     return pooled @ weights["proj.weight"].double().t() if "proj.weight" in weights else pooled

@@ -16,6 +16,8 @@ import torch
 
 from hfclip import HFCLIPConfig
 
+from .errors import UsageError, refusals
+
 
 StateDict = dict[str, torch.Tensor]
 
@@ -62,13 +64,13 @@ def hfclip_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, 
     """Our names and tensors, one after the other; each of `state_dict` is asked for once, when its turn comes.
 
     Raises:
-        ValueError: names that are in no table, listed, before anything is read; nothing is left over silently.
+        UsageError: names that are in no table, listed, before anything is read; nothing is left over silently.
     """
     is_vit = _is_vit(state_dict)
     tables = {**TEXT, **(VIT if is_vit else {}), **{name: name for name in UNCHANGED}}
     names = [name for name in state_dict if name not in CONSTANTS]
     if unknown := _unknown(names, {*tables, *TRANSPOSED}, TRANSFORMERS, () if is_vit else ("visual.",)):
-        raise ValueError(
+        raise UsageError(
             f"{len(unknown)} tensors have names that neither OpenAI's nor OpenCLIP's CLIP has, such as {unknown[:5]}. "
             "Strip prefixes such as `module.`, and pass the model's weights only."
         )
@@ -92,14 +94,14 @@ def openai_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, 
     """OpenAI's names and tensors, one after the other; the inverse of `hfclip_items`.
 
     Raises:
-        ValueError: towers that OpenAI's CLIP does not have.
+        UsageError: towers that OpenAI's CLIP does not have.
     """
     is_vit = "visual_projection.weight" in state_dict
     tables = {ours: theirs for theirs, ours in {**TEXT, **VIT, **{name: name for name in UNCHANGED}}.items()}
     transposed = {ours: theirs for theirs, ours in TRANSPOSED.items()}
     prefixes = {ours: theirs for theirs, ours in TRANSFORMERS.items()}
     if unknown := _unknown(state_dict, {*tables, *transposed}, prefixes, () if is_vit else ("vision_model.",)):
-        raise ValueError(f"OpenAI's CLIP has no counterpart for {len(unknown)} tensors, such as {unknown[:5]}.")
+        raise UsageError(f"OpenAI's CLIP has no counterpart for {len(unknown)} tensors, such as {unknown[:5]}.")
     for name in state_dict:
         if name in tables:
             yield tables[name], state_dict[name]
@@ -137,7 +139,7 @@ def _block_to_hfclip(prefix: str, rest: str, tensor: torch.Tensor) -> Iterator[t
         return
     module, _, kind = rest.rpartition(".")
     if module not in BLOCK:
-        raise ValueError(f"Unknown tensor {rest!r} in transformer block {prefix}.")
+        raise UsageError(f"Unknown tensor {rest!r} in transformer block {prefix}.")
     yield f"{prefix}.{BLOCK[module]}.{kind}", tensor
 
 
@@ -153,7 +155,7 @@ def _block_to_openai(
         return
     theirs = {ours: theirs for theirs, ours in BLOCK.items()}
     if module not in theirs:
-        raise ValueError(f"OpenAI's CLIP has no counterpart for {name!r}.")
+        raise UsageError(f"OpenAI's CLIP has no counterpart for {name!r}.")
     yield f"{prefix}.{theirs[module]}.{kind}", state_dict[name]
 
 
@@ -185,19 +187,60 @@ CONVERTIBLE = set(
 )
 
 
+# The kinds of OpenCLIP's settings, where another kind would fail later. Names, objects and `OPTIONAL` may be None.
+OPTIONAL = ("patch_size", "ls_init_value", "init_logit_scale", "init_logit_bias")
+KINDS = {
+    **dict.fromkeys(
+        "embed_dim width heads head_width patch_size context_length vocab_size".split(), "a positive number"
+    ),
+    **dict.fromkeys("image_size pad_id eos_id".split(), "a whole number"),
+    **dict.fromkeys("mlp_ratio patch_dropout ls_init_value init_logit_bias eps".split(), "a number"),
+    **dict.fromkeys("act_kwargs norm_kwargs tokenizer_kwargs multimodal_cfg".split(), "an object"),
+    **dict.fromkeys("pool_type hf_model_name hf_tokenizer_name hf_pooler_type hf_proj_type".split(), "a name"),
+    **dict.fromkeys("timm_model_name timm_pool timm_proj approximate".split(), "a name"),
+    "layers": "a positive number, or four of a ResNet",
+}
+IS_OF_KIND = {
+    "a positive number": lambda value: type(value) is int and 0 < value < 10**9,
+    "a whole number": lambda value: type(value) is int and 0 <= value < 10**9,
+    "a number": lambda value: type(value) in (int, float) and abs(value) < 1e9,
+    "an object": lambda value: isinstance(value, dict),
+    "a name": lambda value: isinstance(value, str),
+    "a positive number, or four of a ResNet": lambda value: (
+        (len(value) == 4 if isinstance(value, list) else True)
+        and all(
+            type(number) is int and 0 < number < 10**9 for number in (value if isinstance(value, list) else [value])
+        )
+    ),
+}
+
+
+def require_kinds(place: Any, settings: dict[str, Any], part: str = "") -> None:
+    """Raises UsageError for a setting of OpenCLIP's that is of another kind than it gives it; nested ones included."""
+    for key, value in settings.items():
+        expected = KINDS.get(key)
+        is_optional = key in OPTIONAL or expected in ("an object", "a name")
+        if expected and not (IS_OF_KIND[expected](value) or value is None and is_optional):
+            raise UsageError(
+                f"{place} has a setting that makes no sense: {part}{key}: found {value!r:.80}, expected {expected}."
+            )
+        if isinstance(value, dict) and not part.count(".") > 2:
+            require_kinds(place, value, f"{part}{key}.")
+
+
 def openclip_config(state_dict: Mapping[str, torch.Tensor], model_cfg: dict[str, Any]) -> HFCLIPConfig:
     """The architecture of an OpenCLIP checkpoint with OpenCLIP's own towers.
 
     From shapes, and from its `model_cfg` what shapes cannot tell.
 
     Raises:
-        ValueError: `model_cfg` asks for something without a counterpart here, each with its reason.
+        UsageError: `model_cfg` asks for something without a counterpart here, each with its reason.
     """
     reasons = reasons_against(model_cfg, CONVERTIBLE)
     if "text_projection" not in state_dict and "token_embedding.weight" in state_dict:
         reasons.append("text_cfg: a text tower without projection, or with a bias in it")
     if reasons:
-        raise ValueError(f"Not convertible: {'; '.join(reasons)}.")
+        raise UsageError(f"Not convertible: {'; '.join(reasons)}.")
     config = _config(state_dict, openclip_text_fields(model_cfg), openclip_vision_fields(model_cfg))
     _require_agreement(config, model_cfg, model_cfg.get("vision_cfg") or {}, model_cfg.get("text_cfg") or {})
     return config
@@ -245,7 +288,7 @@ def openclip_vision_fields(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_agreement(config: HFCLIPConfig, model_cfg: dict[str, Any], vision: dict, text: dict) -> None:
-    """Raises ValueError where settings and shapes disagree: the weights are another model's. Shapes cannot tell the rest,
+    """Raises UsageError where settings and shapes disagree: the weights are another model's. Shapes cannot tell the rest,
     such as heads and activation, so the settings must be right. (Resolution and context may be changed in training.)"""
     ours, told = config.vision_config, {"embed_dim": (model_cfg.get("embed_dim"), config.projection_dim)}
     is_vit = ours.model_type == "hfclip_vit"
@@ -259,7 +302,7 @@ def _require_agreement(config: HFCLIPConfig, model_cfg: dict[str, Any], vision: 
     }
     wrong = [f"{key} is {said}, and {found} in the weights" for key, (said, found) in told.items() if said not in (None, found)]  # fmt: skip
     if wrong:
-        raise ValueError(f"The settings are not those of the weights: {'; '.join(wrong)}. Pass the model's own.")
+        raise UsageError(f"The settings are not those of the weights: {'; '.join(wrong)}. Pass the model's own.")
 
 
 def _activation(tower_cfg: dict[str, Any], model_cfg: dict[str, Any]) -> str:
@@ -280,15 +323,14 @@ def _config(
         *state_dict
     }
     if missing:
-        raise ValueError(f"No CLIP checkpoint in OpenAI's names: {sorted(missing)} are missing.")
-    bias = state_dict.get("logit_bias")
-    return HFCLIPConfig(
-        text_config=text_config(state_dict, **text_fields),
-        vision_config=vision_config(state_dict, **vision_fields),
-        projection_dim=_shape(state_dict, "text_projection", 2)[1],
-        # The initial value; loading puts the trained one in its place.
-        logit_bias_init_value=None if bias is None else -10.0,
-    )
+        raise UsageError(f"No CLIP checkpoint in OpenAI's names: {sorted(missing)} are missing.")
+    towers = {"text_config": text_config(state_dict, **text_fields)}
+    towers["vision_config"] = vision_config(state_dict, **vision_fields)
+    projection_dim = _shape(state_dict, "text_projection", 2)[1]
+    # The initial value; loading puts the trained one in its place.
+    bias = -10.0 if "logit_bias" in state_dict else None
+    with refusals("The architecture"):
+        return HFCLIPConfig(**towers, projection_dim=projection_dim, logit_bias_init_value=bias)
 
 
 def text_config(state_dict: Mapping[str, torch.Tensor], **fields) -> dict[str, Any]:
@@ -351,9 +393,9 @@ def _is_vit(state_dict: Mapping[str, torch.Tensor]) -> bool:
 
 def _shape(state_dict: Mapping[str, torch.Tensor], name: str, dimensions: int) -> torch.Size:
     if name not in state_dict:
-        raise ValueError(f"No CLIP checkpoint in OpenAI's names: {name!r} is missing.")
+        raise UsageError(f"No CLIP checkpoint in OpenAI's names: {name!r} is missing.")
     if state_dict[name].ndim != dimensions:
-        raise ValueError(f"{name!r}: found shape {tuple(state_dict[name].shape)}, expected {dimensions} dimensions.")
+        raise UsageError(f"{name!r}: found shape {tuple(state_dict[name].shape)}, expected {dimensions} dimensions.")
     return state_dict[name].shape
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .errors import UsageError
+
 
 # Far above any CLIP (ViT-bigG with its optimizer: 4,000 tensors, a pickle of 1 MB), far below what exhausts a machine.
 MAX_TENSORS = 200_000
@@ -35,7 +37,7 @@ STORAGE_DTYPES = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UsageError):
     """A file that cannot be read as a checkpoint: what was found, what was expected, what to do."""
 
 

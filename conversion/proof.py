@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from hfclip.configuration_hfclip import TOWER_CONFIGS
 
+from .errors import UsageError
+
 
 M_MMAP_THRESHOLD, MEGABYTE = -3, 1 << 20  # the first from malloc.h
 TOLERANCE = 1e-9  # relative, in float64; two orders of summation differ by about 1e-15
@@ -54,13 +56,13 @@ def compare(
     """Prints and returns the differences of embeddings by name.
 
     Raises:
-        ValueError: one is larger than `tolerance` relative to the largest value, or not finite.
+        UsageError: one is larger than `tolerance` relative to the largest value, or not finite.
     """
     values = differences(found, expected)
     show("Source against result, embeddings of fixed inputs", values)
     wrong = [name for name in expected if not values[name]["relative"] <= tolerance]
     if wrong:
-        raise ValueError(
+        raise UsageError(
             f"The result does not compute what the source does: {', '.join(wrong)} differ by more than {tolerance:g}. "
             "Nothing was written. The checkpoint's settings may not be what its config says."
         )
@@ -89,12 +91,14 @@ def difference(found: Tensor, expected: Tensor) -> dict[str, float]:
 def streamed(model_class: type[PreTrainedModel], config: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """The model in float64, each block of which takes its weights when it computes and lets them go afterwards."""
     give_memory_back()
+    if any(getattr(part, "model_type", None) == "timm_wrapper" for part in vars(config).values()):
+        # timm computes while it builds, and keeps buffers where accelerate does not look: the whole model at once.
+        model = model_class(config).double().eval()
+        model.load_state_dict(weights)
+        return model
     with init_empty_weights(include_buffers=False):  # what no file holds, such as position ids, has to be there
         model = model_class(config).double().eval()
     modules = list(model._no_split_modules)
-    if "TimmWrapperModel" in modules:  # its inner modules keep buffers where accelerate does not look: all at once
-        model.load_state_dict(weights, assign=True)
-        return model.double()
     return cpu_offload(model, torch.device("cpu"), offload_buffers=True, state_dict=weights, preload_module_classes=modules)  # fmt: skip
 
 

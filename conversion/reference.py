@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import UsageError
+
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -94,7 +96,7 @@ class Settings:
     Where the two towers differ in `activation` or `layer_norm_eps`, each function gets its own settings.
 
     Raises:
-        ValueError: an unknown name of an activation or a pooling, or `text_pooling="eos"` without `eos_token_id`.
+        UsageError: an unknown name of an activation or a pooling, or `text_pooling="eos"` without `eos_token_id`.
     """
 
     text_heads: int | None = None
@@ -124,9 +126,9 @@ class Settings:
             ("vision_pooling", VISION_POOLINGS),
         ):
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(allowed)}.")
+                raise UsageError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(allowed)}.")
         if self.text_pooling == "eos" and self.eos_token_id is None:
-            raise ValueError("text_pooling='eos' needs eos_token_id, the id of the end-of-text token.")
+            raise UsageError("text_pooling='eos' needs eos_token_id, the id of the end-of-text token.")
 
 
 class Recorder(Mapping[str, Tensor]):
@@ -166,7 +168,7 @@ def image_features(
         (batch, dim); where the tower has no projection, dim is its width.
 
     Raises:
-        ValueError: no image tower, or one with unknown or missing tensors (named); images of another size; a
+        UsageError: no image tower, or one with unknown or missing tensors (named); images of another size; a
             number of heads that does not divide the width.
     """
     tower = _tower(tensors, IMAGE_TOWERS, "visual_projection.weight", dtype)
@@ -190,7 +192,7 @@ def text_features(
         (batch, dim); where the tower has no projection, dim is its width.
 
     Raises:
-        ValueError: no text tower, or one with unknown or missing tensors (named); ids outside the vocabulary, too
+        UsageError: no text tower, or one with unknown or missing tensors (named); ids outside the vocabulary, too
             many of them, or no `eos_token_id` in a text; a number of heads that does not divide the width.
     """
     tower = _tower(tensors, TEXT_TOWERS, "text_projection.weight", dtype)
@@ -223,7 +225,7 @@ class _Tower:
 
     def as_stored(self, name: str) -> Tensor:
         if name not in self.names:
-            raise ValueError(
+            raise UsageError(
                 f"The checkpoint has no tensor for {name!r} (OpenAI's name within the tower), which this tower needs; "
                 f"the tower has {len(self.names)} tensors. Pass a complete state dict."
             )
@@ -232,7 +234,7 @@ class _Tower:
     def refuse_unknown(self, understood: str) -> None:
         unknown = sorted(own for name, own in self.names.items() if not re.fullmatch(understood, name))
         if unknown:
-            raise ValueError(
+            raise UsageError(
                 f"{len(unknown)} tensors are unknown to the reference, such as {unknown[:5]}: features computed "
                 "without them would be wrong. It covers OpenAI's towers and OpenCLIP's plain variants of them."
             )
@@ -246,7 +248,7 @@ def _tower(tensors: Mapping[str, Tensor], towers: dict[str, str], projection: st
     names = set(tensors)
     found = [anchor for anchor in towers if anchor in names]
     if len(found) != 1:
-        raise ValueError(
+        raise UsageError(
             f"Expected one of {list(towers)}, found {found or 'none'} among {len(names)} tensors such as "
             f"{sorted(names)[:3]}. Strip prefixes such as `module.`, and pass one model's weights."
         )
@@ -273,14 +275,14 @@ def _is_constant(name: str) -> bool:
 def _embed_tokens(tower: _Tower, input_ids: Tensor) -> Tensor:
     embeddings = tower.as_stored("token_embedding.weight")
     if input_ids.min() < 0 or input_ids.max() >= len(embeddings):
-        raise ValueError(
+        raise UsageError(
             f"input_ids reach from {input_ids.min()} to {input_ids.max()}, but the vocabulary has {len(embeddings)} "
             "tokens. Use the checkpoint's own tokenizer."
         )
     positions = tower["positional_embedding"]
     length = input_ids.shape[1]
     if length > len(positions):
-        raise ValueError(f"Texts of {length} tokens, but a context length of {len(positions)}. Truncate them.")
+        raise UsageError(f"Texts of {length} tokens, but a context length of {len(positions)}. Truncate them.")
     # (batch, seq) -> (batch, seq, width); cast after indexing, the whole matrix is large
     return embeddings[input_ids].to(tower.dtype) + positions[:length]
 
@@ -292,7 +294,7 @@ def _pooled_positions(input_ids: Tensor, settings: Settings) -> Tensor | int:
         is_eos = input_ids == settings.eos_token_id
         if not is_eos.any(dim=-1).all():
             rows = (~is_eos.any(dim=-1)).nonzero().flatten().tolist()
-            raise ValueError(f"No end-of-text token {settings.eos_token_id} in the texts {rows[:5]}. Add it to them.")
+            raise UsageError(f"No end-of-text token {settings.eos_token_id} in the texts {rows[:5]}. Add it to them.")
         return is_eos.int().argmax(dim=-1)
     return 0 if settings.text_pooling == "first" else -1
 
@@ -331,10 +333,10 @@ def _transformer(tower: _Tower, x: Tensor, num_heads: int | None, causal: bool, 
 
 def _num_heads(num_heads: int | None, width: int) -> int:
     if num_heads is None and width % 64:
-        raise ValueError(f"A width of {width} is no multiple of 64: set text_heads or vision_heads in the settings.")
+        raise UsageError(f"A width of {width} is no multiple of 64: set text_heads or vision_heads in the settings.")
     num_heads = num_heads or width // 64
     if width % num_heads:
-        raise ValueError(f"{num_heads} heads do not divide a width of {width}: correct the settings.")
+        raise UsageError(f"{num_heads} heads do not divide a width of {width}: correct the settings.")
     return num_heads
 
 
@@ -379,7 +381,7 @@ def _project(tower: _Tower, name: str, x: Tensor) -> Tensor:
 
 def _add_positions(x: Tensor, positions: Tensor, pixel_values: Tensor) -> Tensor:
     if x.shape[1] != len(positions):
-        raise ValueError(
+        raise UsageError(
             f"Images of {tuple(pixel_values.shape[2:])} pixels give {x.shape[1] - 1} patches, but the checkpoint has "
             f"positions for {len(positions) - 1}. Pass images of its own size."
         )

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from conversion.checkpoints import View
-from conversion.convert import as_path, on_meta, open_model, open_processor, run, save_processor, say, settings_of
+from conversion.convert import as_path, on_meta, open_model, open_processor, run, save_processor, say
+from conversion.errors import UsageError, refusals
 from conversion.folder import new_folder, require_free, write_weights
 from conversion.proof import compare, features_of, fixed_inputs
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
@@ -49,8 +50,7 @@ def main() -> None:
 
     require_free(options.out, options.source, options.overwrite)
     config, weights = open_model(options.source)
-    with settings_of(options.source / "config.json"):
-        model = HFCLIPModel.from_pretrained(options.source, dtype=torch.float64).eval()
+    model = HFCLIPModel.from_pretrained(options.source, dtype=torch.float64).eval()
     if options.operation == "resize":
         changed = resize(model, options.image_size)
     elif options.operation == "stretch":
@@ -82,7 +82,7 @@ def resize(model: HFCLIPModel, image_size: int) -> HFCLIPModel:
     """The model, in float64, with the position embeddings of another resolution.
 
     Raises:
-        ValueError: a size that the patch (or the ResNet's stride) does not divide, or a tower that is not ours.
+        UsageError: a size that the patch (or the ResNet's stride) does not divide, or a tower that is not ours.
     """
     vision = model.config.vision_config
     fields = {**vision.to_dict(), "image_size": image_size}
@@ -91,8 +91,9 @@ def resize(model: HFCLIPModel, image_size: int) -> HFCLIPModel:
     elif vision.model_type == "hfclip_resnet":
         name, side = "vision_model.attnpool.positional_embedding", 32
     else:
-        raise ValueError(f"resize: found an image tower {vision.model_type}, expected hfclip_vit or hfclip_resnet.")
-    config = with_tower(model.config, vision_config=type(vision)(**fields))
+        raise UsageError(f"resize: found an image tower {vision.model_type}, expected hfclip_vit or hfclip_resnet.")
+    with refusals("resize"):
+        config = with_tower(model.config, vision_config=type(vision)(**fields))
     holder = model.vision_model.get_submodule(name.split(".")[1])
     with torch.no_grad():
         positions = holder.positions(image_size // side, image_size // side)
@@ -106,20 +107,22 @@ def stretch(model: HFCLIPModel, length: int, keep: int) -> HFCLIPModel:
     """The model, in float64, with a longer text context: `keep` positions as they are, the others interpolated linearly.
 
     Raises:
-        ValueError: a context that is not longer, positions to keep outside of it, or a tower that is not ours.
+        UsageError: a context that is not longer, positions to keep outside of it, or a tower that is not ours.
     """
     text = model.config.text_config
     if text.model_type != "hfclip_text" or text.reads_padding:
-        raise ValueError("stretch: expected a causal hfclip_text tower that is pooled at the end of a text.")
+        raise UsageError("stretch: expected a causal hfclip_text tower that is pooled at the end of a text.")
     old = text.max_position_embeddings
     if not 0 < keep < old - 1 or length <= old:
-        raise ValueError(
+        raise UsageError(
             f"stretch: found --keep {keep} and --length {length} for a context of {old}, expected 1 to {old - 2} "
             f"positions to keep and more than {old} in all."
         )
     weight = model.text_model.embeddings.position_embedding.weight.detach()
     positions = stretched(weight, length, keep)
-    config = with_tower(model.config, text_config=type(text)(**{**text.to_dict(), "max_position_embeddings": length}))
+    with refusals("stretch"):
+        longer = type(text)(**{**text.to_dict(), "max_position_embeddings": length})
+    config = with_tower(model.config, text_config=longer)
     changed = rebuilt(model, config, {"text_model.embeddings.position_embedding.weight": positions})
     _, input_ids = fixed_inputs(model.config)
     within = input_ids[:, :keep].clone()
@@ -150,7 +153,7 @@ def swap_activation(model: HFCLIPModel, activation: str) -> HFCLIPModel:
             towers.append(f"{part}: {tower.hidden_act} -> {activation}")
             tower.hidden_act = activation
     if not towers:
-        raise ValueError(f"activation: both towers have {activation} already; nothing to change.")
+        raise UsageError(f"activation: both towers have {activation} already; nothing to change.")
     changed = rebuilt(model, config, {})
     inputs = fixed_inputs(config)
     before, after = (features_of(m, *inputs) for m in (model, changed))

@@ -5,6 +5,8 @@ and what they have to compute is computed by those models."""
 
 import importlib.util
 import json
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ from transformers import (
 )
 
 from conversion import foreign_towers
-from conversion.foreign_towers import SIGLIP_VITS
+from conversion.foreign_towers import SIGLIP_TANH, SIGLIP_VITS
 from conversion.reference import Settings, image_features
 from hfclip import HFCLIPModel
 
@@ -39,9 +41,26 @@ TIMM_IS_INSTALLED = importlib.util.find_spec("timm") is not None
 
 @pytest.fixture(autouse=True)
 def small_siglip(monkeypatch):
-    """A SigLIP ViT that timm does not have, small enough for a test."""
-    monkeypatch.setitem(SIGLIP_VITS, "tiny", (WIDTH, 12, "gelu"))
-    monkeypatch.setitem(SIGLIP_VITS, "tinyopt", (WIDTH, 12, "gelu_tanh"))
+    """SigLIP ViTs that timm does not have, small enough for a test; where timm is installed, it is taught them."""
+    monkeypatch.setitem(SIGLIP_VITS, "tiny", (WIDTH, 12))
+    monkeypatch.setitem(SIGLIP_VITS, "tinyopt", (WIDTH, 12))
+    monkeypatch.setattr(foreign_towers, "SIGLIP_TANH", re.compile(f"vit_tinyopt.*|{SIGLIP_TANH.pattern}"))
+    if TIMM_IS_INSTALLED:
+        teach_timm("vit_tiny_patch16_siglip_50", torch.nn.GELU)
+        teach_timm("vit_tinyopt_patch16_siglip_50", partial(torch.nn.GELU, approximate="tanh"))
+
+
+def teach_timm(name, act_layer):
+    from timm.models import is_model, register_model
+    from timm.models.vision_transformer import VisionTransformer
+
+    def build(num_classes=1000, global_pool="map", **_):
+        options = {"num_classes": num_classes, "global_pool": global_pool}
+        return VisionTransformer(img_size=50, patch_size=16, embed_dim=WIDTH, depth=2, num_heads=12, mlp_ratio=100 / WIDTH, class_token=False, act_layer=act_layer, **options)  # fmt: skip
+
+    build.__name__ = name
+    if not is_model(name):
+        register_model(build)
 
 
 def randomized(model):
@@ -269,7 +288,7 @@ def hugging_face_source(folder, tower, pooler, projection, embed_dim=24):
     if projection == "linear":
         state["text.proj.weight"] = 0.2 * torch.randn(embed_dim, 32, generator=generator)
     tower.config.save_pretrained(folder / "text")
-    text = {"hf_model_name": "a/name", "hf_tokenizer_name": "a/name", "hf_pooler_type": pooler, "hf_proj_type": projection}  # fmt: skip
+    text = {"hf_model_name": "a/name", "hf_pooler_type": pooler, "hf_proj_type": projection}  # fmt: skip
     settings = {"embed_dim": embed_dim, "vision_cfg": IMAGE, "text_cfg": text}
     (folder / "model.json").write_text(json.dumps(settings))
     return save(folder / "model.pt", {**state, "logit_scale": SCALES["logit_scale"]}), state

@@ -148,15 +148,21 @@ def test_openais_vocabulary_gets_openais_tokenizer(weights, data_dir, tmp_path):
     error = run_script("convert_openai", source, tmp_path / "two", "--merges", tmp_path / "none.gz", status=2).error
     assert "--merges" in error and "none.gz" in error
     # Tests have no network, like many a machine that converts.
-    result = run_script("convert_openai", source, tmp_path / "three")
-    assert "NO TOKENIZER was written" in result.out and "--merges" in result.out
-    assert not (tmp_path / "three" / "tokenizer.json").exists()
+    error = run_script("convert_openai", source, tmp_path / "three", status=2).error
+    assert "No tokenizer: OpenAI's cannot be fetched from the Hub" in error and "Pass --merges" in error
+    assert not (tmp_path / "three").exists()
+
+
+def test_merges_of_another_vocabulary_are_refused(source, data_dir, tmp_path):
+    merges = data_dir / "bpe_simple_vocab_16e6.txt.gz"
+    error = run_script("convert_openai", source, tmp_path / "out", "--merges", merges, status=2).error
+    assert "--merges: found 49408 tokens, expected the model's 600" in error
 
 
 def test_the_snippets_of_the_card_run_in_the_folder(weights, data_dir, tmp_path, monkeypatch):
+    run_script("convert_openai", save(tmp_path / "small.pt", weights), tmp_path / "bare")
     weights["token_embedding.weight"] = torch.randn(49408, 64) / 50
     source, merges = save(tmp_path / "model.pt", weights), data_dir / "bpe_simple_vocab_16e6.txt.gz"
-    run_script("convert_openai", source, tmp_path / "bare")
     run_script("convert_openai", source, tmp_path / "whole", "--merges", merges)
     for name, count in (("bare", 1), ("whole", 2)):
         monkeypatch.chdir(tmp_path / name)
@@ -413,7 +419,10 @@ def test_ctrl_c_leaves_nothing_and_says_so(source, tmp_path):
 
 def test_rejects_what_openais_checkpoints_never_hold(weights, tmp_path):
     for changes, expected in (
-        ({"logit_bias": torch.tensor(-10.0)}, "has a logit_bias, as OpenCLIP's have. Use convert_openclip.py"),
+        (
+            {"logit_bias": torch.tensor(-10.0)},
+            "found a checkpoint of OpenCLIP, expected a checkpoint of OpenAI's CLIP. Use python conversion/convert_openclip.py",
+        ),
         ({"ln_final.weight": torch.ones(64, dtype=torch.int64)}, "1 of whole numbers, such as"),
     ):
         start = save(tmp_path / "changed.safetensors", {**weights, **changes})

@@ -15,7 +15,9 @@ from test_hub import TOKEN, environment
 from test_key_maps import read_golden
 from transformers import AutoModel, AutoProcessor
 
+from conversion.errors import UsageError
 from conversion.key_maps import openclip_config, to_hfclip
+from conversion.openclip_shapes import model_name, settings_from_shapes
 from hfclip import HFCLIPTokenizer
 
 
@@ -120,7 +122,8 @@ def test_rejects_a_tokenizer_that_is_too_large_and_says_one_that_is_not_there(go
     assert "--tokenizer" in convert("--tokenizer", tmp_path / "none", status=2).error
     settings["text_cfg"]["hf_tokenizer_name"] = "nobody/no-tokenizer"
     write_json(model, settings)
-    assert "NO TOKENIZER was written: nobody/no-tokenizer" in convert().out
+    assert "No tokenizer: nobody/no-tokenizer cannot be had" in convert(status=2).error
+    assert not (tmp_path / "out").exists()
 
 
 def test_code_beside_a_tokenizer_is_not_run(golden, tmp_path, monkeypatch):
@@ -135,13 +138,14 @@ def test_code_beside_a_tokenizer_is_not_run(golden, tmp_path, monkeypatch):
     )
     (folder / "tok.py").write_text(f"open({str(canary)!r}, 'w')\nclass T: pass\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
-    assert "NO TOKENIZER was written" in run_script("convert_openclip", folder, tmp_path / "out").out
+    assert "No tokenizer:" in run_script("convert_openclip", folder, tmp_path / "out", status=2).error
     assert not canary.exists()
     # Nor are files of this machine read because a checkpoint's settings name them.
     settings["text_cfg"]["hf_tokenizer_name"] = str(folder)
     model = write_json(tmp_path / "model.json", settings)
-    result = run_script("convert_openclip", folder / "open_clip_model.safetensors", tmp_path / "x", "--model", model)
-    assert "it is a path in the checkpoint's settings" in result.out and not canary.exists()
+    source = folder / "open_clip_model.safetensors"
+    error = run_script("convert_openclip", source, tmp_path / "x", "--model", model, status=2).error
+    assert "it is a path in the checkpoint's settings" in error and not canary.exists()
 
 
 def test_push_to_hub_publishes_and_says_how_to_go_on_when_refused(golden, data_dir, tmp_path):
@@ -245,7 +249,7 @@ def test_sigmoid_head_keeps_its_bias(data_dir, tmp_path):
         (dict(vision_cfg=dict(layers=[3, 4, 6, 3])), "vision_cfg.layers is [3, 4, 6, 3], and 3 in the weights"),
         (dict(text_cfg=dict(heads=3)), "num_attention_heads=3"),
         (dict(text_cfg=dict(no_causal_mask=False, pool_type="first")), "pooling='first' in a causal tower"),
-        (dict(vision_cfg=dict(head_width="wide")), "model.json has a setting that makes no sense (TypeError"),
+        (dict(vision_cfg=dict(head_width="wide")), "model.json has a setting that makes no sense: vision_cfg.head_width: found 'wide', expected a positive number"),
         (dict(vision_cfg=None), "describes no dual encoder: vision_cfg missing"),
     ],
 )  # fmt: skip
@@ -286,10 +290,12 @@ def test_rejects_sources_that_tell_no_architecture_or_hold_no_model(golden, tmp_
     other = save(tmp_path / "other.pt", {"linear.weight": torch.ones(2, 2)})
     (tmp_path / "folder").mkdir()
     for arguments, expected in (
-        ((source, tmp_path / "out"), "Pass --model FILE.json"),
-        ((tmp_path / "folder", tmp_path / "out"), "found no open_clip_config.json in"),
-        ((source, tmp_path / "out", "--model", tmp_path / "no.json"), "no.json, expected the architecture"),
-        ((source, tmp_path / "out", "--model", broken), "is no JSON file"),
+        ((tmp_path / "folder", tmp_path / "out"), "no checkpoint in this folder"),
+        (
+            (source, tmp_path / "out", "--model", tmp_path / "no.json"),
+            "no.json: no file, and no name of OpenCLIP's own",
+        ),
+        ((source, tmp_path / "out", "--model", broken), "found no readable JSON file"),
         ((source, tmp_path / "out", "--model", write_json(tmp_path / "list.json", [1])), "expected an object"),
         ((other, tmp_path / "out", "--model", model), "found no CLIP model among 1 tensors"),
     ):
@@ -319,3 +325,107 @@ def test_large_models_are_covered_whole(name):
     assert config.vision_config.num_attention_heads == numbers["width"] // head_width == 16 or name == "ViT-B-32"
     assert config.text_config.num_attention_heads == heads and config.vision_config.hidden_act == "gelu"
     assert assert_covers(shapes, config) == total
+
+
+# Training checkpoints without settings
+
+
+def training_checkpoint(path, shapes, name="run"):
+    """As OpenCLIP's trainer saves it: the model in `state_dict` behind `module.`, beside it what else the run needs."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {key: 0.05 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    weights |= {key: value.abs() + 0.5 for key, value in weights.items() if key.endswith("running_var")}
+    state = {f"module.{key}": tensor for key, tensor in weights.items()}
+    torch.save({"epoch": 1, "name": name, "state_dict": state, "optimizer": {"state": {}}}, path)
+    return path
+
+
+SMALL = openai_shapes(dim=64, text=(64, 1, 2), layers=2, width=128, size=32, patch=8, vocabulary=49408)
+
+
+@pytest.fixture
+def merges(data_dir):
+    return "--merges", data_dir / "bpe_simple_vocab_16e6.txt.gz"
+
+
+def test_a_training_checkpoint_needs_no_settings(merges, tmp_path):
+    source = training_checkpoint(tmp_path / "epoch_1.pt", SMALL)
+    result = run_script("convert_openclip", source, tmp_path / "out", *merges)
+    assert "taken for a ViT of 2 layers of 128 by its shapes, with GELU, 64 units a head" in result.out
+    assert "--model and a name in -quickgelu" in result.out
+    config = AutoModel.from_pretrained(tmp_path / "out").config
+    assert (config.vision_config.hidden_act, config.vision_config.num_attention_heads) == ("gelu", 2)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert processor.tokenizer("a cat")["input_ids"] == [49406, 320, 2368, 49407]
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert any("which no shape tells" in note for note in record["notes"])
+
+
+def test_a_run_that_is_named_after_its_model_tells_the_activation(merges, tmp_path):
+    shapes = openai_shapes(dim=32, text=(64, 1, 1), layers=12, width=768, size=64, patch=32, mlp=64, vocabulary=49408)
+    run = "2026_01_01-00_00_00-model_ViT-B-32-quickgelu-lr_0.001-b_64-j_4-p_amp"
+    result = run_script("convert_openclip", training_checkpoint(tmp_path / "epoch_1.pt", shapes, run), tmp_path / "out", *merges)  # fmt: skip
+    assert "taken for ViT-B-32-quickgelu by its shapes, with QuickGELU" in result.out
+    assert AutoModel.from_pretrained(tmp_path / "out").config.text_config.hidden_act == "quick_gelu"
+
+
+def test_without_a_tokenizer_nothing_is_written(tmp_path):
+    source = training_checkpoint(tmp_path / "epoch_1.pt", SMALL)
+    assert "Pass --merges" in run_script("convert_openclip", source, tmp_path / "out", status=2).error
+    assert left_in(tmp_path) == {"epoch_1.pt"}
+
+
+def architecture_of(shapes, name=None):
+    weights = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    settings, note = settings_from_shapes(weights, name and model_name(name))
+    return openclip_config(weights, settings), note
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_shapes_tell_published_architectures(name):
+    numbers, head_width, _ = FULL_SIZE[name]
+    config, note = architecture_of(openai_shapes(**numbers))
+    assert f"taken for {name} by its shapes, with GELU, {head_width} units a head" in note.replace(" in the image tower", "")  # fmt: skip
+    assert config.vision_config.num_attention_heads == numbers["width"] // head_width
+    assert config.text_config.num_attention_heads == numbers["text"][1]
+    quick, _ = architecture_of(openai_shapes(**numbers), f"{name}-quickgelu")
+    assert quick.vision_config.hidden_act == quick.text_config.hidden_act == "quick_gelu"
+    if name == "ViT-B-32":
+        assert architecture_of(openai_shapes(**numbers), "ViT-B/32")[0].to_dict() == config.to_dict()
+
+
+def test_shapes_tell_resnets():
+    shapes = openai_shapes(dim=512, text=(512, 8, 12), layers=(3, 4, 23, 3), width=64, size=224)
+    config, note = architecture_of(shapes)
+    assert "taken for RN101 " in note and config.vision_config.depths == [3, 4, 23, 3]
+    assert architecture_of(shapes, "RN101-quickgelu")[0].vision_config.num_attention_heads == 32
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("ViT-L-14", "its weights are ViT-B-32"),
+        ("RN50", "its weights are ViT-B-32"),
+        ("ViT-B-32-CLIPA", "its weights are ViT-B-32"),
+        ("ViT-B-33x", "no file, and no name of OpenCLIP's own"),
+        ("convnext_base", "no file, and no name of OpenCLIP's own"),
+    ],
+)
+def test_a_name_that_is_another_models_is_refused(name, expected):
+    with pytest.raises(UsageError, match=expected):
+        architecture_of(openai_shapes(**FULL_SIZE["ViT-B-32"][0]), name)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"visual.trunk.pos_embed": (1, 2, 3)}, "one of timm"),
+        ({"transformer.embeddings.word_embeddings.weight": (2, 3)}, "one of transformers"),
+        ({"visual.attn_pool.query": (2, 3)}, "CoCa"),
+        ({"visual.transformer.resblocks.0.ls_1.gamma": (3,)}, "LayerScale"),
+        ({"visual.conv1.weight": (3, 3)}, "visual.conv1.weight missing, or of unknown form"),
+    ],
+)
+def test_shapes_that_tell_too_little_are_said(change, expected):
+    with pytest.raises(UsageError, match=expected):
+        architecture_of({**SMALL, **change})

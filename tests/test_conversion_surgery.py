@@ -161,7 +161,7 @@ def test_rejects_what_does_not_fit(folder, tmp_path):
     (negative / "config.json").write_text(json.dumps(config))
     for *arguments, expected in (
         ("resize", folder, tmp_path / "out", "--image-size", 50, "a multiple of the patch"),
-        ("resize", folder, tmp_path / "out", "--image-size", 0, "image_size=0"),
+        ("resize", folder, tmp_path / "out", "--image-size", 0, "found image_size=0, expected a positive number"),
         ("resize", tmp_path / "other", tmp_path / "out", "--image-size", 40, "a multiple of the total stride"),
         ("resize", folder, tmp_path / "exists", "--image-size", 64, "exists already"),
         ("resize", folder, folder, "--image-size", 64, "--overwrite", "holds the source"),
@@ -173,7 +173,7 @@ def test_rejects_what_does_not_fit(folder, tmp_path):
             tmp_path / "out",
             "--image-size",
             64,
-            "hfclip_vit: found initializer_factor -1.0, expected a",
+            "HFCLIPVisionConfig: found initializer_factor=-1.0, expected a",
         ),
         ("stretch", folder, tmp_path / "out", "--length", 77, "more than 77 in all"),
         ("stretch", folder, tmp_path / "out", "--keep", 0, "1 to 75 positions to keep"),

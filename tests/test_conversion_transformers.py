@@ -15,18 +15,32 @@ from transformers import (
     AutoModel,
     AutoProcessor,
     AutoTokenizer,
+    BertConfig,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
+    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    Dinov2Config,
+    RobertaConfig,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    ViTConfig,
 )
 
-from hfclip import HFCLIPTextModel, HFCLIPTextModelWithProjection, HFCLIPVisionModel, HFCLIPVisionModelWithProjection
+from hfclip import (
+    HFCLIPModel,
+    HFCLIPTextModel,
+    HFCLIPTextModelWithProjection,
+    HFCLIPVisionModel,
+    HFCLIPVisionModelWithProjection,
+)
 
 
 TEXT = dict(
@@ -214,16 +228,16 @@ def test_rejects_folders_that_are_no_clip(theirs, tmp_path):
     for source, expected in (
         (changed(architectures=["BertModel"]), "found a BertModel, expected one of CLIPModel"),
         (changed(model_type="siglip"), "found a model of type 'siglip', expected one of clip, clip_text_model"),
-        (changed(architectures=3), "config.json has a setting that makes no sense"),
-        (changed(dtype="float33"), "config.json has a setting that makes no sense"),
+        (changed(architectures=3), "found a 3, expected one of CLIPModel"),
+        (changed(dtype="float33"), "config.json: HFCLIPConfig: found dtype='float33', expected one of float64"),
         (changed(text_config={"hidden_act": "relu"}), "hidden_act: found 'relu'"),
         (changed(text_config={"num_hidden_layers": 3}), "missing"),
         (changed(vision_config={"hidden_size": 64}), "do not fit the architecture"),
         (changed(vision_config={"patch_size": 7}), "a multiple of the patch"),
         (changed(text_config={"hidden_size": "wide"}), "hidden_size"),
         (cut, "no complete safetensors file"),
-        (bare, "found no readable config.json"),
-        (theirs / "model.safetensors", "found no readable config.json"),
+        (bare, "found no config.json, expected a folder that transformers wrote"),
+        (theirs / "model.safetensors", "convert_transformers.py FOLDER OUT, with its folder"),
         (tmp_path / "nothing", "is neither a folder here nor a name on the Hub"),
         ("nobody/nothing", "cannot be fetched from the Hub"),
     ):
@@ -272,3 +286,41 @@ def test_openclips_models_open_in_transformers(data_dir, tmp_path):
     with torch.no_grad():
         outputs = model(input_ids=tensors["inputs/input_ids"], pixel_values=tensors["inputs/pixel_values"])
     assert relative(outputs.logits_per_image, tensors["outputs/logits_per_image"]) < FLOAT32
+
+
+# transformers' VisionTextDualEncoderModel
+
+TOWER = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
+TEXT_TOWERS = {
+    "bert": BertConfig(vocab_size=60, max_position_embeddings=40, **TOWER),
+    "roberta": RobertaConfig(vocab_size=60, max_position_embeddings=40, **TOWER),
+    "clip": CLIPTextConfig(vocab_size=60, max_position_embeddings=40, bos_token_id=58, eos_token_id=59, **TOWER),
+}
+IMAGE_TOWERS = {
+    "vit": ViTConfig(image_size=32, patch_size=8, **TOWER),
+    "clip": CLIPVisionConfig(image_size=32, patch_size=8, **TOWER),
+    "dinov2": Dinov2Config(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+}
+
+
+@pytest.mark.parametrize("image, text", [("vit", "bert"), ("clip", "bert"), ("vit", "roberta"), ("dinov2", "clip")])
+def test_dual_encoders_are_pooled_by_their_own_poolers(image, text, tmp_path):
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(IMAGE_TOWERS[image], TEXT_TOWERS[text], projection_dim=16)  # fmt: skip
+    theirs, generator = VisionTextDualEncoderModel(config).eval(), torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = torch.randint(4, 58, (3, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    ids[:, -1] = ids[1, 6] = 59
+    mask[1, 7:] = 0
+    inputs = dict(input_ids=ids, attention_mask=mask, pixel_values=torch.randn(2, 3, 32, 32, generator=generator))
+    HFCLIPModel.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        expected = theirs(**inputs)
+        for folder in ("theirs", "ours"):
+            found = HFCLIPModel.from_pretrained(tmp_path / folder).eval()(**inputs)
+            for name in ("logits_per_image", "text_embeds", "image_embeds"):
+                assert relative(found[name], expected[name]) < FLOAT32, (folder, name)
+    error = run_script("convert_transformers", tmp_path / "theirs", tmp_path / "out", status=2).error
+    assert "HFCLIPModel.from_pretrained opens it as it is" in error

@@ -2,23 +2,28 @@
 
 A tower is chosen by the `model_type` of its config: `hfclip_vit`, `hfclip_resnet`, `hfclip_text` and
 `hfclip_bag_of_words` are ours, any other type is one that `AutoModel` knows. Configs written by transformers'
-`CLIPModel` are read as they are: `clip`, `clip_text_model` and `clip_vision_model` mean ours.
+`CLIPModel` are read as they are: `clip`, `clip_text_model` and `clip_vision_model` mean ours. So are those of its
+VisionTextDualEncoderModel, whose towers are pooled by their own poolers.
 
-    dict / config object / folder -> translate (transformers' CLIP -> ours) -> typed fields -> validate_*
+    dict / config object / folder -> translate (transformers' CLIP -> ours) -> limits -> typed fields -> validate_*
+
+Sizes and settings that no model has (`limits_hfclip`) and fields of the wrong kind are refused with a ValueError that
+says what was found, what was expected and what to do, before anything is built.
 """
 
 import copy
 import difflib
-import math
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.activations import ACT2FN
+
+from .limits_hfclip import MAX_NUMBER, MAX_PARAMETERS, limited, refuse_absurd, shown
 
 
+DUAL_ENCODER = "vision-text-dual-encoder"
 TRANSFORMERS_MODEL_TYPES = {
     "clip": "hfclip",
+    DUAL_ENCODER: "hfclip",
     "clip_text_model": "hfclip_text",
     "clip_vision_model": "hfclip_vit",
 }
@@ -69,23 +74,44 @@ class HFCLIPBaseConfig(PreTrainedConfig):
         for name in names:
             value = getattr(self, name)
             self._require(
-                value is None or math.isfinite(value), f"{name}={value}", "a finite number", f"Leave {name} out."
+                value is None or abs(value) <= 1e6,
+                f"{name}={value}",
+                "a finite number, at most a million",
+                f"Leave {name} out.",
             )
 
-    def _require_transformer(self) -> None:
+    def _require_initializer_factor(self) -> None:
+        factor = self.initializer_factor
+        remedy = "It scales standard deviations of weights that are drawn anew: set it to 1.0."
+        self._require(0 <= factor <= 1e6, f"initializer_factor={factor}", "a number from 0", remedy)
+
+    def _require_parameters(self, num_parameters: int) -> None:
+        self._require(
+            num_parameters <= MAX_PARAMETERS,
+            f"sizes that make {num_parameters:.1e} parameters",
+            f"at most {MAX_PARAMETERS:.0e}",
+            "Correct hidden_size, intermediate_size, num_hidden_layers or vocab_size.",
+        )
+
+    def _require_eps(self) -> None:
+        self._require(
+            0 < self.layer_norm_eps <= 1,
+            f"layer_norm_eps={self.layer_norm_eps}",
+            "a positive number, at most 1",
+            "CLIP has 1e-5.",
+        )
+
+    def _require_transformer(self, num_embeddings: int) -> None:
         self._require_positive("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        self._require_positive("layer_norm_eps")
+        self._require_eps()
+        self._require_initializer_factor()
+        in_blocks = self.num_hidden_layers * 2 * (2 * self.hidden_size + self.intermediate_size)
+        self._require_parameters((in_blocks + num_embeddings) * self.hidden_size)
         self._require(
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size={self.hidden_size} and num_attention_heads={self.num_attention_heads}",
             "a hidden size that the number of heads divides",
             "Published models use 64 units a head.",
-        )
-        self._require(
-            self.hidden_act in ACT2FN,
-            f"hidden_act={self.hidden_act!r}",
-            "an activation that transformers knows",
-            "OpenAI's weights need 'quick_gelu', most OpenCLIP weights 'gelu'.",
         )
         self._require(
             0.0 <= self.attention_dropout < 1.0,
@@ -94,8 +120,15 @@ class HFCLIPBaseConfig(PreTrainedConfig):
             "CLIP is trained with 0.",
         )
 
-    def _require_eos_in_vocabulary(self) -> None:
-        self._require_positive("vocab_size", "max_position_embeddings")
+    def _require_ids(self) -> None:
+        pad = self.pad_token_id
+        highest = self.vocab_size - 1 if self.reads_padding else MAX_NUMBER
+        self._require(
+            pad is None or 0 <= pad <= highest,
+            f"pad_token_id={pad} with vocab_size={self.vocab_size}",
+            "an id of the vocabulary",
+            "Give the id of the tokenizer's padding token.",
+        )
         self._require(
             0 <= self.eos_token_id < self.vocab_size,
             f"eos_token_id={self.eos_token_id} with vocab_size={self.vocab_size}",
@@ -105,7 +138,15 @@ class HFCLIPBaseConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            config_dict.keys()
+        except (AttributeError, TypeError, RecursionError) as error:  # JSON that is no object, or nested without end
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: found a config.json that is no config ({type(error).__name__}: {error}), "
+                "expected an object of a model's settings. Fetch the file again."
+            ) from error
+        refuse_absurd(str(pretrained_model_name_or_path), config_dict)
         config_dict = translate_transformers_config(config_dict)
         found = (config_dict.get(cls.base_config_key) or config_dict).get("model_type", cls.model_type)
         if cls.model_type in TOWER_CONFIGS and found != cls.model_type and found in TOWER_CONFIGS:
@@ -116,7 +157,7 @@ class HFCLIPBaseConfig(PreTrainedConfig):
         return config_dict, kwargs
 
 
-@strict
+@limited
 class HFCLIPTextConfig(HFCLIPBaseConfig):
     """Causal text transformer, pooled at the first end-of-text token (paper section 2.4).
 
@@ -152,9 +193,9 @@ class HFCLIPTextConfig(HFCLIPBaseConfig):
         return not self.causal or self.pooling != "eos"
 
     def validate_architecture(self):
-        self._require_positive("projection_dim")
-        self._require_transformer()
-        self._require_eos_in_vocabulary()
+        self._require_positive("projection_dim", "vocab_size", "max_position_embeddings")
+        self._require_transformer(self.vocab_size + self.max_position_embeddings)
+        self._require_ids()
         self._require(
             not (self.causal and self.pooling == "first"),
             "pooling='first' in a causal tower, whose first position sees nothing of the text",
@@ -163,7 +204,7 @@ class HFCLIPTextConfig(HFCLIPBaseConfig):
         )
 
 
-@strict
+@limited
 class HFCLIPBagOfWordsConfig(HFCLIPBaseConfig):
     """Bag-of-words (CBOW) text tower: the mean of the token embeddings (baseline of the paper's figure 2)."""
 
@@ -183,11 +224,14 @@ class HFCLIPBagOfWordsConfig(HFCLIPBaseConfig):
     eos_token_id: int = 49407
 
     def validate_architecture(self):
-        self._require_positive("hidden_size", "projection_dim", "layer_norm_eps")
-        self._require_eos_in_vocabulary()
+        self._require_positive("hidden_size", "projection_dim", "vocab_size", "max_position_embeddings")
+        self._require_eps()
+        self._require_initializer_factor()
+        self._require_parameters((self.vocab_size + self.max_position_embeddings) * self.hidden_size)
+        self._require_ids()
 
 
-@strict
+@limited
 class HFCLIPVisionConfig(HFCLIPBaseConfig):
     """Vision transformer with a class token and a LayerNorm before the blocks (paper section 2.4).
 
@@ -221,7 +265,8 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
 
     def validate_architecture(self):
         self._require_positive("projection_dim", "num_channels", "image_size", "patch_size")
-        self._require_transformer()
+        num_patches, size_of_patch = (self.image_size // self.patch_size) ** 2, self.num_channels * self.patch_size**2
+        self._require_transformer(num_patches + size_of_patch)
         self._require(
             self.image_size % self.patch_size == 0,
             f"image_size={self.image_size} and patch_size={self.patch_size}",
@@ -236,7 +281,7 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
         )
 
 
-@strict
+@limited
 class HFCLIPResNetConfig(HFCLIPBaseConfig):
     """Modified ResNet with attention pooling (paper section 2.4).
 
@@ -283,6 +328,10 @@ class HFCLIPResNetConfig(HFCLIPBaseConfig):
             "four positive numbers of blocks",
             "RN50 has (3, 4, 6, 3).",
         )
+        self._require_initializer_factor()
+        # Two 1x1 convolutions of four times the width and one of 3x3; the attention pool has three square matrices.
+        in_blocks = sum(17 * number * (self.stem_width * 2**stage) ** 2 for stage, number in enumerate(self.depths))
+        self._require_parameters(in_blocks + 3 * self.hidden_size**2)
         self._require(self.stem_width % 2 == 0, f"stem_width={self.stem_width}", "an even number", "RN50 has 64.")
         self._require(
             self.image_size % 32 == 0,
@@ -298,13 +347,24 @@ class HFCLIPResNetConfig(HFCLIPBaseConfig):
         )
 
 
+def _foreign_tower(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> PreTrainedConfig:
+    """A config of transformers, from fields that have passed `refuse_absurd`."""
+    try:
+        return config_class(**fields)
+    except Exception as error:  # each class fails in its own way
+        raise ValueError(
+            f"{config_class.__name__}: found settings that it refuses ({type(error).__name__}: {error}), expected a "
+            f"config of `{config_class.model_type}`. Correct them, or leave them out."
+        ) from error
+
+
 TOWER_CONFIGS = {
     config.model_type: config
     for config in (HFCLIPTextConfig, HFCLIPBagOfWordsConfig, HFCLIPVisionConfig, HFCLIPResNetConfig)
 }
 
 
-@strict
+@limited
 class HFCLIPConfig(HFCLIPBaseConfig):
     """Dual encoder: an image tower, a text tower, and a joint space of `projection_dim` dimensions.
 
@@ -347,6 +407,7 @@ class HFCLIPConfig(HFCLIPBaseConfig):
         if isinstance(config, PreTrainedConfig) and config.model_type in TRANSFORMERS_MODEL_TYPES:
             config = config.to_dict()
         if isinstance(config, PreTrainedConfig):
+            refuse_absurd(type(config).__name__, vars(config))
             tower = copy.deepcopy(config)  # the joint space's size is written into it
         else:
             fields = translate_transformers_config(dict(config or {}))
@@ -354,7 +415,7 @@ class HFCLIPConfig(HFCLIPBaseConfig):
             if model_type in TOWER_CONFIGS:
                 tower = TOWER_CONFIGS[model_type](**{"projection_dim": self.projection_dim, **fields})
             elif model_type in CONFIG_MAPPING:
-                tower = CONFIG_MAPPING[model_type](**fields)
+                tower = _foreign_tower(CONFIG_MAPPING[model_type], fields)
             else:
                 near = difflib.get_close_matches(str(model_type), [*TOWER_CONFIGS, *CONFIG_MAPPING], n=1)
                 hint = f" Did you mean `{near[0]}`?" if near else ""
@@ -373,9 +434,8 @@ class HFCLIPConfig(HFCLIPBaseConfig):
 
     def validate_architecture(self):
         self._require_positive("projection_dim")
-        self._require_finite("logit_scale_init_value", "logit_bias_init_value", "initializer_factor")
-        factor = self.initializer_factor
-        self._require(factor >= 0, f"initializer_factor={factor}", "0 or more", "It scales standard deviations.")
+        self._require_finite("logit_scale_init_value", "logit_bias_init_value")
+        self._require_initializer_factor()
         expected_key = {"text_config": self.text_config, "vision_config": self.vision_config}
         for key, config in expected_key.items():
             found_key = getattr(config, "base_config_key", "") if config.model_type in TOWER_CONFIGS else key
@@ -463,19 +523,34 @@ PRESETS = {
 
 
 def translate_transformers_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Rewrites a config that transformers' CLIP wrote into ours, sub-configs included; others pass unchanged.
+    """Rewrites a config that transformers' CLIP or its VisionTextDualEncoderModel wrote into ours, sub-configs included.
+
+    Others pass unchanged.
 
     Repairs `eos_token_id: 2`, which transformers wrote before its pull request 24773 while pooling at the highest id,
     the end-of-text token. Merges `text_config_dict` / `vision_config_dict` as transformers does.
     """
     config = dict(config)
     model_type = config.get("model_type")
+    for key, kind in {"model_type": str, **dict.fromkeys(("text_config", "vision_config"), dict)}.items():
+        value = config.get(key)
+        if not isinstance(value, kind | PreTrainedConfig | None):
+            raise ValueError(
+                f"found {key}={shown(value)}, expected {'a name' if kind is str else 'an object of settings'}. Correct "
+                "config.json, or fetch it again."
+            )
+    if model_type == DUAL_ENCODER:
+        for key, default in (("text_config", "bert"), ("vision_config", "vit")):
+            config[key] = {"model_type": default, **(config.get(key) or {})}
+        config["text_pooling"] = config["vision_pooling"] = "pooler"
     if model_type in TRANSFORMERS_MODEL_TYPES:
         config["model_type"] = TRANSFORMERS_MODEL_TYPES[model_type]
         # The class that wrote the folder, and code it does not need.
         config.pop("architectures", None)
     if model_type == "clip_text_model" and config.get("eos_token_id") == 2:
         vocab_size = config.get("vocab_size", HFCLIPTextConfig.vocab_size)
+        if not isinstance(vocab_size, int):
+            raise ValueError(f"found vocab_size={shown(vocab_size)}, expected a whole number. Correct config.json.")
         config["eos_token_id"] = min(49407, vocab_size - 1)
         config["bos_token_id"] = config["eos_token_id"] - 1
     if model_type == "clip":
@@ -483,6 +558,6 @@ def translate_transformers_config(config: dict[str, Any]) -> dict[str, Any]:
             fields = {"model_type": tower_type, **(config.get(key) or {})}
             legacy = config.pop(f"{key}_dict", None)
             if legacy is not None:
-                fields.update(CONFIG_MAPPING[tower_type](**legacy).to_dict())
+                fields.update(_foreign_tower(CONFIG_MAPPING[tower_type], legacy).to_dict())
             config[key] = translate_transformers_config(fields)
     return config
