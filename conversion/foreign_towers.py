@@ -124,13 +124,13 @@ def foreign_plan(
     if reasons:
         raise UsageError(f"Not convertible: {'; '.join(reasons)}.")
     image, words = halves(weights)
-    image_tower = timm_tower(image, model_cfg) if is_timm else own_image_tower(image, model_cfg, settings[0])
     if is_hf:
         text_tower = hugging_face_tower(words, model_cfg, text_model or text["hf_model_name"])
     elif "text_projection" in words:
         text_tower = own_text_tower(words, model_cfg, settings[1])
     else:
         text_tower = siglip_text_tower(words, model_cfg, settings[1])
+    image_tower = timm_tower(image, model_cfg) if is_timm else own_image_tower(image, model_cfg, settings[0])
     with refusals("The architecture"):
         config = HFCLIPConfig(
             text_config=text_tower.config,
