@@ -6,7 +6,7 @@ import pytest
 import yaml
 from training_utils import tiny_recipe
 
-from training.config import CONFIG_FOLDER, SECTIONS, Config, UsageError, load_yaml, parse_arguments
+from training.config import CONFIG_FOLDER, PATHS, SECTIONS, Config, UsageError, load_yaml, parse_arguments
 
 
 def write(folder, values):
@@ -62,6 +62,25 @@ def test_saved_config_names_the_same_run(tmp_path):
     config, _ = parse_arguments(["--optim.lr", "3e-7", "--data.max_samples", "100"])
     config.save(tmp_path / "saved.yaml")
     assert parse_arguments(["--config", str(tmp_path / "saved.yaml")])[0] == config
+
+
+def test_every_path_expands_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = [name for name in PATHS if name not in ("model.checkpoint", "model.vision_checkpoint", "distill.teacher")]
+    arguments = [word for name in named if name != "model.text_checkpoint" for word in (f"--{name}", f"~/{name}")]
+    (tmp_path / "recipe.yaml").write_text("run: {seed: 3}")
+    config, resume = parse_arguments(["--config", "~/recipe.yaml", "--resume", "~/checkpoint-1", *arguments])
+    assert resume == f"{tmp_path}/checkpoint-1" and config.run.seed == 3
+    assert {config.value(name) for name in named} == {f"{tmp_path}/{name}" for name in named if config.value(name)} | {
+        None
+    }
+    two = {"vision_checkpoint": "~/v", "text_checkpoint": "~/t"}
+    for model, key in (({"checkpoint": "~/c"}, "checkpoint"), (two, "vision_checkpoint"), (two, "text_checkpoint")):
+        config = Config.from_dict(
+            {"model": model, "distill": {"teacher": "~/x"}, "data": {"train": {"~/a": 1, "b": 2}}}
+        )
+        assert getattr(config.model, key).startswith(f"{tmp_path}/") and config.distill.teacher == f"{tmp_path}/x"
+        assert list(config.data.train) == [f"{tmp_path}/a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -229,10 +229,9 @@ def test_credentials_of_urls_stay_out_of_all_that_is_written(server, start, tmp_
     status, said = start("--config", recipe, "--data.train", url, "--stop-after", "0.0001")
     assert status == 0 and "--data.train" in said and "***@127.0.0.1" in said
     told = [said]
-    for steps in ("3", "4"):
-        status, said = start("--config", recipe, "--data.train", url, "--resume", "auto", "--optim.steps", steps)
-        assert status == 0, said
-        told.append(said)
+    status, said = start("--config", recipe, "--data.train", url, "--resume", "auto")
+    assert status == 0, said
+    told.append(said)
     status, said = start("--config", tmp_path / "run/config.yaml", "--resume", "auto")
     assert status == 2 and "data.train" in said and "lost its credentials" in said and "command line" in said
     told.append(said)

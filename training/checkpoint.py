@@ -16,7 +16,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -336,16 +336,14 @@ def find_resumed(run_folder: Path, resume: str | None) -> tuple[Path, dict] | No
 
 
 def precision_of(run_folder: Path, resume: str | None) -> str | None:
-    """`run.precision` of the run that is about to be resumed, as far as its newest checkpoint can be read; else None.
+    """`run.precision` of the run that is about to be resumed, of its newest checkpoint that can be read; else None.
 
     Read before the process group is set up for it. What is wrong with a checkpoint is told by `find_resumed`.
     """
-    checkpoints = list_checkpoints(run_folder)[-1:] if resume == "auto" else [Path(resume)] if resume else []
+    checkpoints = reversed(list_checkpoints(run_folder)) if resume == "auto" else [Path(resume)] if resume else []
     for checkpoint in checkpoints:
-        try:
-            return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["config"]["run"]["precision"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return _read_json(checkpoint / STATE_FILE)["config"]["run"]["precision"]
     return None
 
 

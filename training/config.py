@@ -31,12 +31,12 @@ QUICKSTART = "quickstart"
 NAMES_A_RUN = ("data.train",) + tuple(
     f"model.{origin}" for origin in ("preset", "config", "checkpoint", "vision_checkpoint", "text_checkpoint")
 )
-# Settings that name what lies somewhere: a file, a folder or a URL, some of them also something on the Hub.
+# Settings that name what lies somewhere: a file, a folder or a URL, some of them also something on the Hub. (The cache,
+# data.cache_dir, is each machine's own: `~` in it stays as it is until it is used.)
 PATHS = tuple(
     f"model.{name}" for name in ("config", "checkpoint", "vision_checkpoint", "text_checkpoint", "tokenizer")
 ) + (
     "data.train",
-    "data.cache_dir",
     "distill.teacher",
     "distill.embeddings",
     "run.output_dir",

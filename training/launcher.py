@@ -7,6 +7,7 @@ python /venv/bin/accelerate launch --num_processes 8 training/pretrain.py --conf
 import os
 import shutil
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .redaction import redacted
 
 
 PROGRAMS = ("accelerate", "accelerate-launch", "torchrun")
+SECONDS_TO_SPEAK = 3.0  # of a machine's first process, which launchers end when another one ends before it
 MODULES = ("accelerate.commands.launch", "accelerate.commands.accelerate_cli", "torch.distributed.run")
 
 
@@ -82,6 +84,8 @@ def leave(message: str, status: int) -> None:
         print(f"\n{redacted(message)}", file=sys.stderr, flush=True)
         if reports_failures():
             print("(What follows is the launcher's; `accelerate launch --quiet` leaves it out.)\n", file=sys.stderr)
+    elif status == 2:
+        time.sleep(SECONDS_TO_SPEAK)
     sys.exit(status)
 
 

@@ -35,6 +35,7 @@ from training.flops import tower_flops, training_flops
 from training.low_precision import text_matrices
 from training.model import build_architecture
 from training.parallel import scalars, units
+from training.redaction import redacted
 from training.step import MOST_ON_DEVICE
 
 
@@ -567,7 +568,7 @@ def main() -> None:
             )
         print(f"Predicted, at {run.share:.0%} of the peak, {run.link:g} GB/s and {run.decode:g} pictures/s a worker.")
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 
