@@ -55,6 +55,12 @@ def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarr
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(noise(20, 30)).save(file, "PNG")
+    return file.getvalue()
+
+
 def image_of_mode(mode: str, height: int, width: int) -> Image.Image:
     rgb = Image.fromarray(noise(height, width))
     if mode == "P":
@@ -290,7 +296,12 @@ def test_eps_named_jpg_is_refused_by_name_and_starts_nothing(tmp_path, processor
 
 @pytest.mark.parametrize(
     "data, found",
-    [(b"", "it is empty"), (b"<!DOCTYPE html>", "begins with b'<!DOCTYPE html>'"), (b"8BPS\0\1", "its format is PSD")],
+    [
+        (b"", "it is empty"),
+        (b"GIF89a\0", "its GIF header is damaged"),
+        (b"<!DOCTYPE html>", "begins with b'<!DOCTYPE html>'"),
+        (b"8BPS\0\1", "its format is PSD"),
+    ],
 )
 def test_what_is_no_image_is_named(processor, data, found):
     with pytest.raises(ValueError, match=f"image 0: the image cannot be decoded .*{found}"):
@@ -330,12 +341,6 @@ def serving(answer):
 
 
 OK = b"HTTP/1.0 200 OK\r\n"
-
-
-def png(image=None) -> bytes:
-    file = io.BytesIO()
-    (image or Image.fromarray(noise(20, 30))).save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -71,20 +71,20 @@ def open_image(source: ImageSource, input_data_format: str | None = None) -> PIL
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _image_from_array(source, input_data_format)
     file = None if isinstance(source, PIL.Image.Image) else _as_file(source)
+    PIL.Image.init()  # registers all formats, once
+    formats = [name for name in FORMATS if name in PIL.Image.OPEN]
     try:
         if file is None:
             image = source
             image.load()
         else:
-            PIL.Image.init()  # registers all formats, once
-            formats = [name for name in FORMATS if name in PIL.Image.OPEN]
             with PIL.Image.open(file, formats=formats) as image:  # closes the file, keeps the pixels
                 image.load()
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"{error} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust its origin.") from error
     except PIL.UnidentifiedImageError as error:
         raise ValueError(
-            f"the image cannot be decoded ({_unknown_format(file)}). Expected one of {', '.join(FORMATS)}: convert it, "
+            f"the image cannot be decoded ({_unknown_format(file)}). Expected one of {', '.join(formats)}: convert it, "
             "or pass it as a PIL image if you trust its origin."
         ) from error
     except Exception as error:  # PIL's codecs raise nearly anything on damaged data
@@ -131,9 +131,12 @@ def _unknown_format(file: io.BytesIO | str | os.PathLike) -> str:
             head = opened.read(16)
     for name, (_, has_signature) in PIL.Image.OPEN.items():
         with suppress(Exception):  # signatures are longer than some files
-            if name not in FORMATS and has_signature and has_signature(head) is True:
-                return f"its format is {name}"
-    return f"it begins with {head!r}, as no image does" if head else "it is empty"
+            found = has_signature and has_signature(head)
+            if isinstance(found, str):  # a format whose library Pillow was built without
+                return found
+            if found:
+                return f"its {name} header is damaged" if name in FORMATS else f"its format is {name}"
+    return f"it begins with {head!r}" if head else "it is empty"
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -152,8 +155,7 @@ def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def _to_eight_bits(image: PIL.Image.Image, file_format: str | None) -> PIL.Image.Image:
     # PIL opens 16-bit grey of these formats with mode I: PGM always, PNG before Pillow 11
-    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM"))
-    if is_16_bit:
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(
@@ -252,8 +254,8 @@ def _resized(
         )
     if (new_width, new_height) == image.size:
         return image
-    # PIL takes the nearest pixel of palettes and weighs colours by alpha. torch works on rows before columns, as PIL does
-    # too, but for images that are tall or lose in height alone, from Pillow 12 on.
+    # PIL takes the nearest pixel of palettes and weighs colours by alpha. torch resizes rows before columns, as PIL does,
+    # but newer versions of Pillow do not where an image is tall or shrinks in height more than in width.
     is_near = image.mode in ("L", "RGB") and "shortest_edge" in size and height <= 2 * width
     if resize_backend == "pil" or not is_near:
         return image.resize((new_width, new_height), resample)
