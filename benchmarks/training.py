@@ -3,9 +3,10 @@
     python benchmarks/training.py --photos FOLDER              # prints the tables; FOLDER holds JPEGs
     python benchmarks/training.py --photos FOLDER --write      # also stores them, dated, in benchmarks/results/
 
-Throughput: ViT-B/32 in bfloat16 on the photos, each with a caption of natural length, batch 32, AdamW, decoded by two
-workers while it trains. The peer is transformers' CLIPModel at its 77 tokens, with whichever of its two attentions is
-faster here; data, crops and token ids are the same. Both take turns in one process, workers and all.
+Throughput: ViT-B/32 on the photos, each with a caption of natural length, batch 32, AdamW, decoded by two workers while
+it trains; bfloat16 where this machine has it in hardware, else float32. The peer is transformers' CLIPModel at its 77
+tokens, with whichever of its two attentions is faster here; data, crops and token ids are the same. Both take turns in
+one process, workers and all.
 
 Gradient cache: a batch of 1,024 pairs in micro-batches of 32 beside the same pairs in 32 batches of 32, and a tiny
 model at growing batches; a fresh process each. Memory is the process's peak, of which the first line of the second
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 
@@ -40,7 +42,8 @@ from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPTokeni
 from hfclip.data.scenes import Scenes, describe
 from training.config import Config
 from training.data import Collate, PairDataset, build_loader
-from training.machine import make_the_most_of_the_cpu
+from training.distillation import computing_in
+from training.machine import make_the_most_of_the_cpu, settled_precision
 from training.model import suited_to
 from training.phases import Phase, Phases
 from training.sources import open_source
@@ -70,10 +73,21 @@ def settings(folder: str, **optim) -> Config:
     )
 
 
+@cache
+def here() -> str:
+    """The precision of both sides, as a run takes it by default."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return settled_precision("auto", device)[0]
+
+
 def build(architecture: HFCLIPConfig, config: Config) -> TrainingStep:
     """hfclip's step as the trainer makes it."""
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16")
     make_the_most_of_the_cpu()
+    precision = here()
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision="no" if precision == "fp32" else precision
+    )
+    config.run.precision = precision
     torch.manual_seed(0)
     core = suited_to(accelerator, HFCLIPModel(architecture).train(), config)
     full = Phase(architecture.image_size, architecture.text_config.max_position_embeddings, 0.0)
@@ -108,7 +122,7 @@ def write_shard(photos: Path, folder: str, number: int) -> list[str]:
 
 
 def peer_step(architecture: HFCLIPConfig, statistics: tuple, attention: str) -> Callable[[dict], float]:
-    """A step of transformers' CLIPModel: forward with its loss, backward, AdamW, clamp; bfloat16 by autocast."""
+    """A step of transformers' CLIPModel: forward with its loss, backward, AdamW, clamp; in half precision by autocast."""
     config = transformers.CLIPConfig()
     for name in ("vocab_size", "bos_token_id", "eos_token_id"):
         setattr(config.text_config, name, getattr(architecture.text_config, name))
@@ -117,7 +131,7 @@ def peer_step(architecture: HFCLIPConfig, statistics: tuple, attention: str) -> 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
     def step(batch: dict) -> float:
-        with torch.autocast("cpu", torch.bfloat16):
+        with computing_in(here(), torch.device("cpu")):
             pixels = normalized(batch["pixel_values"], *statistics)
             loss = model(batch["input_ids"], pixels, batch["attention_mask"], return_loss=True).loss
         loss.backward()
@@ -191,7 +205,7 @@ def throughput_table(found: dict[str, list[tuple[float, float]]], tokens: float)
         for name, rounds in found.items()
     ]
     return [
-        f"## Throughput: ViT-B/32, bfloat16, batch {BATCH}, captions of {tokens:.1f} tokens, decoding included",
+        f"## Throughput: ViT-B/32, {here()}, batch {BATCH}, captions of {tokens:.1f} tokens, decoding included",
         "",
         f"hfclip is {ratio:.2f}x {peer}, the faster one (median of the rounds' ratios).",
         "",
@@ -270,7 +284,7 @@ def cache_tables(model: str, batch: int) -> list[str]:
     growing = [(size, measured("tiny", size, min(size, 1024), 1)) for size in GROWING]
     tiny = measured("tiny", BATCH, BATCH, GROWING[-1] // BATCH)
     return [
-        f"## Gradient cache: {batch:,} pairs, {model}, bfloat16, captions of 13 tokens",
+        f"## Gradient cache: {batch:,} pairs, {model}, {here()}, captions of 13 tokens",
         "",
         f"The cache takes {cached['seconds'] / small['seconds']:.2f} times as long.",
         "",

@@ -71,7 +71,7 @@ def finished(tmp_path_factory):
     damaged = [("x.jpg", image_bytes(0)[:300]), ("x.txt", b"a cat"), ("y.jpg", image_bytes(0)), ("y.txt", b" ")]
     write_tar(folder / "shards" / "1.tar", [*damaged, ("z.txt", b"no picture")])
     held_out = {"zero_shot": str(write_classes(folder)), "retrieval": str(folder / "shards" / "0.tar"), "every": 4}
-    run = {"save_every": 4, "keep_checkpoints": 2, "precision": "bf16", "trackers": TENSORBOARD}
+    run = {"save_every": 4, "keep_checkpoints": 2, "precision": "auto", "trackers": TENSORBOARD}
     recipe = write_recipe(folder, eval=held_out, run=run, optim={"steps": 12}, data={"num_workers": 2})
     return folder / "run", pretrain("--config", recipe, "--optim.lr", "2e-3", processes=1)
 

@@ -115,6 +115,12 @@ def test_recipe_says_what_it_is_and_how_to_start_it(path):
     assert path.stem == "quickstart" or re.search(rf"pretrain\.py --config (\S*/)?{path.stem}\b", head)
 
 
+@pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipe_leaves_precision_and_workers_to_the_machine(path):
+    config = recipe(path.stem)
+    assert config.run.precision == "auto" and config.data.num_workers is None
+
+
 @pytest.mark.parametrize("name", ["one_gpu", "eight_gpus", "nodes", "cpu_processes"])
 def test_launch_file_is_read_by_accelerate(name):
     from accelerate.commands.config.config_args import load_config_from_file
