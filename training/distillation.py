@@ -116,8 +116,8 @@ class _Distillation(torch.autograd.Function):
 
         def logits(rows: slice, cols: slice, columns: list[Tensor]) -> tuple[Tensor, Tensor]:
             """A tile of the student's logits, and of the teacher's."""
-            student = losses.product(images[rows], columns[0][cols]).mul_(scale / LN_2)
-            return student, losses.product(teacher_images[rows], columns[1][cols]).mul_(teacher_scale / LN_2)
+            student = (images[rows] @ columns[0][cols].T).mul_(scale / LN_2)
+            return student, (teacher_images[rows] @ columns[1][cols].T).mul_(teacher_scale / LN_2)
 
         def add(offset: int, columns: list[Tensor], column_sums: list[Tensor]) -> None:
             for rows, cols in losses.tiles(images, columns[0]):

@@ -37,8 +37,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
 # Rows and columns of a tile: on a CPU it stays in the cache, elsewhere it is large enough to be worth a launch.
 CPU_TILE, DEVICE_TILE = 1024, 4096
 
@@ -151,7 +149,7 @@ class _Contrastive(torch.autograd.Function):
             if ids is not None:
                 num_positives.add_(_count(ids, column_ids))
             for rows, cols in tiles(images, columns):
-                logits = product(images[rows], columns[cols]).mul_(factor)
+                logits = (images[rows] @ columns[cols].T).mul_(factor)
                 add_exponentials(row_max[rows], row_sum[rows], logits, dim=1)
                 add_exponentials(column_max[cols], column_sum[cols], logits, dim=0)
                 positive = _positive(logits, rows, cols, offset, ids, column_ids)
@@ -181,7 +179,7 @@ class _Contrastive(torch.autograd.Function):
 
         def d_logits(rows: slice, cols: slice, offset: int, read: Tensors) -> Tensor:
             columns, column_ids, column_max, column_factor = read
-            logits = product(images[rows], columns[cols]).mul_(factor)
+            logits = (images[rows] @ columns[cols].T).mul_(factor)
             result = (logits - column_max[cols]).exp2_().mul_(column_factor[cols])
             result += logits.sub_(row_max[rows, None]).exp2_().mul_(row_factor[rows, None])
             positive = _positive(logits, rows, cols, offset, ids, column_ids)
@@ -205,7 +203,7 @@ class _Sigmoid(torch.autograd.Function):
         def visit(offset: int, read: Tensors, carry: Tensors) -> None:
             columns, column_ids = read
             for rows, cols in tiles(images, columns):
-                logits = product(images[rows], columns[cols]).mul_(scale).add_(bias)
+                logits = (images[rows] @ columns[cols].T).mul_(scale).add_(bias)
                 positive = _positive(logits, rows, cols, offset, ids, column_ids)
                 # Above 40 softplus(x) is x to the last digit of float64.
                 row_loss[rows].add_(F.softplus(_turned(logits, positive), threshold=40).sum(dim=1))
@@ -225,7 +223,7 @@ class _Sigmoid(torch.autograd.Function):
 
         def d_logits(rows: slice, cols: slice, offset: int, read: Tensors) -> Tensor:
             columns, column_ids = read
-            logits = product(images[rows], columns[cols]).mul_(scale).add_(bias)
+            logits = (images[rows] @ columns[cols].T).mul_(scale).add_(bias)
             positive = _positive(logits, rows, cols, offset, ids, column_ids)
             result = _turned(_turned(logits, positive).sigmoid_().mul_(grad), positive)
             if d_bias is not None:
@@ -260,9 +258,9 @@ def gradients(
         for rows, cols in tiles(images, read[0]):
             tile = d_logits(rows, cols, offset, read)
             if d_images is not None:
-                d_images[rows].add_(product(tile, read[0][cols].T))
+                d_images[rows].add_(tile @ read[0][cols])
             for d_column in d_columns:
-                d_column[cols].add_(product(tile.T, images[rows].T))
+                d_column[cols].add_(tile.T @ images[rows])
 
     d_columns = ctx.batch.visit(visit, read, d_columns)
     d_texts = ctx.batch.collect(*d_columns) if need_texts else None
@@ -299,13 +297,6 @@ def tiles(images: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
     for row in range(0, len(images), tile):
         for column in range(0, len(columns), tile):
             yield slice(row, min(row + tile, len(images))), slice(column, min(column + tile, len(columns)))
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """`(m, k)` and `(n, k)` -> `a @ b.T`, on CPUs with oneDNN: MKL is half as fast on processors not Intel's."""
-    if HAS_ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.T
 
 
 def _vector(embeds: Tensor, value: float) -> Tensor:
