@@ -7,14 +7,14 @@ front of every strided convolution (anti-aliasing), and attention pooling in pla
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
 from transformers.utils.generic import can_return_tuple
 
@@ -65,7 +65,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(num_batches_tracked)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(GradientCheckpointingLayer):
     """1x1, 3x3, 1x1 convolutions; a stride is an average pool behind the second one, and in the shortcut."""
 
     expansion = 4
@@ -89,7 +89,20 @@ class Bottleneck(nn.Module):
             self.downsample.add_module("0", nn.Conv2d(in_channels, out_channels, 1, bias=False))
             self.downsample.add_module("1", nn.BatchNorm2d(out_channels))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, past_calls: list | None = None) -> torch.Tensor:
+        """(batch, in_channels, height, width) -> (batch, out_channels, height / stride, width / stride)
+
+        `past_calls` is a list of this call's own. Gradient checkpointing makes the call once more in the backward pass,
+        with the same list, and BatchNorm must not count the batch again.
+        """
+        if past_calls:
+            with frozen_statistics(self):
+                return self._compute(hidden_states)
+        if past_calls is not None:
+            past_calls.append(True)
+        return self._compute(hidden_states)
+
+    def _compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
         shortcut = hidden_states if self.downsample is None else self.downsample(hidden_states)
         hidden_states = F.relu(self.bn1(self.conv1(hidden_states)), inplace=True)
         hidden_states = F.relu(self.bn2(self.conv2(hidden_states)), inplace=True)
@@ -175,7 +188,6 @@ class HFCLIPResNetModel(PreTrainedModel):
                 in_channels = channels * Bottleneck.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.attnpool = AttentionPool2d(config)
-        self.gradient_checkpointing = False
         self.post_init()
 
     @torch.no_grad()
@@ -194,18 +206,6 @@ class HFCLIPResNetModel(PreTrainedModel):
             conv, norm = getattr(self, f"conv{number}"), getattr(self, f"bn{number}")
             hidden_states = F.relu(norm(conv(hidden_states)), inplace=True)
         return self.avgpool(hidden_states)
-
-    def _run(self, block: Bottleneck, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Computes a block, again in the backward pass under gradient checkpointing.
-
-        The second time its BatchNorms must not count the batch once more.
-        """
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            return block(hidden_states)
-        if torch.compiler.is_compiling():  # a compiled graph moves statistics once, whatever it computes again
-            return checkpoint(block, hidden_states, use_reentrant=False)
-        contexts = lambda: (nullcontext(), frozen_statistics(block))
-        return checkpoint(block, hidden_states, use_reentrant=False, context_fn=contexts)
 
     @can_return_tuple
     def forward(
@@ -241,7 +241,8 @@ class HFCLIPResNetModel(PreTrainedModel):
         feature_maps = [hidden_states]
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                hidden_states = self._run(block, hidden_states)
+                repeats = block.gradient_checkpointing and not torch.compiler.is_compiling()  # graphs count once
+                hidden_states = block(hidden_states, past_calls=[]) if repeats else block(hidden_states)
             feature_maps.append(hidden_states)
         return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=hidden_states,
