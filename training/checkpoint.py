@@ -276,9 +276,10 @@ def taken_back_if_it_fails(run_folder: Path, is_main: bool) -> Iterator[None]:
     except BaseException:
         if is_main and run_folder.is_dir() and not (run_folder / CONFIG_FILE).exists():
             for path in set(run_folder.iterdir()) - (before or set()):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             if before is None:
-                run_folder.rmdir()
+                with suppress(OSError):
+                    run_folder.rmdir()
         raise
 
 

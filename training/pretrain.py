@@ -267,8 +267,8 @@ def saved_if_it_fails(run: Run) -> Iterator[None]:
             try:
                 save(run, run.whole_at)
                 run.tracking.say(f"Saved after step {run.saved}, since the run ends: {error}")
-            except UsageError as too:
-                run.tracking.say(f"Not saved, as the run ends: {too}")
+            except Exception as too:  # the first error is the one to be told at the end
+                run.tracking.say(f"What was done since step {run.saved} could not be saved: {too}")
         raise
 
 
