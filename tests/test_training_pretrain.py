@@ -261,17 +261,22 @@ def test_run_saves_and_names_the_reader_that_was_killed(processes, tmp_path):
 
 
 def test_run_needs_no_shared_memory_for_its_batches(tmp_path):
-    """A container has 64 MB of it, and a batch may be larger; here it has 256 kB, and a batch three times as much."""
+    """A container has 64 MB of it, and a batch may be larger; here it has 256 kB, and a batch three times as much, and
+    one of the evaluation twice."""
     small = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=256k tmpfs /dev/shm && exec "$@"', "sh"]
     if shutil.which("unshare") is None or subprocess.run([*small, "true"], capture_output=True).returncode != 0:
         pytest.skip("needs unshare and the right to mount")
     write_shards(tmp_path, 260)
+    classes = write_classes(tmp_path)
+    for seed in range(40):
+        (classes / "cat" / f"more{seed}.jpg").write_bytes(image_bytes(seed))
     sections = {"model": model_with_tokenizer(tmp_path), "data": {"num_workers": 2}}
+    sections["eval"] = {"zero_shot": str(classes)}
     recipe = write_recipe(tmp_path, optim={"batch_size": 256, "steps": 3}, **sections)
     line = [*small, *command("--config", recipe)]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 3]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent is gone")

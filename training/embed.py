@@ -135,7 +135,7 @@ def embed_batch(
     readable = [(index, pixels) for index, pixels, _ in batch if pixels is not None]
     if readable:
         indices, pixels = zip(*readable, strict=True)
-        writer.write_images(list(indices), model.encode_image(torch.stack(pixels).to(model.device)))
+        writer.write_images(list(indices), model.encode_image(torch.from_numpy(np.stack(pixels)).to(model.device)))
     captions = [caption for _, _, captions in batch for caption in captions]
     for start in range(0, len(captions), batch_size):
         texts = captions[start : start + batch_size]
@@ -150,7 +150,8 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 class Samples(Dataset):
-    """`(index, pixel_values or None if unreadable, captions)` of some samples of a source."""
+    """`(index, pixel_values or None if unreadable, captions)` of some samples of a source. The pixels are arrays, which
+    workers send through a pipe: tensors would go through /dev/shm, of which containers have 64 MB."""
 
     def __init__(self, source: Source, processor: HFCLIPProcessor, indices: range):
         self.source, self.processor, self.indices = source, processor, indices
@@ -158,11 +159,11 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> tuple[int, Tensor | None, list[str]]:
+    def __getitem__(self, place: int) -> tuple[int, np.ndarray | None, list[str]]:
         index, pixels = self.indices[place], None
         try:
             image, _ = self.source[index]
-            pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+            pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0].numpy()
         except (BadSample, ValueError, TypeError):
             pass  # its row stays zero; training meets the same sample, and counts it
         return index, pixels, usable_captions(self.source, index)

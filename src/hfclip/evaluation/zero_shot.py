@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import PIL.Image
 import torch
 import torch.distributed as dist
@@ -84,7 +85,7 @@ def zero_shot_accuracy(
     for batch in tqdm(loader, desc="Zero-shot accuracy", disable=None if rank == 0 else True):
         if batch is None:
             continue
-        pixel_values, targets = batch
+        pixel_values, targets = map(torch.from_numpy, batch)
         targets = targets.to(columns.device)
         ranks = _rank_of_target(classifier.logits(pixel_values=pixel_values)[:, columns], targets)
         hits = [torch.ones_like(ranks), ranks < 1, *(ranks < k for k in top_k)]
@@ -137,14 +138,15 @@ class _Share(Dataset):
 class _Collate:
     """`(image, target)` pairs -> `(batch, channels, height, width)` pixel values and `(batch,)` targets.
 
-    Samples that are None are left out; a batch of nothing else is None.
+    Samples that are None are left out; a batch of nothing else is None. Both are arrays, which workers send through a
+    pipe: tensors would go through /dev/shm, of which containers have 64 MB.
     """
 
     def __init__(self, processor: Any, num_labels: int):
         self.processor = processor
         self.num_labels = num_labels
 
-    def __call__(self, samples: list[tuple[Any, int] | None]) -> tuple[Tensor, Tensor] | None:
+    def __call__(self, samples: list[tuple[Any, int] | None]) -> tuple[np.ndarray, np.ndarray] | None:
         decoded = [sample for sample in samples if sample is not None]
         if not decoded:
             return None
@@ -152,7 +154,8 @@ class _Collate:
         outside = [target for target in targets if not 0 <= target < self.num_labels]
         if outside:
             raise ValueError(f"found target {outside[0]}: expected 0 to {self.num_labels - 1}, an index of `labels`.")
-        return self.processor(images=list(images), return_tensors="pt")["pixel_values"], torch.tensor(targets)
+        pixel_values = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return pixel_values.numpy(), np.array(targets)
 
 
 class _Entry(NamedTuple):
