@@ -123,9 +123,9 @@ class DataConfig:
     """The pairs to learn from, and how they are read."""
 
     train: str | dict = "scenes"
-    """The built-in "scenes"; WebDataset tars (`{0..7}.tar`, glob, folder; local, hf://, https://, s3://); a parquet or
-    image folder; or a data set's name on the Hub. A mapping of such names to weights mixes them: each fills its share
-    of every batch, and an epoch is as many pairs as all have together."""
+    """The built-in "scenes"; WebDataset tars (`{0..7}.tar`, glob, folder; local, hf://, https://, s3://; several joined
+    by `::`); a parquet or image folder; or a data set's name on the Hub. A mapping of such names to weights mixes them:
+    each fills its share of every batch, and an epoch is as many pairs as all have together."""
     split: str = "train"
     """Split of a data set that `datasets` loads."""
     image_key: str | None = None

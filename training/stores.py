@@ -140,6 +140,8 @@ def fetch(
     callback, validator, failed, most = callback or NoOpCallback(), {}, 0, local.stat().st_size
     while True:
         try:
+            if size is not None and local.stat().st_size == size:  # and its process was killed
+                return
             if _is_http(files):
                 _wait(_stream(files, path, local, callback, validator), files, callback)
             else:
@@ -147,7 +149,7 @@ def fetch(
             found = local.stat().st_size
             if size in (None, found):
                 return
-            if files.info(path).get("size") == found:
+            if look_up(files, path).size == found:
                 raise ChangedFile(path, found, size)
             raise OSError(f"{path} broke off after {found} of {size} bytes")
         except FATAL:
