@@ -8,9 +8,10 @@ import accelerate
 import pytest
 import torch
 from test_modeling import BAG_OF_WORDS, CLOSE, RESNET, VISION, gradients, images, texts, tiny
+from test_zero_shot import photos, processor, tiny_model  # noqa: F401
 from torch import nn
 
-from hfclip import HFCLIPConfig, HFCLIPForImageClassification, HFCLIPModel
+from hfclip import HFCLIPConfig, HFCLIPForImageClassification, HFCLIPModel, ZeroShotClassifier
 
 
 TOWERS = {
@@ -72,6 +73,14 @@ def test_an_offloaded_classifier_gives_the_same_answers(vision):
     expected = model(images()).logits
     accelerate.cpu_offload(model, CPU)
     torch.testing.assert_close(model(images()).logits, expected, **CLOSE)
+
+
+def test_zero_shot_classification_with_offloaded_weights(processor):  # noqa: F811
+    model = tiny_model()
+    make = lambda: ZeroShotClassifier(model, processor, ["cat", "dog"])
+    expected = make().logits(photos(2))
+    accelerate.cpu_offload(model, CPU)
+    torch.testing.assert_close(make().logits(photos(2)), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("vision", [VISION, RESNET], ids=["vit", "resnet"])

@@ -511,8 +511,9 @@ def test_four_grey_images_are_never_read_as_one_rgba_image(processor, make):
     one = processor(grey, input_data_format="channels_first", return_tensors="pt")["pixel_values"]
     rgba = Image.fromarray(np.ascontiguousarray(np.asarray(grey).transpose(1, 2, 0)))
     assert rgba.mode == "RGBA" and torch.equal(one, processor(rgba, return_tensors="pt")["pixel_values"])
-    # in a batch the second dimension is that of the channels, and nothing is ambiguous
-    assert torch.equal(processor(grey[None], return_tensors="pt")["pixel_values"], one)
+    # In a batch the second dimension is that of the channels, an entry of a list is one image: nothing is ambiguous.
+    for images in (grey[None], [grey], [[grey]]):
+        assert torch.equal(processor(images, return_tensors="pt")["pixel_values"], one)
 
 
 @pytest.mark.parametrize("num_images", [2, 5, 32])

@@ -510,7 +510,11 @@ def _flat(images: Any, data_format: str | None) -> Iterator[tuple[ImageSource, s
     """The single images in nested lists and batches, in order, each with the place of its channels where known."""
     if isinstance(images, (list, tuple)):
         for item in images:
-            yield from _flat(item, data_format)
+            if data_format is None and isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 3:
+                # Each entry of a list is one image, so four planes are those of RGBA.
+                yield item, _data_format(item.shape)
+            else:
+                yield from _flat(item, data_format)
     elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         data_format = data_format or _data_format(images.shape[1:])
         yield from ((image, data_format) for image in images)

@@ -39,8 +39,6 @@ class HFCLIPProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
-        videos: None = None,
-        audio: None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """`pixel_values` (batch, 3, height, width) of `images`, `input_ids` and `attention_mask` (batch, tokens) of
@@ -51,17 +49,17 @@ class HFCLIPProcessor(ProcessorMixin):
             text: One text or many. They are padded to the longest, which leaves the embeddings as they are (the text
                 tower reads no further than the end token), unless `padding` says otherwise, here or where the tokenizer
                 was made. The tokenizer cuts texts beyond the context length and keeps the end token.
-            videos, audio: Refused; they stand here for callers that pass None to processors of every kind.
             kwargs: Options of the image processor and of the tokenizer, sorted by name; `return_tensors` ("pt", "np"
                 or None for lists) goes to both. The dictionaries `images_kwargs` and `text_kwargs` hold options for
-                one alone, `common_kwargs` such for both. transformers' options for videos and audio have no effect.
+                one alone, `common_kwargs` such for both. transformers' options for videos and audio have no effect;
+                `videos` and `audio` themselves may be None, as callers of every kind of processor pass them.
 
         Raises:
             TypeError: `text` is not made of strings, or an option is unknown to transformers' processors.
             ValueError: there is neither an image nor a text, there are videos or audio, or an option is given twice.
         """
-        for name, value in (("videos", videos), ("audio", audio)):
-            if value is not None:
+        for name in ("videos", "audio"):
+            if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{type(self).__name__} takes images and texts, found {name}. Frames go to `images`.")
         if images is None and text is None:
             raise ValueError(f"{type(self).__name__} needs images, text or both, found neither.")

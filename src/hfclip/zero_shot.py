@@ -49,6 +49,11 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = True
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs; offloaded weights have no place, and what moves them moves inputs, too."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
 def embed_labels(
     model: nn.Module,
     processor: Any,
@@ -76,7 +81,7 @@ def embed_labels(
     with evaluating(model) as model:
         for start in _progress(len(prompts), batch_size, "Embedding labels"):
             batch = prompts[start : start + batch_size]
-            inputs = processor(text=batch, padding=True, return_tensors="pt").to(model.device)
+            inputs = processor(text=batch, padding=True, return_tensors="pt").to(device_of(model))
             embeds = model.encode_text(inputs["input_ids"], inputs.get("attention_mask"), normalize=False)
             if sums is None:
                 sums = torch.zeros(len(labels), embeds.shape[1], dtype=torch.float64)
@@ -85,7 +90,7 @@ def embed_labels(
     if not sums.isfinite().all():
         broken = labels[(~sums.isfinite()).any(dim=1).nonzero()[0].item()]
         raise ValueError(f"the text embedding of label {broken!r} is not finite: the model's weights are damaged.")
-    return F.normalize(sums, dim=-1).float().to(model.device)
+    return F.normalize(sums, dim=-1).float().to(device_of(model))
 
 
 class ZeroShotClassifier:
@@ -208,14 +213,10 @@ class ZeroShotClassifier:
 
     def _logits(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
         """`(batch, channels, height, width)` -> `(batch, num_labels)`, in float32 whatever the model's dtype."""
-        pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
+        pixel_values = pixel_values.to(device=device_of(model), dtype=model.dtype)
         # Normalised here: in half precision a unit vector is off by up to a part in 256, and so would be the logits.
         image_embeds = F.normalize(model.encode_image(pixel_values, normalize=False).float(), dim=-1)
-        label_embeds = self.label_embeds.to(image_embeds.device)
-        # Within an evaluation under autocast, too: its products are of half precision, which makes logits equal.
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            logits = model.logit_scale.float().exp() * image_embeds @ label_embeds.T
-        return logits if model.logit_bias is None else logits + model.logit_bias.float()
+        return model(image_embeds=image_embeds, text_embeds=self.label_embeds).logits_per_image
 
     def _ranked(self, logits: Tensor, top_k: int) -> list[list[dict]]:
         scores = logits.softmax(dim=-1) if self.model.logit_bias is None else logits.sigmoid()

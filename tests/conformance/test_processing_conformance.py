@@ -35,6 +35,10 @@ class ImageProcessingTest(image_common.ImageProcessingTestMixin, unittest.TestCa
     def test_call_numpy_4_channels(self):
         pass
 
+    @unittest.skip("its (4, height, width) by itself may be four grey images; in a list it is read as RGBA")
+    def test_convert_to_rgb_mixed_input_batch_2(self):
+        pass
+
     @unittest.skip("looks the model up in transformers' list of models older than its torchvision backend")
     def test_new_models_require_torchvision_backend(self):
         pass
