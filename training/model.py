@@ -5,6 +5,7 @@ weights: of a pretrained model, of two pretrained towers, or random. They are fl
 resumed run goes on from its checkpoint as from any pretrained model.
 """
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -160,7 +161,13 @@ def _trained_tokenizer(config: Config, source: Source) -> HFCLIPTokenizer:
     chosen = np.linspace(0, available - 1, min(available, MAX_TOKENIZER_SAMPLES)).astype(int)
     bar = tqdm(chosen.tolist(), desc="captions for the tokenizer", unit="sample", disable=None, leave=False)
     texts = (caption for index in bar for caption in _captions_or_none(source, index))
-    return HFCLIPTokenizer.train_new_from_iterator(texts, config.model.vocab_size, show_progress=False)
+    log = logging.getLogger(HFCLIPTokenizer.__module__)
+    level = log.level
+    log.setLevel(logging.ERROR)  # `model.vocab_size` is a limit: that few captions give fewer tokens is no news
+    try:
+        return HFCLIPTokenizer.train_new_from_iterator(texts, config.model.vocab_size, show_progress=False)
+    finally:
+        log.setLevel(level)
 
 
 def _captions_or_none(source: Source, index: int) -> list[str]:

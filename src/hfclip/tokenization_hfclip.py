@@ -310,7 +310,8 @@ class HFCLIPTokenizer(TokenizersBackend):
         special tokens, start, end. No text is out of vocabulary.
 
         Args:
-            vocab_size: Number of ids, special tokens included; fewer where the texts have too few pairs to reach it.
+            vocab_size: Number of ids, special tokens included. Texts may have too few pairs to reach it, which is
+                logged.
             length: Number of texts, for the progress bar.
             new_special_tokens: Special tokens beside those of this tokenizer.
             special_tokens_map: Old to new names of special tokens, e.g. `{"<|endoftext|>": "</s>"}`.
@@ -339,7 +340,7 @@ class HFCLIPTokenizer(TokenizersBackend):
             num_merges += 1
         vocab = _number([*tokens, *special_tokens])
         if len(vocab) < vocab_size:
-            logger.info(f"The texts gave {len(vocab)} tokens of at most {vocab_size}.")
+            logger.warning(f"The texts gave {len(vocab)} of the {vocab_size} tokens asked for: train on more text.")
         if self.pad_token_id == 0:
             del named["pad_token"]
         settings = {"clean": self.clean, "model_max_length": self.model_max_length}
