@@ -528,3 +528,9 @@ def test_deadline_ends_a_run_that_waits_for_a_store(workers, hanging):
     done = pretrain("--config", recipe, "--data.num_workers", workers, "--stop-after", "0.05", timeout=60)
     assert done.returncode == 0, done.stderr
     assert "Stopped after step 0 of 100000" in done.stdout
+
+
+def test_counts_with_credentials_are_not_published():
+    command = [sys.executable, "training/index.py", "http://someone:pw@127.0.0.1:9/{0..1}.tar", "--upload"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 2 and "found credentials in the URL" in found.stderr and "pw@" not in found.stderr

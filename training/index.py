@@ -59,6 +59,11 @@ def main() -> None:
     parser.add_argument("--upload", action="store_true", help="put the file beside the tars, for all machines")
     arguments = parser.parse_args()
     try:
+        if arguments.upload and redacted(arguments.url) != arguments.url:
+            raise UsageError(
+                "--upload: found credentials in the URL, which the file would publish. Leave --upload out, and copy the "
+                "file to the same place on each machine."
+            )
         path, counted = count_shards(arguments.url, Path(arguments.cache_dir).expanduser())
         counts = [f"{sum(shard.usable[key] for shard in counted)} usable pairs {how}" for key, how in enumerate(HOW)]
         print(
