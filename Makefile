@@ -6,6 +6,7 @@ install:
 check:
 	ruff check .
 	ruff format --check .
+	typos
 
 test:
 	python -m pytest -n 2 --dist loadfile

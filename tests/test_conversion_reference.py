@@ -376,6 +376,7 @@ OPEN_CLIP_VARIANTS = {
 }
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("class_name", ["CLIP", "CustomTextCLIP"])
 @pytest.mark.parametrize("variant", OPEN_CLIP_VARIANTS)
 def test_variants_agree_with_open_clip(variant, class_name):

@@ -146,6 +146,7 @@ def test_conversion_to_rgb_comes_after_resizing():
     assert not np.array_equal(center_square_crop(image, 32), openai_crop(image.convert("RGB"), 32))
 
 
+@pytest.mark.peers
 def test_equals_torchvision(processor):
     transforms = pytest.importorskip("torchvision.transforms", reason="compares with torchvision")
     steps = [
