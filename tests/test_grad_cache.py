@@ -6,6 +6,7 @@ from torch import nn
 
 from hfclip import HFCLIPConfig, HFCLIPModel, contrastive_loss, sigmoid_loss
 from hfclip.grad_cache import cached_backward
+from training.model import checkpoint_activations
 
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
@@ -113,7 +114,7 @@ def test_dropout_drawn_anew_would_be_noticed():
 def test_gradient_checkpointing_changes_nothing():
     model = tiny_model(patch_dropout=0.5)
     expected, _ = both_ways(model, batch((4, 7)))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     _, found = both_ways(model, batch((4, 7)))
     assert_close(found[1], expected[1], 1e-10)
 

@@ -19,6 +19,7 @@ from training.config import Config, OptimConfig, UsageError, load_yaml
 from training.flops import tower_flops
 from training.low_precision import halve_text_weights
 from training.machine import _check_settings
+from training.model import checkpoint_activations
 from training.optim import build_optimizer
 from training.parallel import shard
 from training.plan import (
@@ -143,7 +144,7 @@ def test_activations_of_images_are_what_autograd_keeps(tower, half, checkpointin
         if tower.startswith("vit"):
             model.set_attn_implementation(attention)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         kept = kept_for_backward(model, half, pixel_values=torch.randn(batch, 3, config.image_size, config.image_size))
         activations = image_activations(config, half, eager=attention == "eager")
         predicted = activations.kept(checkpointing) - checkpointing * max(activations.blocks)  # none is recomputed yet

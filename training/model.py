@@ -200,8 +200,14 @@ def build_model(config: Config, architecture: HFCLIPConfig) -> HFCLIPModel:
     if config.model.freeze != "none":
         model.freeze(config.model.freeze)
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model.train()
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Has the backward pass compute activations again, by the name that the installed transformers has for that."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _load(path: str, architecture: HFCLIPConfig) -> HFCLIPModel:
