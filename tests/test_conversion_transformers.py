@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from conversion_utils import assert_same_tensors, relative, run_script, save, start_script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_conversion_openai import FLOAT32, left_in
 from test_conversion_openclip import CLIPA
 from test_key_maps import read_golden
@@ -324,3 +324,17 @@ def test_dual_encoders_are_pooled_by_their_own_poolers(image, text, tmp_path):
                 assert relative(found[name], expected[name]) < FLOAT32, (folder, name)
     error = run_script("convert_transformers", tmp_path / "theirs", tmp_path / "out", status=2).error
     assert "HFCLIPModel.from_pretrained opens it as it is" in error
+
+
+def test_dual_encoders_of_transformers_4_open_whole(tmp_path):
+    """They held the towers of CLIP one level deeper."""
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(IMAGE_TOWERS["clip"], TEXT_TOWERS["clip"], projection_dim=16)  # fmt: skip
+    VisionTextDualEncoderModel(config).save_pretrained(tmp_path)
+    expected = HFCLIPModel.from_pretrained(tmp_path).state_dict()
+    towers = ("vision_model.", "text_model.")
+    deeper = {name.split(".")[0] + "." + name if name.startswith(towers) else name: t for name, t in load_file(tmp_path / "model.safetensors").items()}  # fmt: skip
+    save_file(deeper, tmp_path / "model.safetensors", {"format": "pt"})
+    model, info = HFCLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name

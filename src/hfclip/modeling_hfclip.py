@@ -200,6 +200,13 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     @classmethod
+    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs) -> "HFCLIPModel":
+        """Opens a folder or a Hub name; see `PreTrainedModel.from_pretrained`."""
+        # Dual encoders that transformers 4 wrote hold CLIP's towers one level deeper.
+        deeper = {rf"^{tower}\.{tower}\.": f"{tower}." for tower in ("vision_model", "text_model")}
+        return super().from_pretrained(*args, key_mapping={**deeper, **(key_mapping or {})}, **kwargs)
+
+    @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, projection_dim: int = 512, **config) -> "HFCLIPModel":
         """A dual encoder from two pretrained towers (folders or Hub names of any AutoModel type), projections new.
 
