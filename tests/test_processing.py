@@ -101,7 +101,7 @@ def test_takes_every_keyword_that_processors_of_transformers_take(processor):
     for kind in (TextKwargs, ImagesKwargs, VideosKwargs, AudioKwargs):
         for name in kind.__annotations__.keys() - {"return_tensors"}:
             assert equal(processor(IMAGE, CAPTIONS, return_tensors="pt", **{name: None}), expected), name
-    assert equal(processor(IMAGE, CAPTIONS, None, None, return_tensors="pt", fps=2, sampling_rate=8000), expected)
+    assert equal(processor(IMAGE, CAPTIONS, return_tensors="pt", fps=2, sampling_rate=8000), expected)
 
 
 def test_rejects_videos_audio_and_options_that_it_would_have_to_follow(processor):
