@@ -232,9 +232,6 @@ def suited_to(accelerator: Accelerator, model: HFCLIPModel, config: Config) -> H
     if several and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         if device == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            for module in model.modules():
-                if type(module) is nn.SyncBatchNorm:
-                    module.__class__ = SyncBatchNorm
         else:
             accelerator.print(
                 "BatchNorm uses the statistics of each process's own pairs: torch has nothing else here."
@@ -242,21 +239,6 @@ def suited_to(accelerator: Accelerator, model: HFCLIPModel, config: Config) -> H
     if config.model.compile:
         model.compile()
     return model
-
-
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """Statistics over all processes, which move once a step, also under gradient checkpointing.
-
-    Checkpointing runs the forward again inside the backward pass; torch's SyncBatchNorm would count that batch twice.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        is_recomputation = self.training and torch._C._current_graph_task_id() != -1
-        kept = [buffer.clone() for buffer in self.buffers()] if is_recomputation else []
-        normalized = super().forward(x)
-        for buffer, value in zip(self.buffers(), kept, strict=False):
-            buffer.copy_(value)
-        return normalized
 
 
 def describe(model: HFCLIPModel) -> str:
