@@ -134,6 +134,8 @@ IMPORTS = {
     "HFCLIPTokenizer": ("from transformers import AutoConfig", "from transformers import Trainer"),
     "HFCLIPImageProcessor": ("from transformers import AutoModel", "from transformers import SiglipModel"),
     "HFCLIPProcessor": ("from transformers import AutoProcessor", "from transformers import CLIPVisionModel"),
+    "ZeroShotImageClassificationPipeline": ("from transformers import pipeline", "import transformers.pipelines"),
+    "optimize_for_inference": ("import torch", "from transformers import CLIPModel"),
     "ZeroShotClassifier": ("from transformers import AutoTokenizer", "import hfclip.evaluation, hfclip.hub"),
     "contrastive_loss": ("from transformers import AutoImageProcessor", "from transformers import Trainer"),
     "sigmoid_loss": ("from transformers import pipeline", "import hfclip.data.scenes, hfclip.grad_cache"),

@@ -368,7 +368,7 @@ def test_flags_override_the_recipe():
 
 def test_length_of_the_run_is_that_of_the_settings():
     quickstart = parsed("--config", "quickstart")
-    assert quickstart.pairs == 163_840 and make_plan(quickstart).steps == 1280
+    assert quickstart.pairs == 140_800 and make_plan(quickstart).steps == 1100
     values = load_yaml("quickstart")
     values["optim"] |= {"steps": 7}
     fields = from_config(Config.from_dict(values))

@@ -454,7 +454,8 @@ def _told_if_not_written(target: Path, temporary: Path) -> Iterator[None]:
             shutil.rmtree(temporary, ignore_errors=True)
         elif temporary.exists():
             temporary.unlink()
-        if not isinstance(error, (OSError, SafetensorError)):
+        # tokenizers says what the system said in an exception of no class of its own.
+        if not (isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)):
             raise
         raise UsageError(
             f"{target} could not be written: {error}. {free / 2**20:.0f} MiB are free on that disk. What was saved "

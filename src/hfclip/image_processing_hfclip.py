@@ -510,9 +510,8 @@ def _flat(images: Any, data_format: str | None) -> Iterator[tuple[ImageSource, s
     """The single images in nested lists and batches, in order, each with the place of its channels where known."""
     if isinstance(images, (list, tuple)):
         for item in images:
-            if data_format is None and isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 3:
-                # Each entry of a list is one image, so four planes are those of RGBA.
-                yield item, _data_format(item.shape)
+            if data_format is None and _has_four_planes(item):
+                yield item, "channels_first"  # each entry of a list is one image: they are those of RGBA
             else:
                 yield from _flat(item, data_format)
     elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
@@ -520,6 +519,12 @@ def _flat(images: Any, data_format: str | None) -> Iterator[tuple[ImageSource, s
         yield from ((image, data_format) for image in images)
     else:
         yield images, data_format
+
+
+def _has_four_planes(image: Any) -> bool:
+    """Whether an array is (4, height, width) and cannot be (height, width, channels)."""
+    shape = image.shape if isinstance(image, (np.ndarray, torch.Tensor)) else ()
+    return len(shape) == 3 and shape[0] == 4 and shape[2] not in (1, 3, 4)
 
 
 def _name(image: Any) -> str:
