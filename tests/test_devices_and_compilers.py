@@ -36,6 +36,32 @@ def answers(model) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
+def test_hooks_see_the_stages_of_a_resnet():
+    model, seen = tiny(vision_config=dict(RESNET)), []
+    model.vision_model.layer4.register_forward_hook(lambda *call: seen.append(call[2].shape))
+    model.encode_image(images(2, 64))
+    assert seen == [(2, 256, 2, 2)]
+
+
+def test_shapes_are_known_without_a_device():
+    model = tiny().to("meta")
+    assert model(input_ids=texts().to("meta"), pixel_values=images().to("meta")).logits_per_image.shape == (5, 5)
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(image_embeds=torch.ones(2, 7), text_embeds=torch.ones(2, 48)), r"image_embeds: found \(2, 7\), expected .*48"),
+    (dict(image_embeds=torch.ones(48), text_embeds=torch.ones(2, 48)), r"image_embeds: found \(48,\)"),
+    (dict(image_embeds=torch.ones(2, 48), text_embeds=[1.0]), "text_embeds: found list"),
+    (dict(image_embeds=torch.ones(2, 48)), "You have to specify"),
+    (dict(image_embeds=torch.ones(2, 48), embeds_only=True), "embeds_only: expected"),
+    (dict(embeds_only=True), "embeds_only: expected"),
+])  # fmt: skip
+def test_rejects_embeddings_that_do_not_fit(given, message):
+    with pytest.raises(ValueError, match=message):
+        tiny()(**given)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", TOWERS)
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_offloaded_weights_give_the_same_answers(name, place, tmp_path):
@@ -75,12 +101,14 @@ def test_an_offloaded_classifier_gives_the_same_answers(vision):
     torch.testing.assert_close(model(images()).logits, expected, **CLOSE)
 
 
-def test_zero_shot_classification_with_offloaded_weights(processor):  # noqa: F811
+def test_zero_shot_classification_with_offloaded_weights(processor, tmp_path):  # noqa: F811
     model = tiny_model()
     make = lambda: ZeroShotClassifier(model, processor, ["cat", "dog"])
     expected = make().logits(photos(2))
     accelerate.cpu_offload(model, CPU)
     torch.testing.assert_close(make().logits(photos(2)), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="weights are offloaded"):
+        make().save(tmp_path)
 
 
 @pytest.mark.parametrize("vision", [VISION, RESNET], ids=["vit", "resnet"])

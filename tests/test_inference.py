@@ -86,6 +86,16 @@ class TestOneDNNLinear:
             with forward_ad.dual_level():
                 tangent = forward_ad.unpack_dual(fast(forward_ad.make_dual(x, v))).tangent
             torch.testing.assert_close(tangent, v @ plain.weight.t(), **CLOSE)
+            by_bias = lambda bias: torch.func.functional_call(fast, {"bias": bias}, x)
+            assert torch.func.jvp(by_bias, (plain.bias,), (torch.ones(24),))[1].eq(1).all()
+
+    def test_weights_of_other_kinds_stay_as_they_are(self):
+        class Quantised(torch.Tensor):
+            pass
+
+        layer = nn.Linear(4, 3)
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised))
+        assert type(optimize_for_inference(nn.Sequential(layer))[0]) is nn.Linear
 
     @torch.no_grad()
     def test_other_precisions_are_torchs(self):
@@ -131,6 +141,14 @@ class TestPipeline:
         self.assert_same(list(ours((image for image in images), candidate_labels=labels, **options)), expected)
         self.assert_same([ours(images[0], labels, **options)], expected[:1])
 
+    def test_a_template_may_be_given_when_it_is_made(self, pipelines, processor):  # noqa: F811
+        parts = dict(tokenizer=processor.tokenizer, image_processor=processor.image_processor)
+        made = ZeroShotImageClassificationPipeline(
+            model=pipelines[1].model, hypothesis_template="the {} on a table", **parts
+        )
+        expected = pipelines[1](photos(2), LABELS[:3], hypothesis_template="the {} on a table")
+        self.assert_same(made(photos(2), LABELS[:3]), expected)
+
     @torch.no_grad()
     def test_a_write_to_a_weight_counts_in_the_next_call(self, pipelines):
         standard, ours = pipelines
@@ -149,9 +167,11 @@ class TestPipeline:
             self.assert_same(result, expected[number % 4])
 
     def test_refuses_what_it_cannot_use(self, pipelines, processor):  # noqa: F811
-        for labels in ([], "cat, dog"):
+        for labels in ([], None, "cat, dog"):
             with pytest.raises(ValueError, match="expected a list of at least one label"):
                 pipelines[1](photos(1), candidate_labels=labels)
+        with pytest.raises(ValueError, match="where the label goes"):
+            pipelines[1](photos(1), candidate_labels=LABELS, hypothesis_template="a photo")
         parts = dict(tokenizer=processor.tokenizer, image_processor=processor.image_processor)
         with pytest.raises(TypeError, match="needs a HFCLIPModel, found HFCLIPForImageClassification"):
             ZeroShotImageClassificationPipeline(model=HFCLIPForImageClassification(tiny_model().config), **parts)

@@ -154,6 +154,12 @@ def test_embedding_on_a_device_waits_for_nothing(monkeypatch, attention):
 
 
 def test_impossible_lengths_are_refused():
+    model = tiny()
     for found in ([], [3], [0] * 5, [21] * 5):
         with pytest.raises(ValueError, match="expected one from 1 to 20 for each of 5 texts"):
-            tiny().encode_text(texts(), text_lengths=found)
+            model.encode_text(texts(), text_lengths=found)
+    for found in ("33333", [3.0] * 5, torch.tensor([3] * 5)):
+        with pytest.raises(ValueError, match="expected a list of integers"):
+            model.encode_text(texts(), text_lengths=found)
+    with pytest.raises(ValueError, match="padded on the left"):
+        model.encode_text(*padded(0, [20 - n for n in lengths()]), text_lengths=[20] * 5)

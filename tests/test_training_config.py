@@ -104,6 +104,8 @@ def test_every_path_expands_the_home_folder(tmp_path, monkeypatch):
         (["--model.vision_checkpoint", "x"], ["set alone", "text_checkpoint"]),
         (["--model.patch_dropout", "1"], ["patch_dropout", "0 <= value < 1"]),
         (["--config", "quickstrat"], ["quickstrat", "recipes", "quickstart"]),
+        (["--config", ""], ["--config: found an empty word"]),
+        (["--config", "quickstart", "--resume", ""], ["--resume: found an empty word"]),
     ],
 )
 def test_rejects_mistaken_arguments(arguments, words):
@@ -124,6 +126,7 @@ def test_rejects_mistaken_arguments(arguments, words):
         ("optim: {lr: 1}\nrun: {seed: 1}\noptim: {steps: 2}", ["'optim' is given twice, in lines 1 and 3"]),
         ("optim:\n  lr: 1\n  steps: 2\n  lr: 2", ["'lr' is given twice, in lines 2 and 4"]),
         ("just text", ["'just text'", "mapping of sections"]),
+        ("data: {train: {{DATA}}}", ["not a YAML file", "unhashable key"]),
     ],
 )
 def test_rejects_mistaken_files(values, words, tmp_path):

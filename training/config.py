@@ -424,7 +424,8 @@ def _without_credentials(value: Any) -> Any:
         return {_without_credentials(key): _without_credentials(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_without_credentials(entry) for entry in value]
-    return redacted(value) if isinstance(value, str) else value
+    # A path of this machine has none, whatever its folders are called.
+    return redacted(value) if isinstance(value, str) and "://" in value else value
 
 
 def _check_credentials(config: Config) -> None:
@@ -455,6 +456,8 @@ class _EachKeyOnce(yaml.SafeLoader):
     def compose_mapping_node(self, anchor):
         node, lines = super().compose_mapping_node(anchor), {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # which yaml refuses itself
             if (before := lines.setdefault(key.value, key.start_mark)) is not key.start_mark:
                 place = f"lines {before.line + 1} and {key.start_mark.line + 1}"
                 raise yaml.YAMLError(f"{key.value!r} is given twice, in {place}. Join them into one.")
@@ -471,7 +474,7 @@ def load_yaml(name: str) -> dict:
         raise UsageError(f"--config: found no file {name!r}, expected a YAML file or one of the recipes: {recipes}.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"--config: {path} is not a YAML file: {error}") from error
     _require(isinstance(values or {}, dict), f"--config {path}", values, "a mapping of sections")
     return values or {}
@@ -483,6 +486,9 @@ def parse_arguments(argv: list[str]) -> tuple[Config, str | None]:
     if unknown:
         flag = unknown[0].split("=")[0]
         raise UsageError(f"Unknown argument {flag!r}.{_nearest(flag, [f'--{name}' for name in _settings()])}")
+    for name in ("config", "resume"):
+        if getattr(arguments, name) == "":
+            raise UsageError(f"--{name}: found an empty word, expected a path. Is a variable of the shell not set?")
     named = any(getattr(arguments, name) is not None for name in NAMES_A_RUN)
     recipe = arguments.config or (None if named else QUICKSTART)
     values = load_yaml(recipe) if recipe else {}

@@ -19,7 +19,7 @@ def usable_cores() -> int:
 
 
 def cpu_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Cores' worth of time that this process's control groups (Linux, version 1 or 2) allow it; infinity if any.
+    """Cores' worth of time that this process's control groups (Linux, version 1 or 2) allow it; infinity if they set no limit.
 
     Args:
         groups: lists the groups, as `hierarchy:controllers:path`.

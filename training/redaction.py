@@ -13,7 +13,9 @@ MASK = "***"
 _PUBLIC = "alt|dl|download|export|format|id|name|page|part|path|prefix|raw|ref|revision|version|versionId"
 # Of options as s3fs, gcsfs, adlfs and environment variables call them.
 _SECRETS = (
-    r"[\w-]*(?:secret|password|passwd|credential|token|api[_-]?key|access[_-]?key(?:[_-]?id)?|account[_-]?key)s?"
+    r"(?:[\w-]*(?:secret|password|passwd|credential|api[_-]?key|access[_-]?key(?:[_-]?id)?|account[_-]?key)s?"
+    # Not every token is one: there are those of texts, max_tokens and eos_token.
+    r"|(?:[\w-]*(?:access|api|auth|bearer|hf|hub|id|refresh|sas|security|session)[_-])?token)"
 )
 _PATTERNS = (
     # scheme://user:password@host and https://token@host; passwords may hold an "@"
@@ -21,8 +23,6 @@ _PATTERNS = (
         re.compile(r"(?<=://)[^/?#\s'\"]*:[^/?#\s'\"]*@|(?<=https://)[^/?#\s'\"]+@|(?<=http://)[^/?#\s'\"]+@"),
         f"{MASK}@",
     ),
-    # ?parameter=value of a URL; "::" begins another URL
-    (re.compile(rf"([?&;#])(?!(?:{_PUBLIC})=)([\w.~%-]+)=(?:(?!::)[^&;#\s'\"<>)}}\]])+", re.I), rf"\1\2={MASK}"),
     # tokens of the Hugging Face Hub, and those in headers
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), MASK),
     (re.compile(r"\b(Bearer)\s+[^\s'\"]+|(Authorization['\"]?\s*[:=]\s*['\"]?\w+)\s+[^\s'\"]+"), rf"\1\2 {MASK}"),
@@ -34,12 +34,18 @@ _PATTERNS = (
         ),
         rf"\1{MASK}",
     ),
-    (re.compile(rf"(?<![\w.-])({_SECRETS}=['\"]?)(?!\*)[^\s'\",}}&]+", re.I), rf"\1{MASK}"),
+    (re.compile(rf"(?<![\w./-])({_SECRETS}=['\"]?)(?!\*)[^\s'\",}}&]+", re.I), rf"\1{MASK}"),
 )
+
+
+_URL = re.compile(r"\w://[^\s'\"<>]+")
+# ?parameter=value of a URL; "::" begins another URL
+_PARAMETER = re.compile(rf"([?&;#])(?!(?:{_PUBLIC})=)([\w.~%-]+)=(?:(?!::)[^&;#)}}\]])+", re.I)
 
 
 def redacted(text: str) -> str:
     """Masks each credential in `text`; text without any stays as it is."""
+    text = _URL.sub(lambda url: _PARAMETER.sub(rf"\1\2={MASK}", url[0]), text)
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return text

@@ -403,8 +403,8 @@ class HFCLIPImageProcessor(BaseImageProcessor):
         do_normalize: Subtract `image_mean` and divide by `image_std`, three numbers each (red, green, blue).
         do_convert_rgb: If false, an image that is not RGB is refused.
         resize_backend: "pil" is exact. "torch" resizes RGB and grey images to a shortest edge with torch's antialiased
-            kernel on the CPU (the one torchvision uses for tensors), bilinear and bicubic only: less than half of the
-            time, at most 2 levels of 255 away. Images of other modes, those more than twice as tall as wide and a
+            kernel on the CPU (the one torchvision uses for tensors), bilinear and bicubic only: less than half of
+            the time of resizing, at most 2 levels of 255 away. Images of other modes, those more than twice as tall as wide and a
             `size` of height and width take PIL, too. It is saved with the other options and never chosen by itself.
 
     Every option may be given again in a call; None stands for the default. Raises `TypeError` for unknown options and

@@ -29,7 +29,8 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     summation, and read the weights as they are at each call. With gradients, other dtypes, on other devices, under
     autocast, and in graphs that are traced, compiled or exported, the layers compute what they did before.
 
-    Layers of exactly the class `nn.Linear` are changed: quantise a model, or add adapters to it, before and not after.
+    Layers of exactly the class `nn.Linear` with plain weights are changed. What looks for that class (quantisation,
+    counters of operations) comes before.
 
     Returns:
         The same model, in evaluation mode.
@@ -40,7 +41,7 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         raise RuntimeError("optimize_for_inference: found a build of torch without oneDNN. Use the model as it is.")
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
             module.__class__ = OneDNNLinear
     return model.eval()
 
@@ -57,13 +58,18 @@ class OneDNNLinear(nn.Linear):
             or torch.is_autocast_enabled("cpu")
             or torch.jit.is_tracing()
             or type(x) is not Tensor
+            or type(self.weight) not in (nn.Parameter, Tensor)
             or not x.numel()
-            # Tangents of forward-mode differentiation, which the kernel would lose.
-            or forward_ad.unpack_dual(x).tangent is not None
-            or forward_ad.unpack_dual(self.weight).tangent is not None
+            or x.shape[-1] != self.in_features
+            or self._has_tangents(x)
         ):
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def _has_tangents(self, x: Tensor) -> bool:
+        """Whether derivatives are computed in forward mode, which the kernel would lose."""
+        values = (x, self.weight) if self.bias is None else (x, self.weight, self.bias)
+        return any(forward_ad.unpack_dual(value).tangent is not None for value in values)
 
 
 class ZeroShotImageClassificationPipeline(transformers.ZeroShotImageClassificationPipeline):
@@ -76,7 +82,8 @@ class ZeroShotImageClassificationPipeline(transformers.ZeroShotImageClassificati
         TypeError: the model is not a `HFCLIPModel`.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, hypothesis_template: str = "This is a photo of {}.", **kwargs):
+        self.hypothesis_template = hypothesis_template
         super().__init__(**kwargs)
         if not hasattr(self.model, "encode_text"):
             raise TypeError(
@@ -88,12 +95,15 @@ class ZeroShotImageClassificationPipeline(transformers.ZeroShotImageClassificati
         """See transformers' pipeline of the same name; `tokenizer_kwargs` reach the tokenizer.
 
         Raises:
-            ValueError: no labels, or one string in place of a list.
+            ValueError: no labels, one string in place of a list, or a template without a place for the label.
         """
-        if isinstance(candidate_labels, str) or not (labels := list(candidate_labels)):
+        if isinstance(candidate_labels, str) or not (labels := list(candidate_labels or ())):
             raise ValueError(f"candidate_labels: found {candidate_labels!r}, expected a list of at least one label.")
-        template = kwargs.pop("hypothesis_template", "This is a photo of {}.")
-        text_embeds = self._embed([template.format(label) for label in labels], kwargs.pop("tokenizer_kwargs", None))
+        template = kwargs.pop("hypothesis_template", self.hypothesis_template)
+        texts = [template.format(label) for label in labels]
+        if len(set(labels)) > 1 and len(set(texts)) == 1:
+            raise ValueError(f"hypothesis_template: found {template!r}, expected {{}} in it, where the label goes.")
+        text_embeds = self._embed(texts, kwargs.pop("tokenizer_kwargs", None))
         return super().__call__(image, labels, text_embeds=text_embeds, **kwargs)
 
     def _embed(self, texts: list[str], tokenizer_kwargs: dict | None) -> Tensor:

@@ -7,6 +7,7 @@
 A tower is ours (`TOWERS`) or any that AutoModel builds, then pooled by a named rule.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -356,6 +357,10 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             ValueError: an input is missing, given twice, or does not fit the model; `return_loss` without pairs.
             RuntimeError: `return_loss` in a run of several processes, where it would miss their negatives.
         """
+        if embeds_only and (
+            image_embeds is not None or text_embeds is not None or (input_ids is None and pixel_values is None)
+        ):
+            raise ValueError("embeds_only: expected input_ids, pixel_values or both, and no embeddings.")
         if embeds_only:
             return HFCLIPOutput(
                 image_embeds=None if pixel_values is None else self.encode_image(pixel_values),
@@ -368,6 +373,9 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
                 "You have to specify input_ids and pixel_values, or text_embeds and image_embeds in their place. For "
                 "the embeddings of one of the two use encode_text, encode_image, or embeds_only=True."
             )
+        for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
+            if embeds is not None:
+                self._check_embeds(name, embeds)
         vision_outputs = text_outputs = None
         if image_embeds is None:
             vision_outputs = self._vision_outputs(pixel_values, interpolate_pos_encoding, **kwargs)
@@ -386,14 +394,24 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             vision_model_output=vision_outputs,
         )
 
+    def _check_embeds(self, name: str, embeds: torch.Tensor) -> None:
+        """Raises ValueError, saying what was found and expected, for what cannot be embeddings of this model."""
+        shape = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+        if not isinstance(shape, tuple) or len(shape) != 2 or shape[1] != self.config.projection_dim:
+            raise ValueError(
+                f"{name}: found {shape}, expected a tensor (number, {self.config.projection_dim}) of unit embeddings."
+            )
+
     def similarities(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """(num_images, num_texts) logits of unit embeddings: scaled cosines, plus the bias if there is one.
 
         In float32 (or better), under autocast too: the ranking of many labels does not survive half precision.
         """
         device = image_embeds.device
-        with torch.autocast(device.type, enabled=False):
+        has_autocast = torch.amp.is_autocast_available(device.type)
+        with torch.autocast(device.type, enabled=False) if has_autocast else nullcontext():
             images, texts = at_least_float32(image_embeds), at_least_float32(text_embeds.to(device))
+            texts = texts.to(images.dtype)
             logits = images @ texts.t() * self.logit_scale.to(images.dtype).exp()
             return logits if self.logit_bias is None else logits + self.logit_bias.to(images.dtype)
 

@@ -240,9 +240,11 @@ class HFCLIPResNetModel(PreTrainedModel):
         hidden_states = self.stem(pixel_values)
         feature_maps = [hidden_states]
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                repeats = block.gradient_checkpointing and not torch.compiler.is_compiling()  # graphs count once
-                hidden_states = block(hidden_states, past_calls=[]) if repeats else block(hidden_states)
+            if stage[0].gradient_checkpointing and not torch.compiler.is_compiling():  # graphs count once
+                for block in stage:
+                    hidden_states = block(hidden_states, past_calls=[])
+            else:
+                hidden_states = stage(hidden_states)
             feature_maps.append(hidden_states)
         return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=hidden_states,

@@ -471,9 +471,13 @@ def embed_tokens(embedding: nn.Embedding, input_ids: torch.Tensor) -> torch.Tens
         ) from error
 
 
-def check_lengths(text_lengths: list[int], input_ids: torch.Tensor) -> None:
+def check_lengths(text_lengths: list[int], input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
     """Raises ValueError, saying what was found and expected, for lengths that the texts cannot have."""
     batch_size, length = input_ids.shape
+    if not isinstance(text_lengths, list) or not all(isinstance(number, int) for number in text_lengths):
+        raise ValueError(f"text_lengths: found {text_lengths!r}, expected a list of integers.")
+    if attention_mask is not None and is_on_host(attention_mask) and not attention_mask[:, 0].all():
+        raise ValueError("text_lengths: found texts padded on the left, expected padding on the right. Leave it out.")
     if len(text_lengths) != batch_size or not 0 < min(text_lengths) <= max(text_lengths) <= length:
         raise ValueError(
             f"text_lengths: found {len(text_lengths)} numbers from {min(text_lengths, default=None)} to "
@@ -571,7 +575,7 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
         batch_size, length = input_ids.shape
         order = positions = None
         if text_lengths is not None:
-            check_lengths(text_lengths, input_ids)
+            check_lengths(text_lengths, input_ids, attention_mask)
             pooled = torch.tensor(text_lengths).to(input_ids.device, non_blocking=True) - 1
         else:
             if attention_mask is not None:

@@ -272,7 +272,7 @@ class ZeroShotClassifier:
             )
         try:
             with safe_open(folder / _EMBEDS_FILE, "pt") as file:
-                label_embeds = file.get_tensor("label_embeds").to(unwrap_model(model).device)
+                label_embeds = file.get_tensor("label_embeds").to(device_of(unwrap_model(model)))
                 origin = (file.metadata() or {}).get("model_fingerprint", expected)  # older files do not name it
         except SafetensorError as error:
             raise ValueError(f"{folder / _EMBEDS_FILE} is damaged ({error!r}): save the classifier anew.") from error
@@ -289,8 +289,16 @@ def model_fingerprint(model: nn.Module) -> str:
 
     Weights count by their value in float32, so a bfloat16 checkpoint has one fingerprint in bfloat16 and in float32;
     weights rounded to a smaller dtype are other weights. Names, versions and the attention kernel do not count.
+
+    Raises:
+        ValueError: the weights are offloaded, and cannot be read as they are.
     """
     model = unwrap_model(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "the model's weights are offloaded, and its fingerprint needs them: save or load the classifier with a model "
+            "that is held in memory."
+        )
     digest = hashlib.sha256(json.dumps(_architecture(model.config.to_dict()), sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         values = tensor.float() if tensor.is_floating_point() else tensor
