@@ -36,9 +36,7 @@ _PATTERNS = (
     ),
     (re.compile(rf"(?<![\w./-])({_SECRETS}=['\"]?)(?!\*)[^\s'\",}}&]+", re.I), rf"\1{MASK}"),
 )
-
-
-_URL = re.compile(r"\w://[^\s'\"<>]+")
+_URL = re.compile(r"\w:/[^\s'\"<>]+")  # with one slash where somebody has taken it for a path
 # ?parameter=value of a URL; "::" begins another URL
 _PARAMETER = re.compile(rf"([?&;#])(?!(?:{_PUBLIC})=)([\w.~%-]+)=(?:(?!::)[^&;#)}}\]])+", re.I)
 
