@@ -32,6 +32,9 @@ from training.data import COUNTED, Collate, PairDataset, build_loader
 from training.sources import open_source
 
 
+pytestmark = pytest.mark.slow
+
+
 NUM_BROKEN = int(os.environ.get("HFCLIP_BROKEN_SAMPLES", "110"))
 BATCH = 16
 JPEG, PNG = image_bytes(0), image_bytes(0, kind="PNG")

@@ -12,6 +12,9 @@ from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProces
 from hfclip.data.scenes import Scenes
 
 
+pytestmark = pytest.mark.slow
+
+
 def test_examples_train_and_save_models_that_load(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     scenes = Scenes("train", num_scenes=200)

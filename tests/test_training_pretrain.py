@@ -41,6 +41,9 @@ from training.step import TrainingStep
 from training.stopping import Stopping
 
 
+pytestmark = pytest.mark.slow
+
+
 TENSORBOARD = ["tensorboard"] if is_tensorboard_available() else []
 MISSING_TRACKER = next(str(name) for name in LOGGER_TYPE_TO_CLASS if name not in map(str, get_available_trackers()))
 

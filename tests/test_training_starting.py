@@ -22,6 +22,9 @@ from training.config import Config
 from training.step import TrainingStep
 
 
+pytestmark = pytest.mark.slow
+
+
 def write_shards(folder: Path) -> None:
     (folder / "shards").mkdir()
     write_tar(folder / "shards" / "0.tar", pairs(range(64)))

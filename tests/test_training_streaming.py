@@ -37,6 +37,9 @@ from training.index import count_shards, upload
 from training.sources import ShardSource, open_source
 
 
+pytestmark = pytest.mark.slow
+
+
 pytest.importorskip("aiohttp", reason="fsspec reads http through aiohttp")
 
 NUM_SHARDS = 40  # two lanes
