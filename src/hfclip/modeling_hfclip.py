@@ -139,7 +139,7 @@ def pooled_by(
     """A tower's outputs with the `pooler_output` (batch, hidden) of a named rule."""
     is_there = type(outputs) is BaseModelOutputWithPooling and outputs.pooler_output is not None
     if rule == "pooler" and is_there:
-        return outputs  # as it is: making another costs a tenth of a small model's call
+        return outputs
     return BaseModelOutputWithPooling(
         **{**only_base_fields(outputs), "pooler_output": pool(outputs, rule, attention_mask)}
     )
