@@ -22,7 +22,7 @@ import yaml
 if not __package__:  # the trainer's modules are named from the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from training.curves import draw_losses
+from training.report.curves import draw_losses
 
 
 ROOT = Path(__file__).resolve().parents[1]

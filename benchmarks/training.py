@@ -46,9 +46,9 @@ from training.distillation import computing_in
 from training.machine import make_the_most_of_the_cpu, settled_precision
 from training.model import suited_to
 from training.phases import Phase, Phases
+from training.report.timing import Stopwatch
 from training.sources import open_source
 from training.step import TrainingStep, build_step, normalized
-from training.timing import Stopwatch
 
 
 RESULTS = Path(__file__).parent / "results"

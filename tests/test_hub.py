@@ -402,7 +402,7 @@ def test_the_trainer_publishes_and_names_the_command_where_it_cannot(server, tmp
 
 
 def test_the_trainer_asks_for_a_token_before_it_trains(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("training.publish.get_token", lambda: None)  # a developer may be logged in
+    monkeypatch.setattr("training.report.publish.get_token", lambda: None)  # a developer may be logged in
     recipe = write_recipe(tmp_path, run={"push_to_hub": REPO})
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(recipe)])
     with pytest.raises(SystemExit, match="2"):

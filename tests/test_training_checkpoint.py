@@ -15,9 +15,9 @@ from training_utils import ROOT, caption, environment, tiny_recipe
 from transformers import AutoModel, AutoProcessor
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
-from training import checkpoint
 from training.config import Config, UsageError
 from training.optim import build_optimizer
+from training.state import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_kill_at_any_moment_leaves_the_old_or_the_new(parts, tmp_path, capfd):
 WITH_LITTLE_ROOM = """
 import pickle, resource, shutil, sys
 from pathlib import Path
-from training import checkpoint
+from training.state import checkpoint
 folder, kind = Path(sys.argv[1]) / "run", sys.argv[2]
 model, processor, states = pickle.load(sys.stdin.buffer)
 save = lambda step: checkpoint.save_checkpoint(folder, step, model, processor, states, {}, keep=9)

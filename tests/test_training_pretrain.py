@@ -33,12 +33,12 @@ from transformers import pipeline
 
 from hfclip import HFCLIPTokenizer
 from training import pretrain as program
-from training.checkpoint import claim
 from training.config import Config
 from training.data import Collate
 from training.machine import build_accelerator
+from training.state.checkpoint import claim
+from training.state.stopping import Stopping
 from training.step import TrainingStep
-from training.stopping import Stopping
 
 
 pytestmark = pytest.mark.slow
@@ -224,7 +224,7 @@ def test_signal_of_a_queue_saves_and_ends_well(tmp_path):
 )
 def test_signals_request_a_stop(name, stops):
     """But for the end of a terminal, where `nohup` says to go on without it."""
-    action = "from training.stopping import Stopping; stopping = Stopping(None); stopping.catch_signals()"
+    action = "from training.state.stopping import Stopping; stopping = Stopping(None); stopping.catch_signals()"
     line = [sys.executable, "-c", f"{action}; print(flush=True); input(); print(stopping.requested)"]
     line = ["nohup", *line] if name == "nohup" else line
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}

@@ -17,8 +17,8 @@ from accelerate.state import AcceleratorState
 from training_utils import command, environment, pairs, tiny_recipe, write_recipe, write_tar
 
 from training import pretrain as program
-from training.checkpoint import list_checkpoints
 from training.config import Config
+from training.state.checkpoint import list_checkpoints
 from training.step import TrainingStep
 
 

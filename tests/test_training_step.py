@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from training.config import Config
 from training.phases import Phase, Phases
+from training.report.timing import Stopwatch
 from training.step import TrainingStep, build_step, split, text_lengths
-from training.timing import Stopwatch
 
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}

@@ -32,7 +32,7 @@ from .loading import HandingOver
 from .machine import num_workers
 from .phases import Phases
 from .sources import BadSample, MixtureSource, Source, StreamSource, not_blank
-from .stopping import SIGNALS
+from .state.stopping import SIGNALS
 
 
 if TYPE_CHECKING:

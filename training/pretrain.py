@@ -24,10 +24,11 @@ from pathlib import Path
 if not __package__:  # run as a script, Python looks for modules in this folder; they are named from the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from training import checkpoint, launcher
+from training import launcher
 from training.config import CONFIG_FILE, Config, UsageError, parse_arguments
 from training.launcher import leave
 from training.redaction import redacted
+from training.state import checkpoint
 
 
 def read_command_line() -> tuple[Config, str | None]:
@@ -52,21 +53,21 @@ from torch.utils.data import DataLoader
 
 from hfclip import HFCLIPModel, HFCLIPProcessor
 from training import optim, parallel
-from training.curves import draw_curves
 from training.data import Collate, PairDataset, build_loader
 from training.distillation import build_teacher
 from training.evaluation import Evaluator
-from training.heartbeat import Heartbeat
 from training.loading import Batches
 from training.machine import build_accelerator, num_workers, on_main_process
 from training.model import build_architecture, build_model, build_processor, describe, resumed_from, suited_to
 from training.phases import build_phases
-from training.publish import check_token, print_summary, publish, write_card
+from training.report.curves import draw_curves
+from training.report.publish import check_token, print_summary, publish, write_card
+from training.report.timing import Stopwatch, Trace
+from training.report.tracking import Tracking, check_trackers
 from training.sources import BadSample, StreamSource, open_source
+from training.state.heartbeat import Heartbeat
+from training.state.stopping import Stopping
 from training.step import TrainingStep, build_step, num_micro_batches
-from training.stopping import Stopping
-from training.timing import Stopwatch, Trace
-from training.tracking import Tracking, check_trackers
 
 
 SECONDS_BETWEEN_CURVES = 60  # a drawing takes about one

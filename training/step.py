@@ -31,7 +31,7 @@ from .distillation import Teacher, distillation_loss
 from .ema import EMA
 from .flops import batch_flops
 from .phases import Phases
-from .timing import Stopwatch
+from .report.timing import Stopwatch
 
 
 MOST_ON_DEVICE = 2 << 30  # bytes of the pictures of a batch that lie there while it is embedded in micro-batches

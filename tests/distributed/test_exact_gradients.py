@@ -25,7 +25,7 @@ from training import step as training_step
 from training.config import Config
 from training.data import rank_slice
 from training.phases import Phase, Phases
-from training.timing import Stopwatch
+from training.report.timing import Stopwatch
 
 
 BATCH = 13

@@ -19,7 +19,7 @@ SILENCE = 5.0
 PROCESS = """
 import os, sys, time, torch, torch.distributed as dist
 from training.config import UsageError
-from training.heartbeat import Heartbeat
+from training.state.heartbeat import Heartbeat
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 with Heartbeat(rank, world, float(sys.argv[1])) as heartbeat:

@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
-from .config import Config, UsageError
+from ..config import Config, UsageError
+from ..data import COUNTED
+from ..flops import measured_peak
+from ..machine import PRECISIONS
+from ..redaction import redacted
 from .curves import METRICS_FILE, read_metrics
-from .data import COUNTED
-from .flops import measured_peak
-from .machine import PRECISIONS
-from .redaction import redacted
 from .timing import Stopwatch
 
 

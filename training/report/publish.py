@@ -10,9 +10,9 @@ from hfclip import HFCLIPConfig, __version__
 from hfclip.hub import HubError, end_on_interrupt, push
 from hfclip.model_card import model_card
 
-from .config import Config, UsageError
-from .launcher import leave
-from .redaction import redacted
+from ..config import Config, UsageError
+from ..launcher import leave
+from ..redaction import redacted
 
 
 def check_token(config: Config) -> None:

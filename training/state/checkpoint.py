@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from .config import CONFIG_FILE, PATHS, Config, UsageError, recorded
+from ..config import CONFIG_FILE, PATHS, Config, UsageError, recorded
 
 
 if TYPE_CHECKING:  # torch takes seconds to import; a folder that is in the way is told before

@@ -26,8 +26,8 @@ from types import TracebackType
 
 import torch.distributed
 
-from .config import UsageError
-from .redaction import redacted
+from ..config import UsageError
+from ..redaction import redacted
 
 
 BEATS = 8  # in the time of `max_silence`, at least

@@ -1,0 +1,1 @@
+"""What a run reports: metrics, times, curves, and the trained model on the Hub."""
