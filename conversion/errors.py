@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
-class UsageError(ValueError):
-    """What the user did: what was found, what was expected, what to do."""
+from hfclip_errors import UsageError
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .redaction import MASK, redacted
+from hfclip_errors import MASK, UsageError, redact
 
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -52,10 +52,6 @@ NO_ACCUMULATION = (
     " The gradients of small contrastive batches do not add up to that of the large one: each pair would meet only the "
     "negatives of its own small batch. optim.micro_batch_size saves the same memory and is exact."
 )
-
-
-class UsageError(ValueError):
-    """A mistake that the user can mend: shown as one message without traceback, exit status 2."""
 
 
 def _require(condition: bool, name: str, found: Any, expected: str) -> None:
@@ -425,7 +421,7 @@ def _without_credentials(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_credentials(entry) for entry in value]
     # A path of this machine has none, whatever its folders are called.
-    return redacted(value) if isinstance(value, str) and "://" in value else value
+    return redact(value) if isinstance(value, str) and "://" in value else value
 
 
 def _check_credentials(config: Config) -> None:

@@ -1,0 +1,81 @@
+"""Mistakes that users can mend, told in one line with credentials masked. `hfclip.errors` is the same.
+
+A module of its own because `import hfclip` imports torch, which takes seconds: a run with a misspelt setting is refused
+before that.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+
+
+class UsageError(ValueError):
+    """A mistake that the user can mend: what was found, what was expected, what to do."""
+
+    exit_status = 2
+
+
+def run(main: Callable[[], None], interrupted: str = "Stopped.") -> None:
+    """Runs a program: a UsageError ends it with one line, Ctrl-C with `interrupted`; a bug keeps its traceback."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UsageError as error:
+        _end(f"error: {error}", error.exit_status)
+    except KeyboardInterrupt:
+        _end(f"\n{interrupted}", 130)
+    except BrokenPipeError:  # who read the output has left, as `head` does; Python would complain when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _end(message: str, status: int) -> None:
+    print(redact(message), file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Credentials in text: masked by form, so no list of the secrets at hand is needed, and what other libraries quote in
+# their errors is covered as well.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MASK = "***"
+# Parameters of URLs that say what is fetched. All others may let somebody in: signatures, keys, tokens, tickets.
+_PUBLIC = "alt|dl|download|export|format|id|name|page|part|path|prefix|raw|ref|revision|version|versionId"
+# Of options as s3fs, gcsfs, adlfs and environment variables call them.
+_SECRETS = (
+    r"(?:[\w-]*(?:secret|password|passwd|credential|api[_-]?key|access[_-]?key(?:[_-]?id)?|account[_-]?key)s?"
+    # Not every token is one: there are those of texts, max_tokens and eos_token.
+    r"|(?:[\w-]*(?:access|api|auth|bearer|hf|hub|id|refresh|sas|security|session)[_-])?token)"
+)
+_PATTERNS = (
+    # scheme://user:password@host and https://token@host; passwords may hold an "@"
+    (
+        re.compile(r"(?<=://)[^/?#\s'\"]*:[^/?#\s'\"]*@|(?<=https://)[^/?#\s'\"]+@|(?<=http://)[^/?#\s'\"]+@"),
+        f"{MASK}@",
+    ),
+    # tokens of the Hugging Face Hub, and those in headers
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), MASK),
+    (re.compile(r"\b(Bearer)\s+[^\s'\"]+|(Authorization['\"]?\s*[:=]\s*['\"]?\w+)\s+[^\s'\"]+"), rf"\1\2 {MASK}"),
+    # {key: value, secret_key: value}, {"secret_key": "value"} and AWS_SECRET_ACCESS_KEY=value
+    (
+        re.compile(
+            rf"((?:[{{,]\s*|(?=['\"]))['\"]?(?:key|{_SECRETS})['\"]?\s*:\s*['\"]?)(?!\*|None\b|null\b)[^\s'\",}}]+",
+            re.I,
+        ),
+        rf"\1{MASK}",
+    ),
+    (re.compile(rf"(?<![\w./-])({_SECRETS}=['\"]?)(?!\*)[^\s'\",}}&]+", re.I), rf"\1{MASK}"),
+)
+_URL = re.compile(r"\w:/[^\s'\"<>]+")  # with one slash where somebody has taken it for a path
+# ?parameter=value of a URL; "::" begins another URL
+_PARAMETER = re.compile(rf"([?&;#])(?!(?:{_PUBLIC})=)([\w.~%-]+)=(?:(?!::)[^&;#)}}\]])+", re.I)
+
+
+def redact(text: str) -> str:
+    """Masks each credential in `text`; text without any stays as it is."""
+    text = _URL.sub(lambda url: _PARAMETER.sub(rf"\1\2={MASK}", url[0]), text)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
