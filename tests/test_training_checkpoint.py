@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from training.config import Config, UsageError
 from training.optim import build_optimizer
-from training.state import checkpoint
+from training.state import checkpoint, resuming
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,8 @@ def test_weights_can_come_from_elsewhere(parts, tmp_path):
     model, processor, *_ = parts
     weights = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     folder = checkpoint.save_checkpoint(tmp_path, 7, model, processor, {}, {}, keep=1, state_dict=weights)
-    checkpoint.save_model(tmp_path / "model", model, processor, state_dict=weights)
-    for written in (folder, tmp_path / "model"):
-        loaded = HFCLIPModel.from_pretrained(written).state_dict()
-        assert loaded.keys() == weights.keys() and not any(value.any() for value in loaded.values())
+    loaded = HFCLIPModel.from_pretrained(folder).state_dict()
+    assert loaded.keys() == weights.keys() and not any(value.any() for value in loaded.values())
 
 
 def test_only_the_newest_are_kept(parts, tmp_path):
@@ -151,7 +149,7 @@ def test_kill_at_any_moment_leaves_the_old_or_the_new(parts, tmp_path, capfd):
             checkpoint.save_checkpoint(run, 2, model, processor, {"a": {"value": 2}}, {}, keep=1)
 
         was_killed = killed_at(moment, replace)
-        newest, _ = checkpoint.find_resumed(run, "auto")
+        newest, _ = resuming.find_resumed(run, "auto")
         assert newest.name == "checkpoint-2"
         found_values.append(checkpoint.load_states(newest)["a"]["value"])
         for path in checkpoint.list_checkpoints(run):
@@ -167,7 +165,7 @@ def test_kill_at_any_moment_leaves_the_old_or_the_new(parts, tmp_path, capfd):
 WITH_LITTLE_ROOM = """
 import pickle, resource, shutil, sys
 from pathlib import Path
-from training.state import checkpoint
+from training.state import checkpoint, resuming
 folder, kind = Path(sys.argv[1]) / "run", sys.argv[2]
 model, processor, states = pickle.load(sys.stdin.buffer)
 save = lambda step: checkpoint.save_checkpoint(folder, step, model, processor, states, {}, keep=9)
@@ -187,7 +185,7 @@ for room in (450_000, 350_000, 220_000, 150_000, 50_000, 4096, 0):
     filler.unlink(missing_ok=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
     assert not done and [path.name for path in folder.iterdir()] == ["checkpoint-1"], room
-    assert checkpoint.newest_checkpoint(folder)[1]["step"] == 1
+    assert resuming.newest_checkpoint(folder)[1]["step"] == 1
     print(message)
 save(2)
 """
@@ -246,7 +244,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(file, damage, parts, tmp
         path.write_bytes(damaged[damage])
     with pytest.raises(UsageError, match=f"{path.name} is (damaged|missing)|no readable .*{path.name}"):
         checkpoint.read_state(tmp_path / "checkpoint-10")
-    found, state = checkpoint.find_resumed(tmp_path, "auto")
+    found, state = resuming.find_resumed(tmp_path, "auto")
     assert found.name == "checkpoint-5" and state["step"] == 5
     message = capsys.readouterr().out
     assert "WARNING" in message and path.name in message and "damaged-checkpoint-10" in message
@@ -284,7 +282,7 @@ def test_state_of_another_form_gives_way_to_the_checkpoint_before(text, parts, t
     for step in (10, 15):
         (tmp_path / f"checkpoint-{step}" / "trainer_state").mkdir(parents=True)
         (tmp_path / f"checkpoint-{step}" / checkpoint.STATE_FILE).write_text(text)
-    found, state = checkpoint.find_resumed(tmp_path, "auto")
+    found, state = resuming.find_resumed(tmp_path, "auto")
     assert found.name == "checkpoint-5" and state["step"] == 5
     message = capsys.readouterr().out
     assert "checkpoint-10 has no readable" in message and "Setting it aside" in message
@@ -296,50 +294,50 @@ def test_refuses_to_begin_anew_where_all_checkpoints_are_damaged(parts, tmp_path
         (save(parts, tmp_path, step) / "model.safetensors").unlink()
     for _ in range(2):  # a job that is started again by a queue meets the same refusal
         with pytest.raises(UsageError, match="(?s)checkpoint-10.*checkpoint-5.*No checkpoint is left"):
-            checkpoint.find_resumed(tmp_path, "auto")
+            resuming.find_resumed(tmp_path, "auto")
     assert len(checkpoint.list_checkpoints(tmp_path)) == 2
 
 
 def test_nothing_to_resume_is_a_new_run(tmp_path):
-    assert checkpoint.find_resumed(tmp_path / "nowhere", "auto") is None
-    assert checkpoint.find_resumed(tmp_path / "nowhere", None) is None
-    assert checkpoint.find_resumed(tmp_path, None) is None  # empty
+    assert resuming.find_resumed(tmp_path / "nowhere", "auto") is None
+    assert resuming.find_resumed(tmp_path / "nowhere", None) is None
+    assert resuming.find_resumed(tmp_path, None) is None  # empty
 
 
 def test_rejects_a_folder_that_holds_a_run(parts, tmp_path):
     save(parts, tmp_path, 5)
     with pytest.raises(UsageError, match="holds a run already.*--resume auto.*--run.output_dir"):
-        checkpoint.find_resumed(tmp_path, None)
+        resuming.find_resumed(tmp_path, None)
 
 
 def test_rejects_resuming_from_what_is_no_newest_checkpoint(parts, tmp_path):
     run = tmp_path / "run"
     older = save(parts, run, 5)
-    assert checkpoint.find_resumed(run, str(older))[0] == older
+    assert resuming.find_resumed(run, str(older))[0] == older
     save(parts, run, 10)
     with pytest.raises(UsageError, match="newer checkpoints"):
-        checkpoint.find_resumed(run, str(older))
-    assert checkpoint.find_resumed(tmp_path / "branch", str(older))[1]["step"] == 5
+        resuming.find_resumed(run, str(older))
+    assert resuming.find_resumed(tmp_path / "branch", str(older))[1]["step"] == 5
     with pytest.raises(UsageError, match="another run"):
         shutil.copytree(run, tmp_path / "other")
-        checkpoint.find_resumed(tmp_path / "other", str(older))
+        resuming.find_resumed(tmp_path / "other", str(older))
     with pytest.raises(UsageError, match="not a checkpoint"):
-        checkpoint.find_resumed(run, str(tmp_path))
+        resuming.find_resumed(run, str(tmp_path))
 
 
 def test_changed_settings_are_told_or_refused(parts):
     config = parts[-1]
     saved = config.to_dict()
-    assert checkpoint.check_settings(saved, config) == []
+    assert resuming.check_settings(saved, config) == []
     changed = Config.from_dict({**saved, "optim": {**saved["optim"], "lr": 0.5}})
-    assert checkpoint.check_settings(saved, changed) == ["optim.lr is 0.5 and was 0.001"]
+    assert resuming.check_settings(saved, changed) == ["optim.lr is 0.5 and was 0.001"]
     changed = Config.from_dict({**saved, "data": {**saved["data"], "num_workers": 9}, "eval": {"batch_size": 9}})
-    assert checkpoint.check_settings(saved, changed) == []
+    assert resuming.check_settings(saved, changed) == []
     changed = Config.from_dict({**saved, "optim": {**saved["optim"], "batch_size": 99}})
     with pytest.raises(UsageError, match="optim.batch_size: found 99.*with 16"):
-        checkpoint.check_settings(saved, changed)
+        resuming.check_settings(saved, changed)
 
 
 def test_every_fixed_setting_exists(parts):
     settings = parts[-1].to_dict()
-    assert all(name.split(".")[1] in settings[name.split(".")[0]] for name in checkpoint.FIXED_ON_RESUME)
+    assert all(set(names) <= settings[section].keys() for section, names in resuming.FIXED_ON_RESUME.items())

@@ -36,7 +36,7 @@ from training import pretrain as program
 from training.config import Config
 from training.data import Collate
 from training.machine import build_accelerator
-from training.state.checkpoint import claim
+from training.state.resuming import lock_run_folder
 from training.state.stopping import Stopping
 from training.step import TrainingStep
 
@@ -198,7 +198,7 @@ def test_data_that_changed_is_noticed_on_resume(tmp_path, capsys, monkeypatch):
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
     write_shards(tmp_path, 64)
     recipe = write_recipe(tmp_path, optim={"steps": 3})
-    lock = claim(tmp_path / "run")
+    lock = lock_run_folder(tmp_path / "run")
     code, message = run_here(capsys, monkeypatch, "--config", recipe, "--resume", "auto")
     assert code == 2 and "another process trains there" in message
     lock.release()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .config import Config, UsageError
 from .cores import cores_of_this_process, threads_are_given
-from .state.checkpoint import precision_of
+from .state.resuming import precision_of
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

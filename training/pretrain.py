@@ -28,7 +28,7 @@ from training import launcher
 from training.config import CONFIG_FILE, Config, UsageError, parse_arguments
 from training.launcher import leave
 from training.redaction import redacted
-from training.state import checkpoint
+from training.state import checkpoint, resuming
 
 
 def read_command_line() -> tuple[Config, str | None]:
@@ -36,7 +36,7 @@ def read_command_line() -> tuple[Config, str | None]:
     try:
         config, resume = parse_arguments(sys.argv[1:])
         launcher.check_settings(config)
-        checkpoint.check_free(Path(config.run.output_dir), resume)
+        resuming.check_free(Path(config.run.output_dir), resume)
     except UsageError as error:
         leave(f"error: {error}", status=2)
     return config, resume
@@ -124,7 +124,7 @@ def main() -> None:
         folder, is_main = Path(config.run.output_dir), accelerator.is_main_process
         with (
             Heartbeat(accelerator.process_index, accelerator.num_processes, config.run.max_silence),
-            checkpoint.taken_back_if_it_fails(folder, is_main),
+            resuming.undo_if_start_fails(folder, is_main),
         ):
             run = build(config, resume, accelerator, stopping)
             with saved_if_it_fails(run):
@@ -153,9 +153,9 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
     """Opens the data, makes the model and restores what is resumed."""
     folder = Path(config.run.output_dir)
     main = accelerator.is_main_process
-    lock = checkpoint.claim(folder) if main and folder.exists() else None
-    resumed, state = on_main_process(accelerator, checkpoint.find_resumed, folder, resume) or (None, {"step": 0})
-    changes = checkpoint.check_settings(state.get("config", {}), config) if resumed else []
+    lock = resuming.lock_run_folder(folder) if main and folder.exists() else None
+    resumed, state = on_main_process(accelerator, resuming.find_resumed, folder, resume) or (None, {"step": 0})
+    changes = resuming.check_settings(state.get("config", {}), config) if resumed else []
 
     origin = resumed_from(config, resumed)
     architecture = build_architecture(origin)
@@ -173,7 +173,7 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
 
     phases = build_phases(config, architecture, processor.tokenizer, dataset.steps_per_epoch, stop)
     about_data = {"samples": list(dataset.order.lengths)}
-    checkpoint.check_data(state, about_data["samples"])
+    resuming.check_data(state, about_data["samples"])
     teacher, stored = build_teacher(config, processor.tokenizer, source, accelerator)
     collate = Collate(
         processor.tokenizer,
@@ -200,7 +200,7 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
         step.load_state(checkpoint.load_states(resumed))
         changes += changes_of_processes(core, state.get("num_processes"), accelerator.num_processes)
     if main and lock is None:
-        lock = checkpoint.claim(folder)
+        lock = resuming.lock_run_folder(folder)
     tracking = Tracking(
         accelerator, config, start, stop, step.watch, state.get("counts", {}), state.get("trackers", {})
     )
