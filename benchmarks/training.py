@@ -41,13 +41,13 @@ import hfclip
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPTokenizer
 from hfclip.data.scenes import Scenes, describe
 from training.config import Config
-from training.data import Collate, PairDataset, build_loader
+from training.data.batches import Collate, PairDataset, build_loader
+from training.data.batches import open_data as open_source
 from training.distillation import computing_in
 from training.machine import make_the_most_of_the_cpu, settled_precision
 from training.model import suited_to
 from training.phases import Phase, Phases
 from training.report.timing import Stopwatch
-from training.sources import open_source
 from training.step import TrainingStep, build_step, normalized
 
 

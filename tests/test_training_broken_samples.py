@@ -28,8 +28,8 @@ from training_utils import (
 
 from hfclip import HFCLIPTokenizer
 from training.config import Config
-from training.data import COUNTED, Collate, PairDataset, build_loader
-from training.sources import open_source
+from training.data.batches import COUNTED, Collate, PairDataset, build_loader
+from training.data.batches import open_data as open_source
 
 
 pytestmark = pytest.mark.slow

@@ -24,10 +24,14 @@ from PIL import Image
 from training_utils import caption, image_bytes, pairs, tiny_recipe, write_tar
 
 from hfclip import HFCLIPTokenizer
-from training.config import Config, DataConfig, UsageError
-from training.data import COUNTED, Collate, PairDataset, build_loader, caption_id, rank_slice, shuffled
-from training.shards import files_of, find_shards, patterns_of
-from training.sources import BadSample, ShardSource, open_source
+from hfclip.data.samples import BadSample, caption_id
+from hfclip.data.shards import find_shards, patterns_of
+from hfclip.data.tars import files_of
+from hfclip.data.webdataset import ShardSource
+from training.config import Config, UsageError
+from training.data.batches import COUNTED, Collate, PairDataset, build_loader
+from training.data.batches import open_data as open_source
+from training.data.order import rank_slice, shuffled
 
 
 def config_of(folder, **sections):
@@ -111,9 +115,7 @@ def test_rank_slices_make_the_batch(num_ranks):
 
 
 def test_batches_are_the_same_for_any_ranks_and_workers(tmp_path):
-    source = ShardSource(
-        find_shards(str(shards(tmp_path, 50)), tmp_path), DataConfig(cache_dir=str(tmp_path / "cache"))
-    )
+    source = ShardSource(find_shards(str(shards(tmp_path, 50)), tmp_path), None, tmp_path / "cache")
     alone = batches(config_of(tmp_path), source, stop=5)
     several = config_of(tmp_path, data={"num_workers": 2})
     split = [batches(several, source, stop=5, rank=rank, num_ranks=3) for rank in range(3)]
@@ -355,7 +357,7 @@ def test_tar_members_of_other_kinds_are_ignored_and_names_follow_webdataset(tmp_
     source = opened(tmp_path, tmp_path / "x.tar", caption_key="caption")
     assert [source.captions(i) for i in range(len(source))] == [["two"]]
     source = opened(tmp_path, tmp_path / "x.tar")
-    assert [source[i] for i in range(len(source))] == [
+    assert [source[i][:2] for i in range(len(source))] == [
         (image_bytes(1), ["one"]),
         (image_bytes(2, kind="WEBP"), [""]),  # "text" comes before "caption"
     ]
@@ -463,9 +465,9 @@ def test_local_tars_need_no_cache(tmp_path, capsys):
     source = opened(tmp_path, shards(tmp_path, 4), cache_dir=str(tmp_path / "file" / "cache"))
     assert len(source) == 4
     errors = capsys.readouterr().err
-    assert f"data.cache_dir: {tmp_path / 'file' / 'cache'}" in errors and "cannot be written" in errors
+    assert f"cache_dir: {tmp_path / 'file' / 'cache'}" in errors and "cannot be written" in errors
     with (
-        pytest.raises(UsageError, match="data.cache_dir: .*cannot be written"),
+        pytest.raises(UsageError, match="cache_dir: .*cannot be written"),
         server(tmp_path / "shards") as (url, _),
     ):
         opened(tmp_path, url + "/{00..01}.tar", cache_dir=str(tmp_path / "file" / "cache"))
@@ -585,7 +587,7 @@ def test_rejects_remote_shards_larger_than_the_disk_before_fetching(tmp_path):
             self.end_headers()
 
     with server(shards(tmp_path, 10), Huge) as (address, fetched):
-        with pytest.raises(UsageError, match=r"take 2,000,000,000.0 GB, but .* GB free. Set data.cache_dir"):
+        with pytest.raises(UsageError, match=r"take 2,000,000,000.0 GB, but .* GB free. Set cache_dir"):
             opened(tmp_path, address + "/{00..01}.tar")
         assert not fetched
 
@@ -620,7 +622,7 @@ def test_parquet_files_are_read(tmp_path):
     parquet_of_twenty(tmp_path)
     for name in ("parquet", "parquet/train-0.parquet", "parquet/*.parquet"):
         source = opened(tmp_path, tmp_path / name)
-        assert [source[i] for i in (0, 19)] == [(image_bytes(i), [caption(i)]) for i in (0, 19)]
+        assert [source[i][:2] for i in (0, 19)] == [(image_bytes(i), [caption(i)]) for i in (0, 19)]
         assert source.captions(7) == [caption(7)]
 
 
@@ -633,9 +635,9 @@ def test_table_with_other_columns_lists_and_gaps_is_read(tmp_path):
     rows += [{"photo": None, "sentences": ["a"]}, {"photo": rows[0]["photo"], "sentences": None}]
     Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "x.parquet"))
     source = opened(tmp_path, tmp_path / "x.parquet", image_key="photo")
-    assert source[3] == (image_bytes(3), [caption(3), "a"])
+    assert source[3][:2] == (image_bytes(3), [caption(3), "a"])
     assert _kind_of(source, 4) == "missing image" and _kind_of(source, 5) == "missing caption"
-    with pytest.raises(UsageError, match="'photo'.*set data.image_key"):
+    with pytest.raises(UsageError, match="'photo'.*set image_key"):
         opened(tmp_path, tmp_path / "x.parquet")
 
 
@@ -647,7 +649,7 @@ def test_image_folder_with_metadata_is_read(tmp_path):
     for i in range(5):
         (folder / f"{i}.jpg").write_bytes(image_bytes(i))
     source = opened(tmp_path, folder)
-    assert sorted(source[i] for i in range(5)) == sorted((image_bytes(i), [caption(i)]) for i in range(5))
+    assert sorted(source[i][:2] for i in range(5)) == sorted((image_bytes(i), [caption(i)]) for i in range(5))
 
 
 def test_local_folder_with_one_split_is_read_whatever_the_split_is_called(tmp_path):
@@ -676,7 +678,7 @@ def test_rejects_a_data_set_that_is_a_script(tmp_path):
 
 def test_scenes_need_no_files(tmp_path):
     source = opened(tmp_path, "scenes", max_samples=100)
-    image, captions = source[42]
+    image, captions, *_ = source[42]
     assert len(source) == 100 and image.size == (32, 32) and captions == source.captions(42)
 
 
@@ -710,7 +712,7 @@ def test_rejects_fewer_pairs_than_a_batch(tmp_path):
 
 def test_rejects_a_caption_key_that_the_shards_have_not(tmp_path):
     write_tar(tmp_path / "x.tar", [("a.jpg", image_bytes(1)), ("a.json", b'{"caption": "one", "url": ""}')])
-    with pytest.raises(UsageError, match=r"data.caption_key: x.tar has the keys \['caption', 'url'\], expected 'alt'"):
+    with pytest.raises(UsageError, match=r"caption_key: x.tar has the keys \['caption', 'url'\], expected 'alt'"):
         opened(tmp_path, tmp_path / "x.tar", caption_key="alt")
 
 

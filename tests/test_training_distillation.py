@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from training import embed as embedding
 from training.config import DataConfig, UsageError
-from training.distillation import StoredEmbeddings, Teacher, distillation_loss, num_samples
-from training.sources import open_source
+from training.data.batches import open_data as open_source
+from training.distillation import StoredEmbeddings, Teacher, distillation_loss
 
 
 CPU = torch.device("cpu")
@@ -264,7 +264,7 @@ def source_of(shards, tmp_path):
 
 def test_stored_embeddings_are_the_teachers(teacher_folder, processor, shards, stored_folder, tmp_path):
     source = source_of(shards, tmp_path)
-    stored = StoredEmbeddings.open(stored_folder, source, len(source))
+    stored = StoredEmbeddings.open(stored_folder, source)
     stored = pickle.loads(pickle.dumps(stored))  # as it comes to the workers
     samples, texts = [0, 11, 5, 5], [caption(0), caption(11), "two", "one"]
     images, text_embeds = stored.lookup(samples, texts)
@@ -287,8 +287,8 @@ def test_mixture_is_stored_as_training_numbers_it(teacher_folder, processor, tmp
     out = embed(teacher_folder, json.dumps(mixture), tmp_path / "out", "--max_samples", "4")
     config = DataConfig(train=mixture, cache_dir=str(tmp_path), max_samples=4)
     source = open_source(mixture, config, "train", 32)
-    stored = StoredEmbeddings.open(out, source, num_samples(source, config))
-    assert num_samples(source, config) == 8  # four of each
+    stored = StoredEmbeddings.open(out, source)
+    assert len(source) == 8  # four of each
     texts = stored.lookup([3, 4], [caption(3), caption(20)])[1]
     originals = [Image.open(io.BytesIO(image_bytes(seed))) for seed in (3, 20)]
     expected = reference_embeddings(teacher_folder, processor, originals, [caption(3), caption(20)])
@@ -309,13 +309,13 @@ def test_rejects_embeddings_of_other_data(stored_folder, tmp_path):
     (tmp_path / "other").mkdir()
     write_tar(tmp_path / "other" / "0.tar", pairs(range(100, 112)))
     with pytest.raises(UsageError, match="made for other data: sample 0 had no caption"):
-        StoredEmbeddings.open(stored_folder, source_of(tmp_path / "other", tmp_path), 12)
+        StoredEmbeddings.open(stored_folder, source_of(tmp_path / "other", tmp_path))
     (tmp_path / "longer").mkdir()
     write_tar(tmp_path / "longer" / "0.tar", pairs(range(13)))
     with pytest.raises(UsageError, match="holds 12 samples, expected the 13"):
-        StoredEmbeddings.open(stored_folder, source_of(tmp_path / "longer", tmp_path), 13)
+        StoredEmbeddings.open(stored_folder, source_of(tmp_path / "longer", tmp_path))
     with pytest.raises(UsageError, match="holds no stored embeddings.*training/embed.py"):
-        StoredEmbeddings.open(tmp_path, source_of(tmp_path / "longer", tmp_path), 13)
+        StoredEmbeddings.open(tmp_path, source_of(tmp_path / "longer", tmp_path))
 
 
 def test_rejects_embedding_into_a_folder_that_exists(teacher_folder, shards, stored_folder):

@@ -11,9 +11,9 @@ from training_utils import caption, image_bytes, pairs, tiny_recipe, write_tar
 
 from hfclip.evaluation.retrieval import retrieval_recall
 from training.config import Config, UsageError
+from training.data.batches import open_data as open_source
 from training.evaluation import Evaluator
 from training.model import build_architecture, build_model, build_processor
-from training.sources import open_source
 
 
 def built(folder, **evaluation):

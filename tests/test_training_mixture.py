@@ -10,11 +10,14 @@ import torch
 from test_training_data import config_of, opened, resent, shards, tokenizer
 from training_utils import caption, image_bytes, pairs, write_tar
 
+from hfclip.data.samples import caption_id
+from hfclip.data.sources import MixtureSource
 from training.config import UsageError
-from training.data import Collate, Order, PairDataset, Place, StepSampler, build_loader, caption_id
+from training.data.batches import Collate, PairDataset, build_loader
+from training.data.batches import open_data as open_source
+from training.data.order import Order, Place, StepSampler
 from training.distillation import StoredEmbeddings
 from training.phases import Phase, Phases
-from training.sources import MixtureSource, open_source
 
 
 def order_of(lengths, weights, batch_size, seed=0):
@@ -354,7 +357,7 @@ def store_embeddings(folder, num_samples):
 @pytest.mark.parametrize("sort_by_length", [False, True])
 def test_stored_embeddings_come_with_their_pairs(sort_by_length, tmp_path):
     source, config = opened(tmp_path, shards(tmp_path, 48, num_shards=1)), config_of(tmp_path)
-    stored = StoredEmbeddings.open(store_embeddings(tmp_path / "stored", 48), source, 48)
+    stored = StoredEmbeddings.open(store_embeddings(tmp_path / "stored", 48), source)
     collate = Collate(tokenizer(), pad_to_max=False, group=False, sort_by_length=sort_by_length, stored=stored)
     for batch in batches(config, source, 3, collate=collate):
         samples = batch["teacher_image_embeds"].argmax(dim=1).tolist()

@@ -14,8 +14,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from hfclip import HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from training.config import Config, UsageError
+from training.data.batches import open_data as open_source
 from training.model import build_architecture, build_model, build_processor, resumed_from, suited_to
-from training.sources import open_source
 
 
 SCENES = {"train": "scenes", "max_samples": 200}

@@ -34,7 +34,7 @@ from transformers import pipeline
 from hfclip import HFCLIPTokenizer
 from training import pretrain as program
 from training.config import Config
-from training.data import Collate
+from training.data.batches import Collate
 from training.machine import build_accelerator
 from training.state.resuming import lock_run_folder
 from training.state.stopping import Stopping

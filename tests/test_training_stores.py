@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import pytest
 from training_utils import caption, pairs, tiny_recipe, write_tar
 
-from training import stores
+from hfclip.data import stores
 from training.config import Config, UsageError
-from training.sources import open_source
+from training.data.batches import open_data as open_source
 
 
 pytest.importorskip("aiohttp", reason="fsspec reads http through aiohttp")

@@ -22,7 +22,7 @@ from transformers import BertConfig, ResNetConfig
 
 from hfclip import HFCLIPConfig, HFCLIPModel
 from training.config import Config, UsageError
-from training.data import COUNTED
+from training.data.batches import COUNTED
 from training.flops import batch_flops, measured_peak, tower_flops, training_flops
 from training.report.curves import draw_curves, draw_losses, read_metrics
 from training.report.timing import WARM_UP, Stopwatch, Trace

@@ -19,12 +19,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from hfclip import HFCLIPModel, HFCLIPProcessor, losses
+from hfclip.data.samples import Source, caption_id, usable_captions
 from hfclip.losses import LN_2, GlobalBatch
 
 from .config import Config, UsageError
-from .data import caption_id
 from .machine import PRECISIONS
-from .sources import BadSample, Source, not_blank, num_samples
 
 
 # What tokenizers that share their vocabulary may still treat differently.
@@ -273,14 +272,6 @@ ARRAYS = ("offsets", "caption_ids", "image_embeds", "text_embeds")
 NUM_PROBED = 64
 
 
-def usable_captions(source: Source, index: int) -> list[str]:
-    """The captions of a sample that training may choose from; none if they cannot be read."""
-    try:
-        return not_blank(source.captions(index))
-    except BadSample:
-        return []
-
-
 class StoredEmbeddings:
     """A teacher's embeddings of all images and captions of a source, written by training/embed.py.
 
@@ -300,8 +291,8 @@ class StoredEmbeddings:
         return StoredEmbeddings, (self.folder,)  # pickled, a mapped array would be read whole
 
     @classmethod
-    def open(cls, folder: str | Path, source: Source, length: int) -> "StoredEmbeddings":
-        """The embeddings in `folder`, of the first `length` samples of `source`.
+    def open(cls, folder: str | Path, source: Source) -> "StoredEmbeddings":
+        """The embeddings in `folder`, of the samples of `source`.
 
         Raises:
             UsageError: if they are not there, not finished, or of other data: some samples' captions are compared
@@ -315,6 +306,7 @@ class StoredEmbeddings:
                 f"distill.embeddings: {folder} holds no stored embeddings ({error}). Make them by training/embed.py; "
                 "it ends an interrupted folder if started again."
             ) from error
+        length = len(source)
         if stored.header["num_samples"] < length:
             raise UsageError(
                 f"distill.embeddings: {folder} holds {stored.header['num_samples']} samples, expected the {length} "
@@ -381,5 +373,5 @@ def build_teacher(
     if settings.teacher is not None:
         teacher = Teacher(settings.teacher, tokenizer, accelerator.device, config.run.precision)
     if settings.embeddings is not None:
-        stored = StoredEmbeddings.open(settings.embeddings, source, num_samples(source, config.data))
+        stored = StoredEmbeddings.open(settings.embeddings, source)
     return teacher, stored

@@ -28,12 +28,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from hfclip import HFCLIPModel, HFCLIPProcessor
+from hfclip.data.samples import BadSample, Source, caption_id, decoding, usable_captions
 from training.config import DataConfig, UsageError
-from training.data import caption_id
-from training.distillation import ARRAYS, HEADER, computing_in, load_teacher, usable_captions
+from training.data.batches import open_data
+from training.distillation import ARRAYS, HEADER, computing_in, load_teacher
 from training.machine import PRECISIONS, num_workers, settled_precision
 from training.redaction import redacted
-from training.sources import BadSample, Source, num_samples, open_source
 
 
 SAVE_EVERY = 60  # seconds
@@ -93,8 +93,8 @@ def embed(arguments: argparse.Namespace) -> Path:
     config = DataConfig(train=name, **{key: getattr(arguments, key) for key in names})
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model, processor = load_teacher(os.path.expanduser(arguments.model), device)
-    source = open_source(name, config, config.split, model.config.image_size)
-    writer = Writer(out, source, num_samples(source, config), model, arguments.model)
+    source = open_data(name, config, config.split, model.config.image_size)
+    writer = Writer(out, source, len(source), model, arguments.model)
     precision = settled_precision(arguments.precision, device)[0]
     with computing_in(precision, device):
         embed_samples(model, processor, source, writer, arguments)
@@ -162,9 +162,10 @@ class Samples(Dataset):
     def __getitem__(self, place: int) -> tuple[int, np.ndarray | None, list[str]]:
         index, pixels = self.indices[place], None
         try:
-            image, _ = self.source[index]
-            pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0].numpy()
-        except (BadSample, ValueError, TypeError):
+            image, *_ = self.source[index]
+            with decoding(image):
+                pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0].numpy()
+        except BadSample:
             pass  # its row stays zero; training meets the same sample, and counts it
         return index, pixels, usable_captions(self.source, index)
 

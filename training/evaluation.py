@@ -7,6 +7,7 @@ model itself, never through a distributed wrapper, whose forward would wait for 
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,14 @@ from tqdm import tqdm
 
 from hfclip import HFCLIPModel, HFCLIPProcessor, ZeroShotClassifier
 from hfclip.data import draw_predictions, retrieval_task, zero_shot_tasks
+from hfclip.data.samples import BadSample, Source, usable_captions
 from hfclip.evaluation.retrieval import retrieval_recall
 from hfclip.evaluation.zero_shot import UndecodableImage, load_labelled_folder, zero_shot_accuracy
 from hfclip.zero_shot import evaluating
 
 from .config import Config, UsageError
+from .data.batches import open_data
 from .machine import num_workers
-from .sources import BadSample, Source, not_blank, open_source
 
 
 NUM_PICTURES = 24
@@ -184,14 +186,14 @@ def _open_pairs(config: Config, image_size: int) -> HeldOutPairs:
     if config.eval.retrieval == "scenes":
         task = retrieval_task(size=image_size)
         return HeldOutPairs(task.images, [[text] for text in task.texts])
-    source = open_source(config.eval.retrieval, config.data, None, image_size)
+    data = replace(config.data, max_samples=config.eval.max_samples)
+    try:
+        source = open_data(config.eval.retrieval, data, None, image_size)
+    except UsageError as error:
+        raise UsageError(f"eval.retrieval: {error}") from error
     indices, captions = [], []
-    for index in range(min(len(source), config.eval.max_samples)):
-        try:
-            texts = not_blank(source.captions(index))
-        except BadSample:
-            continue
-        if texts:
+    for index in range(len(source)):
+        if texts := usable_captions(source, index):
             indices.append(index)
             captions.append(texts)
     if not indices:
@@ -210,6 +212,6 @@ class _Images(Sequence):
 
     def __getitem__(self, position: int) -> bytes | Image.Image:
         try:
-            return self.source[self.indices[position]][0]
+            return self.source[self.indices[position]].image
         except BadSample:
             return b""

@@ -27,10 +27,10 @@ from hfclip import (
     HFCLIPTextConfig,
     HFCLIPTokenizer,
 )
+from hfclip.data.samples import BadSample, Source
 
 from .config import SECTIONS, Config, ModelConfig, UsageError, load_yaml
 from .low_precision import halve_text_weights
-from .sources import BadSample, Source, num_samples
 
 
 SIGLIP_LOGITS = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}  # arXiv:2303.15343, section 3
@@ -157,8 +157,7 @@ def _tokenizer(config: Config, source: Source) -> PreTrainedTokenizerBase:
 
 
 def _trained_tokenizer(config: Config, source: Source) -> HFCLIPTokenizer:
-    available = num_samples(source, config.data)
-    chosen = np.linspace(0, available - 1, min(available, MAX_TOKENIZER_SAMPLES)).astype(int)
+    chosen = np.linspace(0, len(source) - 1, min(len(source), MAX_TOKENIZER_SAMPLES)).astype(int)
     bar = tqdm(chosen.tolist(), desc="captions for the tokenizer", unit="sample", disable=None, leave=False)
     texts = (caption for index in bar for caption in _captions_or_none(source, index))
     log = logging.getLogger(HFCLIPTokenizer.__module__)

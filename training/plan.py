@@ -30,7 +30,7 @@ from transformers import PreTrainedConfig
 from hfclip import HFCLIPConfig, HFCLIPModel
 from hfclip.losses import DEVICE_TILE
 from training.config import Config, UsageError, _require, load_yaml
-from training.data import BYTES_AHEAD
+from training.data.batches import BYTES_AHEAD
 from training.flops import tower_flops, training_flops
 from training.low_precision import text_matrices
 from training.model import build_architecture

@@ -52,11 +52,13 @@ from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from hfclip import HFCLIPModel, HFCLIPProcessor
+from hfclip.data.samples import BadSample
+from hfclip.data.streaming import StreamSource
 from training import optim, parallel
-from training.data import Collate, PairDataset, build_loader
+from training.data.batches import Collate, PairDataset, build_loader, open_data
+from training.data.loading import Batches
 from training.distillation import build_teacher
 from training.evaluation import Evaluator
-from training.loading import Batches
 from training.machine import build_accelerator, num_workers, on_main_process
 from training.model import build_architecture, build_model, build_processor, describe, resumed_from, suited_to
 from training.phases import build_phases
@@ -64,7 +66,6 @@ from training.report.curves import draw_curves
 from training.report.publish import check_token, print_summary, publish, write_card
 from training.report.timing import Stopwatch, Trace
 from training.report.tracking import Tracking, check_trackers
-from training.sources import BadSample, StreamSource, open_source
 from training.state.heartbeat import Heartbeat
 from training.state.stopping import Stopping
 from training.step import TrainingStep, build_step, num_micro_batches
@@ -160,7 +161,7 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
     origin = resumed_from(config, resumed)
     architecture = build_architecture(origin)
     with accelerator.local_main_process_first():  # one process fetches and indexes, the others find it done
-        source = open_source(config.data.train, config.data, config.data.split, architecture.image_size)
+        source = open_data(config.data.train, config.data, config.data.split, architecture.image_size)
     dataset = PairDataset(source, config, architecture.image_size)
     start, stop = state["step"], optim.total_steps(config.optim, dataset.steps_per_epoch)
     if start > stop:

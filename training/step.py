@@ -26,7 +26,7 @@ from hfclip.modeling_hfclip_transformer import pooled_positions
 
 from . import optim, parallel
 from .config import Config, OptimConfig, UsageError
-from .data import rank_slice
+from .data.order import rank_slice
 from .distillation import Teacher, distillation_loss
 from .ema import EMA
 from .flops import batch_flops

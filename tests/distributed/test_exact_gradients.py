@@ -23,7 +23,7 @@ from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from training import parallel
 from training import step as training_step
 from training.config import Config
-from training.data import rank_slice
+from training.data.order import rank_slice
 from training.phases import Phase, Phases
 from training.report.timing import Stopwatch
 

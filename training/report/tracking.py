@@ -16,7 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
 from ..config import Config, UsageError
-from ..data import COUNTED
+from ..data.batches import COUNTED
 from ..flops import measured_peak
 from ..machine import PRECISIONS
 from ..redaction import redacted

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from .config import UsageError
+from hfclip.errors import UsageError
 
 
 ALIGNMENT = 64  # bytes, of arrays in a memory file
@@ -143,4 +143,4 @@ class Batches:
 
 def _kill(processes: Iterable[multiprocessing.Process]) -> None:
     for process in processes:
-        process.kill()  # workers do not hear a gentler signal (`data.start_worker`)
+        process.kill()  # workers do not hear a gentler signal (`batches.start_worker`)

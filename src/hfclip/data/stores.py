@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import fsspec
 from fsspec.callbacks import Callback, NoOpCallback
 
-from .config import UsageError
+from ..errors import UsageError
 
 
 SILENCE = 60.0  # seconds

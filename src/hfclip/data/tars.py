@@ -8,10 +8,15 @@ its bytes. Damage costs what it hits: reading goes on with the next header.
           -> no header: _next_header
 """
 
+import hashlib
 import os
 import re
 import tarfile
+import uuid
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -163,3 +168,62 @@ def _read(file: BinaryIO, offset: int, size: int) -> bytes:
 
 def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Index
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# Where one sample's members lie in its tar: byte offset and size, -1 where there is none.
+MEMBERS = [(f"{member}_{what}", np.int64) for member in ("image", "text", "json") for what in ("offset", "size")]
+
+
+def load_index(shard: Path, cache: Path | None) -> tuple[np.ndarray, set[str]]:
+    """`index_tar`, kept in the cache, if there is one, where the tar is whole."""
+    if cache is None:
+        return index_tar(shard)
+    state = shard.stat()
+    identity = f"{shard.resolve()}|{state.st_size}|{state.st_mtime_ns}"
+    path = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy"
+    with suppress(OSError, ValueError, EOFError):  # not there, or damaged
+        return np.load(path), set()
+    index, damage = index_tar(shard)
+    if not damage:
+        temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp.npy")
+        with suppress(OSError):  # a full disk: it is made again next time
+            np.save(temporary, index)
+            os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)
+    return index, damage
+
+
+def index_tar(shard: Path) -> tuple[np.ndarray, set[str]]:
+    """The `MEMBERS` of each sample, and what is wrong with the tar."""
+    rows, last_name, damage = [], None, set()
+    with open(shard, "rb", buffering=0) as file:
+        for name, start, length in files_of(file, damage):
+            folder, _, base = name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            extension = extension.lower()
+            kind = "image" if extension in IMAGE_EXTENSIONS else {"txt": "text"}.get(extension, extension)
+            if kind not in ("image", "text", "json"):
+                continue
+            if (folder, stem) != last_name or rows[-1][f"{kind}_offset"] >= 0:
+                last_name = (folder, stem)
+                rows.append(dict.fromkeys((name for name, _ in MEMBERS), -1))
+            rows[-1][f"{kind}_offset"], rows[-1][f"{kind}_size"] = start, length
+    return np.array([tuple(row.values()) for row in rows], MEMBERS), damage
+
+
+def usable(members: np.ndarray, key: str | None, damage: set[str]) -> tuple[np.ndarray, np.ndarray, Counter]:
+    """Which samples have an image and a caption, whose caption is in the .json, and what is left out by kind.
+
+    Args:
+        key: `caption_key`. With one, only .json members count; without, .txt members come first.
+    """
+    has_image = members["image_offset"] >= 0
+    is_json = (members["text_offset"] < 0) | (key is not None)
+    has_caption = np.where(is_json, members["json_offset"], members["text_offset"]) >= 0
+    missing = {"missing image": int((~has_image).sum()), "missing caption": int((~has_caption).sum())}
+    return has_image & has_caption, is_json, +Counter({**missing, **dict.fromkeys(damage, 1)})

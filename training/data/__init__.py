@@ -1,0 +1,1 @@
+"""Order and batches of training data; `hfclip.data` reads it."""
