@@ -9,7 +9,6 @@ Anything that fails on the way leaves no folder behind.
 """
 
 import argparse
-import errno
 import hashlib
 import json
 import os
@@ -30,10 +29,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import hfclip
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer, errors
 from hfclip.configuration_hfclip import TOWER_CONFIGS
-from hfclip.hub import HubError, check_target, end_on_interrupt, push
-from hfclip.model_card import model_card
+from hfclip.hub import check_target, end_on_interrupt, model_card, push
 
 from .checkpoints import Checkpoint, View, open_checkpoint
 from .errors import UsageError, refusals
@@ -46,17 +44,6 @@ from .whose import advice
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"  # has the vocabulary of OpenAI's nine models
 OPENAI_VOCABULARY = 49408
-# What the machine refuses: no space, files too large, no permission, too many open files, a broken disk.
-OF_THE_MACHINE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EMFILE,
-    errno.EIO,
-)
 
 
 Items = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]]
@@ -139,9 +126,8 @@ def publish(out: Path, options: argparse.Namespace) -> None:
     end_on_interrupt(f"Stopped. {again}")
     try:
         push(out, options.push_to_hub, private=options.private, revision=options.revision)
-    except (HubError, ValueError) as error:
-        kind = HubError if isinstance(error, HubError) else UsageError
-        raise kind(f"{error}\n{again}") from error
+    except UsageError as error:
+        raise type(error)(f"{error}\n{again}") from error
 
 
 def say(line: str) -> None:
@@ -386,8 +372,7 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """
     options = parser.parse_args()
     if options.push_to_hub is not None:
-        with refusals("--push-to-hub"):
-            check_target(options.push_to_hub, options.revision)
+        check_target(options.push_to_hub, options.revision)
     elif alone := [name for name in ("private", "revision") if getattr(options, name) is not None]:
         raise UsageError(
             f"Found --{' and --'.join(alone)} without --push-to-hub. Say where to publish, --push-to-hub REPO, or leave "
@@ -398,26 +383,7 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a converter's `main`. Exit codes: 0 done, 1 the Hub refused, 2 wrong use or a bad file, 130 Ctrl-C.
-
-    A fault of the program itself shows its traceback.
-    """
+    """Runs a converter's `main`. Exit codes: 0 done, 1 the Hub refused, 2 wrong use or a bad file, 130 Ctrl-C."""
     transformers.utils.logging.disable_progress_bar()  # the weights have one of their own
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, which tidies up
-    try:
-        main()
-    except HubError as error:
-        sys.exit(_end(1, str(error)))
-    except UsageError as error:
-        sys.exit(_end(2, str(error)))
-    except OSError as error:
-        if error.errno not in OF_THE_MACHINE:
-            raise
-        sys.exit(_end(2, str(error)))
-    except KeyboardInterrupt:
-        sys.exit(_end(130, "Interrupted; nothing was written. Run the same command again."))
-
-
-def _end(code: int, message: str) -> int:
-    print(f"\nERROR: {message}", file=sys.stderr, flush=True)
-    return code
+    errors.run(main, interrupted="Interrupted; nothing was written. Run the same command again.")

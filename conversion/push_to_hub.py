@@ -10,14 +10,15 @@ import argparse
 import sys
 import warnings
 
-from hfclip.hub import HubError, end_on_interrupt, push
+from hfclip.errors import run
+from hfclip.hub import end_on_interrupt, push
 
 
 DESCRIPTION = """Publishes a model folder to the Hugging Face Hub, whole, as one commit.
 
 FOLDER is what training or conversion wrote: config.json, model.safetensors (or its shards), tokenizer, processor and
 the code that travels with them. It is checked before anything is sent. Beside these go the model card and other *.md,
-LICENSE, conversion.json, onnx/*.onnx and pictures (*.png, *.jpg); all else in FOLDER is left out, and named. Large files
+LICENSE, conversion.json, onnx/*.onnx and images (*.png, *.jpg); all else in FOLDER is left out, and named. Large files
 go first; the model becomes visible with the commit at the end, never in part."""
 
 EPILOG = """examples:
@@ -32,7 +33,7 @@ exit codes: 0 published (or listed, or there already), 1 the Hub refused or was 
 that is no model, 130 stopped with Ctrl-C."""
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,31 +45,13 @@ def main() -> int:
         "--public", action="store_false", dest="private", help="all can see it (default: your account's setting)"
     )
     parser.add_argument("--revision", metavar="BRANCH", help="branch, made from main where it is missing (main)")
-    parser.add_argument("--message", metavar="TEXT", help="message of the commit")
+    parser.add_argument("--message", metavar="TEXT", dest="commit_message", help="message of the commit")
     parser.add_argument("--dry-run", action="store_true", help="check the folder and list what would be sent")
     arguments = parser.parse_args()
     end_on_interrupt("Stopped. The same command continues: what was uploaded is not sent again.")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        push(
-            arguments.folder,
-            arguments.repo_id,
-            private=arguments.private,
-            revision=arguments.revision,
-            commit_message=arguments.message,
-            dry_run=arguments.dry_run,
-        )
-    except HubError as error:
-        return fail(error, 1)
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    return 0
-
-
-def fail(error: Exception, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return status
+    push(**vars(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -4,10 +4,15 @@ A module of its own because `import hfclip` imports torch, which takes seconds: 
 before that.
 """
 
+import errno
 import os
 import re
 import sys
 from collections.abc import Callable
+
+
+# What a machine refuses: no space, files too large, no permission, too many open files, a broken disk.
+OF_THE_MACHINE = "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EMFILE EIO".split()
 
 
 class UsageError(ValueError):
@@ -17,17 +22,21 @@ class UsageError(ValueError):
 
 
 def run(main: Callable[[], None], interrupted: str = "Stopped.") -> None:
-    """Runs a program: a UsageError ends it with one line, Ctrl-C with `interrupted`; a bug keeps its traceback."""
+    """Runs a program: what its user can mend ends it with one line, Ctrl-C with `interrupted`, a bug with its traceback."""
     try:
         main()
         sys.stdout.flush()
     except UsageError as error:
         _end(f"error: {error}", error.exit_status)
-    except KeyboardInterrupt:
-        _end(f"\n{interrupted}", 130)
-    except BrokenPipeError:  # who read the output has left, as `head` does; Python would complain when it exits
+    except BrokenPipeError:  # who read the output has left, as `head` does; Python would complain at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if errno.errorcode.get(error.errno) not in OF_THE_MACHINE:
+            raise
+        _end(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _end(f"\n{interrupted}", 130)
 
 
 def _end(message: str, status: int) -> None:

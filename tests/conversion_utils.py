@@ -170,8 +170,8 @@ class Result:
     @property
     def error(self) -> str:
         """What the script said last."""
-        assert self.err.count("ERROR: ") == 1, self.err
-        return self.err.partition("ERROR: ")[2]
+        assert self.err.count("\nerror: ") == 1, self.err
+        return self.err.partition("\nerror: ")[2]
 
 
 def run_script(name: str, *arguments: object, status: int = 0) -> Result:
@@ -189,7 +189,7 @@ def run_script(name: str, *arguments: object, status: int = 0) -> Result:
     finally:
         sys.argv = argv
         signal.signal(signal.SIGINT, on_interrupt)
-    result = Result(found, out.getvalue(), err.getvalue())
+    result = Result(found, out.getvalue(), "\n" + err.getvalue())
     assert result.status == status and "Traceback" not in result.err, result
     return result
 

@@ -7,7 +7,7 @@ import pytest
 
 
 PROGRAM = """
-import os, signal, sys
+import errno, os, signal, sys
 from hfclip_errors import UsageError, run
 
 class Refused(UsageError):
@@ -30,6 +30,7 @@ def start(main: str) -> subprocess.CompletedProcess:
     [
         ("raise UsageError('--out: found https://me:secret@host/x, expected a folder.')", 2, "error: --out: found https://***@host/x, expected a folder."),
         ("raise Refused('The Hub said no.')", 1, "error: The Hub said no."),
+        ("raise OSError(errno.ENOSPC, 'No space left on device', '/out')", 2, "error: [Errno 28] No space left on device: '/out'"),
         ("os.kill(os.getpid(), signal.SIGINT); signal.pause()", 130, "Stopped. Run it again."),
         ("print('done')", 0, ""),
     ],

@@ -78,13 +78,13 @@ def environment(server: HubServer, tmp_path: Path, **more: str) -> dict[str, str
 
 
 # The script with a hundredth of the waits between attempts, hfclip's and huggingface_hub's, and for a silent server.
-# Unless asked to COMPARE, it takes the tensors for the model's: that needs torch, seconds of imports in each process.
+# Unless asked to COMPARE, it takes the tensors for the model's.
 IMPATIENT = """
 import os, runpy, sys, time
-import hfclip.hub
-sleep, hfclip.hub._SILENCE = time.sleep, float(os.environ.get("SILENCE", 60))
+from hfclip.hub import check, upload
+sleep, upload.TIMEOUT = time.sleep, float(os.environ.get("SILENCE", 60))
 if "COMPARE" not in os.environ:
-    hfclip.hub._check_tensors = lambda *_: None
+    check._check_tensors = lambda *_: None
 time.sleep = lambda seconds: sleep(seconds / 100)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -358,7 +358,7 @@ import huggingface_hub.utils.logging as hub_logging
 logging.basicConfig(level=logging.DEBUG)
 hub_logging.set_verbosity_debug()
 import hfclip.hub
-hfclip.hub._WAITS = ()
+hfclip.hub.upload.WAITS = ()
 try:
     hfclip.hub.push(sys.argv[1], "anna/clip-birds")
 except hfclip.hub.HubError:

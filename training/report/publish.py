@@ -7,8 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, get_token
 
 from hfclip import HFCLIPConfig, __version__
-from hfclip.hub import HubError, end_on_interrupt, push
-from hfclip.model_card import model_card
+from hfclip.hub import end_on_interrupt, model_card, push
 
 from ..config import Config, UsageError
 from ..launcher import leave
@@ -72,7 +71,7 @@ def publish(config: Config, model_config: HFCLIPConfig, steps: int, results: dic
     try:
         write_card(folder, config, model_config, steps, results, name=repo_id)
         push(folder, repo_id)
-    except (HubError, ValueError, OSError) as error:
+    except (UsageError, OSError) as error:
         leave(f"error: {error}\n{again}", status=1)
 
 

@@ -8,15 +8,15 @@ A card says what its caller knows, and nothing else.
 import json
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 
+from ..configuration_hfclip import HFCLIPConfig
+from ..modeling_hfclip import HFCLIPModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from .configuration_hfclip import HFCLIPConfig
 
 # The line of the snippets that names the model.
 _NAME_LINE = re.compile(r'^name = ".*"  # this (repository|folder)$', flags=re.MULTILINE)
@@ -91,7 +91,7 @@ tower = {architecture}.from_pretrained(name)
 
 
 def model_card(
-    config: "HFCLIPConfig | PreTrainedConfig",
+    config: HFCLIPConfig | PreTrainedConfig,
     *,
     name: str,
     title: str | None = None,
@@ -143,10 +143,6 @@ def _tower(config: Any, title: str, name_line: str) -> str:
 
 
 def _dual_encoder(config: Any, has_processor: bool, title: str, name_line: str) -> str:
-    import torch
-
-    from .modeling_hfclip import HFCLIPModel
-
     with torch.device("meta"):  # shapes only
         model = HFCLIPModel(config)
     if has_processor:
@@ -166,7 +162,7 @@ def _dual_encoder(config: Any, has_processor: bool, title: str, name_line: str) 
     )
 
 
-def renamed(card: str, name: str) -> str:
+def with_name(card: str, name: str) -> str:
     """The card with `name` in the snippets; one that has no such line stays as it is."""
     return _NAME_LINE.sub(lambda _: _name_line(name), card)
 
