@@ -286,7 +286,7 @@ def openai_processor(config: HFCLIPConfig, merges: str | None) -> tuple[Any, lis
     The merges come from a file, or from the Hub. A model with another vocabulary is written without a tokenizer.
 
     Raises:
-        UsageError: merges that cannot be had, or that are another vocabulary's.
+        UsageError: merges that are not available, or that are another vocabulary's.
     """
     text = config.text_config
     image_processor = HFCLIPImageProcessor(size=config.image_size)

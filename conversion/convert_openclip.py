@@ -139,7 +139,7 @@ def weight_names(checkpoint: Checkpoint, chosen: str | None) -> dict[str, str]:
     if chosen is None and len(by_name) > 1 and "state_dict" in by_name:
         chosen = "state_dict"
         others = sorted(by_name.keys() - {chosen})
-        say(f"Taking the weights `state_dict`; {', '.join(others)} can be had with --weights.")
+        say(f"Taking the weights `state_dict`; {', '.join(others)} can be chosen with --weights.")
     if chosen is not None and chosen not in by_name or chosen is None and len(by_name) > 1:
         raise UsageError(f"--weights: found {chosen}, expected one of {sorted(by_name)}.")
     prefix = by_name[chosen] if chosen else prefixes[0]
@@ -217,7 +217,7 @@ def build_processor(config: HFCLIPConfig, settings: dict[str, Any], options) -> 
         if options.tokenizer:
             raise UsageError(f"--tokenizer: {error}") from error
         raise UsageError(
-            f"No tokenizer: {name or folder} cannot be had ({error}), and without it the model cannot be used. Pass "
+            f"No tokenizer: {name or folder} is not available ({error}), and without it the model cannot be used. Pass "
             "--tokenizer FOLDER."
         ) from error
     if len(tokenizer) > config.text_config.vocab_size:

@@ -2,7 +2,7 @@
 
 A mistake of the user (a wrong file, settings that make no sense, no space left) is raised on purpose, as a `UsageError`
 that says what was found, what was expected and what to do. `convert.run` prints it. Whatever else is raised shows its
-traceback, so that it can be mended.
+traceback, so that it can be fixed.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from hfclip_errors import UsageError
 def refusals(place: Path | str) -> Iterator[None]:
     """Makes a UsageError that names `place` of whatever a library raises while it reads what the user's file holds.
 
-    Only calls of libraries belong into the block: they refuse nonsense each in its own way, from ValueError to KeyError.
+    Only calls of libraries belong in the block: they refuse nonsense each in its own way, from ValueError to KeyError.
     """
     try:
         yield

@@ -159,7 +159,7 @@ def require_same(config: HFCLIPConfig, reread: HFCLIPConfig, library: str) -> No
             if found != expected:
                 differences.append(f"{part}.{name} is {found}, and {library} would have {expected}")
     if differences:
-        raise UsageError(f"Not to be exported: {'; '.join(differences)}.")
+        raise UsageError(f"Cannot export: {'; '.join(differences)}.")
 
 
 def _architectural(config: Any) -> set[str]:
@@ -266,7 +266,7 @@ def image_settings(processor: Any) -> dict[str, Any]:
     if abs(processor.rescale_factor - 1 / 255) > 1e-9:
         unusual.append(f"rescale_factor={processor.rescale_factor}")
     if unusual:
-        raise UsageError(f"Not to be exported: the image processor has {', '.join(unusual)}.")
+        raise UsageError(f"Cannot export: the image processor has {', '.join(unusual)}.")
     names = ("size", "crop_size", "resample", "image_mean", "image_std")
     return {name: getattr(processor, name) for name in names}
 
@@ -280,7 +280,7 @@ def preprocess_settings(image_processor: HFCLIPImageProcessor | None) -> dict[st
     sizes = {*dict(settings["size"]).values(), *dict(settings["crop_size"]).values()} - {None}
     if interpolation is None or len(sizes) > 1:
         raise UsageError(
-            f"Not to be exported: the image processor resizes to {settings['size']} by resampling {settings['resample']} and "
+            f"Cannot export: the image processor resizes to {settings['size']} by resampling {settings['resample']} and "
             f"crops {settings['crop_size']}; OpenCLIP knows one size, bicubic (3) and bilinear (2)."
         )
     return {

@@ -433,7 +433,7 @@ def hugging_face_tower(weights: Tensors, model_cfg: dict[str, Any], name: str) -
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a config of the user's, which each class refuses in its own way
         raise UsageError(
-            f"The text tower's config cannot be had: {name} ({error}). Pass --text-model FOLDER, a folder with its config.json."
+            f"The text tower's config is not available: {name} ({error}). Pass --text-model FOLDER, a folder with its config.json."
         ) from error
     if config.model_type not in TEXT_MODELS:
         why = ": AutoModel builds its decoder as well" if config.is_encoder_decoder else ""

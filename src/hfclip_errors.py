@@ -1,4 +1,4 @@
-"""Mistakes that users can mend, told in one line with credentials masked. `hfclip.errors` is the same.
+"""Mistakes that users can fix, told in one line with credentials masked. `hfclip.errors` is the same.
 
 A module of its own because `import hfclip` imports torch, which takes seconds: a run with a misspelt setting is refused
 before that.
@@ -16,13 +16,13 @@ OF_THE_MACHINE = "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EMFILE EIO".split()
 
 
 class UsageError(ValueError):
-    """A mistake that the user can mend: what was found, what was expected, what to do."""
+    """A mistake that the user can fix: what was found, what was expected, what to do."""
 
     exit_status = 2
 
 
 def run(main: Callable[[], None], interrupted: str = "Stopped.") -> None:
-    """Runs a program: what its user can mend ends it with one line, Ctrl-C with `interrupted`, a bug with its traceback."""
+    """Runs a program: what its user can fix ends it with one line, Ctrl-C with `interrupted`, a bug with its traceback."""
     try:
         main()
         sys.stdout.flush()

@@ -70,7 +70,7 @@ def test_training_checkpoint_gives_the_weights_that_are_chosen(golden, tmp_path)
     model = write_json(tmp_path / "model.json", settings)
     convert = partial(run_script, "convert_openclip", tmp_path / "epoch_32.pt")
     result = convert(tmp_path / "out", "--model", model)
-    assert "Taking the weights `state_dict`; ema.state_dict can be had" in result.out and "left aside" in result.out
+    assert "Taking the weights `state_dict`; ema.state_dict can be chosen" in result.out and "left aside" in result.out
     assert_computes(tmp_path / "out", tensors)
     convert(tmp_path / "ema", "--model", model, "--weights", "ema.state_dict")
     assert_same_tensors(load_file(tmp_path / "ema" / "model.safetensors"), to_hfclip(averaged))
@@ -122,7 +122,7 @@ def test_rejects_a_tokenizer_that_is_too_large_and_says_one_that_is_not_there(go
     assert "--tokenizer" in convert("--tokenizer", tmp_path / "none", status=2).error
     settings["text_cfg"]["hf_tokenizer_name"] = "nobody/no-tokenizer"
     write_json(model, settings)
-    assert "No tokenizer: nobody/no-tokenizer cannot be had" in convert(status=2).error
+    assert "No tokenizer: nobody/no-tokenizer is not available" in convert(status=2).error
     assert not (tmp_path / "out").exists()
 
 

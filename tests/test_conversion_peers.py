@@ -26,8 +26,8 @@ QUICK = """ViT-B-16-SigLIP ViT-B-32-SigLIP2-256 ViT-SO400M-16-SigLIP-i18n-256 Vi
 REFUSED = {
     "convnext_large_d": "timm_proj 'mlp'",
     "convnext_large_d_320": "timm_proj 'mlp'",
-    "nllb-clip-base-siglip": "The text tower's config cannot be had",  # and if it is: the decoder comes with it
-    "nllb-clip-large-siglip": "The text tower's config cannot be had",
+    "nllb-clip-base-siglip": "The text tower's config is not available",  # and if it is: the decoder comes with it
+    "nllb-clip-large-siglip": "The text tower's config is not available",
 }
 
 

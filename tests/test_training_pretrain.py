@@ -381,7 +381,7 @@ def test_run_without_usable_data_saves_before_it_ends(tmp_path, capsys, monkeypa
 
     monkeypatch.setattr(TrainingStep, "__call__", lose_the_data_after_three_steps)
     code, message = run_here(capsys, monkeypatch, "--config", recipe)
-    assert code == 2 and "truncated shard" in message and "Mend the data" in message
+    assert code == 2 and "truncated shard" in message and "Fix the data" in message
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
 
 

@@ -128,7 +128,7 @@ def build_processor(
     if crop != (architecture.image_size, architecture.image_size):
         raise UsageError(
             f"model: the image processor cuts {crop[0]} x {crop[1]} pixels, but the model takes squares of "
-            f"{architecture.image_size}. Mend the checkpoint's preprocessor_config.json."
+            f"{architecture.image_size}. Fix the checkpoint's preprocessor_config.json."
         )
     # What both the text tower and the tokenizer allow, start and end included.
     tokenizer.model_max_length = min(text.max_position_embeddings, tokenizer.model_max_length)

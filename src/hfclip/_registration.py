@@ -1,6 +1,6 @@
 """Registers hfclip's classes with transformers' Auto classes and pipelines."""
 
-# The module `transformers` replaces itself during its import: names can be had from it once this statement has waited for
+# The module `transformers` replaces itself during its import: names are available from it once this statement has waited for
 # another thread that is in the middle of it.
 import transformers  # noqa: F401
 from transformers import (

@@ -48,7 +48,7 @@ class HFCLIPBaseConfig(PreTrainedConfig):
         misplaced = self._fields_of_parts() & unknown.keys()
         if misplaced:
             raise ValueError(
-                f"{type(self).__name__} has no field `{sorted(misplaced)[0]}`: it belongs into text_config or vision_config."
+                f"{type(self).__name__} has no field `{sorted(misplaced)[0]}`: it belongs in text_config or vision_config."
             )
         accepted = {*fields, "num_labels", "attn_implementation", "output_attentions", "torch_dtype", "model_type"}
         for key in unknown.keys() - accepted:

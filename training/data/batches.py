@@ -74,7 +74,7 @@ class PairDataset(Dataset):
         examples = []
         for place in places:
             examples.append(self[place])
-            if "failure" in examples[-1]:  # the run ends: do not wait for what cannot be had again and again
+            if "failure" in examples[-1]:  # the run ends: do not wait for what is not available again and again
                 break
         return examples
 
@@ -106,7 +106,7 @@ class PairDataset(Dataset):
                 return {"failure": str(error), "problems": found[:1]}
         kinds = ", ".join(sorted({PROBLEMS[problem] for problem in found}))
         failure = f"Sample {index} and the {len(found) - 1} tried before it are unusable ({kinds})"
-        return {"failure": f"{failure}. Mend the data, or raise data.max_bad_in_a_row.", "problems": found[:1]}
+        return {"failure": f"{failure}. Fix the data, or raise data.max_bad_in_a_row.", "problems": found[:1]}
 
     def _load(self, index: int, place: Place) -> dict:
         # Seeded by the place, not by the process: the same whatever the number of workers and ranks.

@@ -43,7 +43,7 @@ def count_shards(url: str, cache: Path) -> tuple[Path, list[CountedShard]]:
     """Reads the tars that are not counted yet, and writes the file of all counts.
 
     Raises:
-        UsageError: if there is no tar, or one cannot be had. What was counted until then stays.
+        UsageError: if there is no tar, or one is not available. What was counted until then stays.
     """
     path = _index_file(url, cache)
     partial = path.with_suffix(".partial")

@@ -188,7 +188,7 @@ def _fetch_shards(urls: list[str], cache: Path) -> list[Path]:
     of which a part is there is fetched from there on.
 
     Raises:
-        UsageError: before anything is fetched if the disk is too small; if a tar is not there or cannot be had. What
+        UsageError: before anything is fetched if the disk is too small; if a tar is not there or not available. What
             was fetched until then stays.
     """
     try:
