@@ -22,7 +22,8 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hfclip import HFCLIPConfig, HFCLIPTextConfig, HFCLIPVisionConfig
-from .modeling_hfclip_resnet import HFCLIPResNetModel, drawn_with
+from .layers_hfclip import with_init_std
+from .modeling_hfclip_resnet import HFCLIPResNetModel
 from .modeling_hfclip_transformer import (
     HFCLIPBagOfWordsModel,
     HFCLIPPreTrainedModel,
@@ -147,7 +148,7 @@ def pooled_by(
 
 def projection(width: int, projection_dim: int) -> nn.Linear:
     """The linear map from a tower's pooled output into the joint space."""
-    return drawn_with(width**-0.5, nn.Linear(width, projection_dim, bias=False))
+    return with_init_std(nn.Linear(width, projection_dim, bias=False), width**-0.5)
 
 
 def at_least_float32(values: torch.Tensor) -> torch.Tensor:
@@ -531,7 +532,7 @@ class HFCLIPForImageClassification(HFCLIPPreTrainedModel):
         width = vision.hidden_size if vision.model_type in TOWERS else tower_width(vision)
         self.classifier = nn.Identity()
         if config.num_labels > 0:
-            self.classifier = drawn_with(width**-0.5, nn.Linear(width, config.num_labels))
+            self.classifier = with_init_std(nn.Linear(width, config.num_labels), width**-0.5)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

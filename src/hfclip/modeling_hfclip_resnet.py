@@ -19,35 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttenti
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hfclip import HFCLIPResNetConfig
-
-
-def drawn_with(std: float, module: nn.Module) -> nn.Module:
-    """Notes on a leaf module the standard deviation that its weight is initialised with; see `initialize_leaf`."""
-    module.init_std = std
-    return module
-
-
-def initialize_leaf(module: nn.Module, factor: float) -> None:
-    """Initialises a leaf module: weights from `init_std`, zero biases, unit gains.
-
-    Every weight is drawn where it lives: transformers skips modules of custom code that own no parameter, so an
-    initialisation written at their parent would silently not happen.
-    """
-    if hasattr(module, "init_std"):
-        # Quantised layers keep their weight elsewhere.
-        if getattr(module, "weight", None) is not None:
-            init.normal_(module.weight, std=module.init_std * factor)
-        if getattr(module, "bias", None) is not None:
-            init.zeros_(module.bias)
-    elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
-        init.constant_(module.weight, getattr(module, "initial_gain", 1.0))
-        init.zeros_(module.bias)
-        if isinstance(module, nn.BatchNorm2d):
-            init.zeros_(module.running_mean)
-            init.ones_(module.running_var)
-            init.zeros_(module.num_batches_tracked)
-    elif isinstance(module, nn.Conv2d):
-        init.kaiming_uniform_(module.weight, a=5**0.5)
+from .layers_hfclip import check_pixel_values, initialize_leaf, with_init_std
 
 
 @contextmanager
@@ -119,10 +91,10 @@ class AttentionPool2d(nn.Module):
         self.grid_size = config.image_size // 32
         self.num_heads = config.num_attention_heads
         self.positional_embedding = nn.Parameter(torch.empty(self.grid_size**2 + 1, channels))
-        self.k_proj = drawn_with(channels**-0.5, nn.Linear(channels, channels))
-        self.q_proj = drawn_with(channels**-0.5, nn.Linear(channels, channels))
-        self.v_proj = drawn_with(channels**-0.5, nn.Linear(channels, channels))
-        self.c_proj = drawn_with(channels**-0.5, nn.Linear(channels, config.projection_dim))
+        self.k_proj = with_init_std(nn.Linear(channels, channels), channels**-0.5)
+        self.q_proj = with_init_std(nn.Linear(channels, channels), channels**-0.5)
+        self.v_proj = with_init_std(nn.Linear(channels, channels), channels**-0.5)
+        self.c_proj = with_init_std(nn.Linear(channels, config.projection_dim), channels**-0.5)
 
     def positions(self, height: int, width: int) -> torch.Tensor:
         """(1 + height * width, channels): the trained grid, bicubically interpolated to another one if needed."""
@@ -263,29 +235,3 @@ def selected_maps(maps: list[torch.Tensor], places: bool | int | list[int]) -> t
         return tuple(maps) if places else None
     wanted = {place % len(maps) for place in ([places] if isinstance(places, int) else places)}
     return tuple(feature_map if place in wanted else None for place, feature_map in enumerate(maps))
-
-
-def check_pixel_values(pixel_values: torch.Tensor, config, stride: int, interpolate: bool | None) -> None:
-    """Raises ValueError, saying what was found and expected, for images that the tower cannot take."""
-    if not isinstance(pixel_values, torch.Tensor):
-        found = "nothing" if pixel_values is None else f"a {type(pixel_values).__name__}"
-        raise ValueError(
-            f"You have to specify pixel_values, a (batch, channels, height, width) tensor of images; found {found}. "
-            "The image processor makes one with return_tensors='pt'."
-        )
-    if pixel_values.dim() != 4 or not pixel_values.shape[0] or pixel_values.shape[1] != config.num_channels:
-        raise ValueError(
-            f"pixel_values: found shape {tuple(pixel_values.shape)}, expected (batch, {config.num_channels}, height, "
-            "width), not empty. The image processor makes such tensors."
-        )
-    height, width = pixel_values.shape[-2:]
-    if height % stride or width % stride or not height or not width:
-        raise ValueError(
-            f"pixel_values: found images of {height}x{width}, expected a height and width that are multiples of "
-            f"{stride}. Resize or crop them, for instance with the image processor."
-        )
-    if interpolate is False and (height, width) != (config.image_size, config.image_size):
-        raise ValueError(
-            f"Input image size ({height}*{width}) doesn't match model ({config.image_size}*{config.image_size}), and "
-            "interpolate_pos_encoding=False forbids interpolating the positions. Leave it out, or resize the images."
-        )

@@ -30,7 +30,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hfclip import HFCLIPBagOfWordsConfig, HFCLIPConfig, HFCLIPTextConfig, HFCLIPVisionConfig
-from .modeling_hfclip_resnet import check_pixel_values, drawn_with, initialize_leaf
+from .layers_hfclip import check_pixel_values, initialize_leaf, is_exporting, is_on_host, with_init_std
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,11 +39,6 @@ from .modeling_hfclip_resnet import check_pixel_values, drawn_with, initialize_l
 
 
 TOKENS_WORTH_A_WAIT = 4096  # padded tokens of a batch on a GPU, from which on its host waits to learn their lengths
-
-
-def is_exporting() -> bool:
-    """Whether a graph is being recorded (ONNX, TorchScript) that has to serve every value of its inputs."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, eos_token_id: int) -> torch.Tensor:
@@ -72,11 +67,6 @@ def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
                 "Let the tokenizer truncate (it keeps that token), or pass the attention_mask."
             )
     return first_eos
-
-
-def is_on_host(tensor: torch.Tensor) -> bool:
-    """Whether values can be read without waiting for a device, and without fixing them in a graph."""
-    return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or is_exporting())
 
 
 def count_from_first_real(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -173,10 +163,10 @@ class HFCLIPAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # the text tower says so per call
         width, depth = config.hidden_size, config.num_hidden_layers
-        self.k_proj = drawn_with(width**-0.5, nn.Linear(width, width))
-        self.v_proj = drawn_with(width**-0.5, nn.Linear(width, width))
-        self.q_proj = drawn_with(width**-0.5, nn.Linear(width, width))
-        self.out_proj = drawn_with((2 * depth * width) ** -0.5, nn.Linear(width, width))
+        self.k_proj = with_init_std(nn.Linear(width, width), width**-0.5)
+        self.v_proj = with_init_std(nn.Linear(width, width), width**-0.5)
+        self.q_proj = with_init_std(nn.Linear(width, width), width**-0.5)
+        self.out_proj = with_init_std(nn.Linear(width, width), (2 * depth * width) ** -0.5)
 
     def forward(
         self,
@@ -222,8 +212,8 @@ class HFCLIPMLP(nn.Module):
         self.config = config
         self.activation_fn = ACT2FN[config.hidden_act]
         width, depth = config.hidden_size, config.num_hidden_layers
-        self.fc1 = drawn_with((2 * width) ** -0.5, nn.Linear(width, config.intermediate_size))
-        self.fc2 = drawn_with((2 * depth * width) ** -0.5, nn.Linear(config.intermediate_size, width))
+        self.fc1 = with_init_std(nn.Linear(width, config.intermediate_size), (2 * width) ** -0.5)
+        self.fc2 = with_init_std(nn.Linear(config.intermediate_size, width), (2 * depth * width) ** -0.5)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
@@ -314,8 +304,8 @@ class HFCLIPVisionEmbeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
         patches = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size, bias=False)
         positions = nn.Embedding(1 + self.grid_size**2, config.hidden_size)
-        self.patch_embedding = drawn_with((config.num_channels * config.patch_size**2) ** -0.5, patches)
-        self.position_embedding = drawn_with(config.hidden_size**-0.5, positions)
+        self.patch_embedding = with_init_std(patches, (config.num_channels * config.patch_size**2) ** -0.5)
+        self.position_embedding = with_init_std(positions, config.hidden_size**-0.5)
 
     def positions(self, height: int, width: int) -> torch.Tensor:
         """(1 + height * width, hidden) for a grid of patches: the trained grid, or it bicubically interpolated."""
@@ -428,9 +418,9 @@ class HFCLIPTextEmbeddings(nn.Module):
 
     def __init__(self, config: HFCLIPTextConfig):
         super().__init__()
-        self.token_embedding = drawn_with(0.02, nn.Embedding(config.vocab_size, config.hidden_size))
+        self.token_embedding = with_init_std(nn.Embedding(config.vocab_size, config.hidden_size), 0.02)
         positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.position_embedding = drawn_with(0.01, positions)
+        self.position_embedding = with_init_std(positions, 0.01)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         return embed_tokens(self.token_embedding, input_ids) + self.position_embedding(position_ids)
@@ -656,7 +646,7 @@ class HFCLIPBagOfWordsModel(HFCLIPPreTrainedModel):
 
     def __init__(self, config: HFCLIPBagOfWordsConfig):
         super().__init__(config)
-        self.token_embedding = drawn_with(0.02, nn.Embedding(config.vocab_size, config.hidden_size))
+        self.token_embedding = with_init_std(nn.Embedding(config.vocab_size, config.hidden_size), 0.02)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
