@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
+from training_utils import fork, free_port
 
 from hfclip import HFCLIPConfig, HFCLIPModel
 from training.config import Config, OptimConfig, UsageError, load_yaml
@@ -225,10 +224,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def test_processes_that_share_the_weights_hold_their_part(tmp_path):
     world = 3  # few tensors divide evenly
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(held_by_rank, args=(world, port, str(tmp_path)), nprocs=world)
+    fork(held_by_rank, world, free_port(), str(tmp_path), processes=world)
     planned = Run(
         architecture=architecture(), device=DEVICES["a100"], world=world, shard_weights=True, precision="fp32"
     )

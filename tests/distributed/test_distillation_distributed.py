@@ -12,11 +12,11 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from test_losses_distributed import LargestTensor
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from training_utils import fork
 
 from hfclip import losses
 from training.distillation import distillation_loss
@@ -127,7 +127,7 @@ def worker(rank, world, folder):
 def results_of(world):
     """What every rank found, in rank order."""
     with TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(world, folder), nprocs=world)
+        fork(worker, world, folder, processes=world)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
 
 

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
+from training_utils import fork, free_port
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from training import parallel
@@ -104,9 +104,10 @@ def step_of(core, model, accelerator, config) -> training_step.TrainingStep:
     )
 
 
-def one_rank(rank: int, world: int, folder: str) -> None:
+def one_rank(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    os.environ |= {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     accelerator = Accelerator(cpu=True)
     for case in (case for case in CASES if case[0] == world):
         _, dtype, sharded, micro, exchange, loss = case
@@ -132,8 +133,7 @@ def one_rank(rank: int, world: int, folder: str) -> None:
 def results(world: int) -> dict[tuple, dict]:
     """What all cases of a world found."""
     with TemporaryDirectory() as folder:
-        os.environ["MASTER_PORT"] = str(29700 + os.getpid() % 200 + world)
-        mp.spawn(one_rank, (world, folder), nprocs=world)
+        fork(one_rank, world, free_port(), folder, processes=world)
         return {case: torch.load(Path(folder) / f"{CASES.index(case)}.pt") for case in CASES if case[0] == world}
 
 

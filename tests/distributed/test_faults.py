@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training_utils import ROOT, environment, model_with_tokenizer, pairs, write_recipe, write_tar
+from training_utils import ROOT, environment, free_port, model_with_tokenizer, pairs, write_recipe, write_tar
 
 
 SILENCE = 5.0
@@ -33,9 +33,7 @@ class Group:
     """Processes of one group, and how they end."""
 
     def __init__(self, folder: Path, world: int, action: str, **variables: str):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
         self.errors = [folder / f"errors-{rank}" for rank in range(world)]
         self.processes = [
             subprocess.Popen(
@@ -151,11 +149,6 @@ def test_exceptions_of_all_processes_keep_their_tracebacks(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Two machines
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def recipe_of(folder: Path, steps: int) -> Path:

@@ -13,12 +13,12 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training_utils import fork
 
 from hfclip import losses
 from hfclip.losses import contrastive_loss, sigmoid_loss
@@ -204,7 +204,7 @@ def worker(rank, world, folder):
 def results_of(world):
     """What every rank found, in rank order."""
     with TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(world, folder), nprocs=world)
+        fork(worker, world, folder, processes=world)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
 
 

@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from training_utils import fork
 
 from hfclip import HFCLIPConfig, HFCLIPModel, contrastive_loss
 from hfclip.grad_cache import cached_backward
@@ -126,7 +126,7 @@ def worker(rank, folder):
 @lru_cache
 def results():
     with TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(folder,), nprocs=WORLD)
+        fork(worker, folder, processes=WORLD)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

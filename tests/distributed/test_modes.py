@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_utils import model_with_tokenizer, pairs, pretrain, write_recipe, write_tar
+from training_utils import model_with_tokenizer, pairs, train, write_recipe, write_tar
 
 
 STEPS = 4
@@ -53,7 +53,7 @@ def runs(recipe, tmp_path_factory):
     found = {}
     for name, (processes, arguments) in MODES.items():
         found[name] = tmp_path_factory.mktemp("runs") / "run"
-        done = pretrain("--config", recipe, "--run.output_dir", found[name], *arguments, processes=processes)
+        done = train("--config", recipe, "--run.output_dir", found[name], *arguments, processes=processes)
         assert done.returncode == 0, done.stdout + done.stderr
     return found
 
@@ -88,7 +88,7 @@ def test_run_goes_on_in_another_mode(mode, runs, recipe, tmp_path):
     (runs[mode] / "checkpoint-2").rename(tmp_path / "run" / "checkpoint-2")
     other = "split weights" if mode == "one process" else "one process"
     processes, arguments = MODES[other]
-    done = pretrain(
+    done = train(
         "--config", recipe, "--run.output_dir", tmp_path / "run", "--resume", "auto", *arguments, processes=processes
     )
     assert done.returncode == 0, done.stdout + done.stderr
