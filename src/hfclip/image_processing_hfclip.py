@@ -307,7 +307,7 @@ def random_square_crop(
     vertical, horizontal = generator.random(2)  # in [0, 1)
     top, left = int(vertical * (image.height - size + 1)), int(horizontal * (image.width - size + 1))
     crop = _to_rgb(image.crop((left, top, left + size, top + size)))
-    return np.stack([np.asarray(band) for band in crop.split()])  # (size, size, 3) -> (3, size, size)
+    return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))  # (size, size, 3) -> (3, size, size)
 
 
 def normalize(

@@ -187,7 +187,8 @@ def _scatter(rng: random.Random, count: int, radius: float) -> list[tuple[float,
     while True:
         centers = []
         for _ in range(50):  # then start afresh: the first ones may have left no room
-            center = rng.uniform(low, high), rng.uniform(low, high)
+            # `rng.uniform` would take three times as long.
+            center = low + (high - low) * rng.random(), low + (high - low) * rng.random()
             for other in centers:
                 if math.dist(center, other) < apart:
                     break
