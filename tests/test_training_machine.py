@@ -197,6 +197,16 @@ def test_threads_that_only_the_launcher_chose_are_not_the_users(launcher, told, 
     assert set(said.splitlines()) == {f"1 {given}"}
 
 
+@x86
+def test_threads_that_wait_leave_their_core_to_others(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "true")
+    run = pretrain(
+        "--data.train", tmp_path / "nowhere", "--run.output_dir", tmp_path / "run", "--config", "quickstart"
+    )
+    assert "nowhere" in run.stderr and re.search("OMP_WAIT_POLICY *= *'PASSIVE'", run.stderr), run.stderr
+
+
 def test_threads_without_a_launcher_are_what_the_environment_says(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)

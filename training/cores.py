@@ -68,3 +68,12 @@ def threads_are_given() -> bool:
         return flag or "OMP_NUM_THREADS" in launcher.environ()
     except (psutil.Error, OSError):  # gone, or another user's
         return True
+
+
+def let_waiting_threads_sleep() -> None:
+    """Has threads that wait for each other sleep, unless the user says otherwise by OMP_WAIT_POLICY.
+
+    They would spin, and keep from its core the process that paints or decodes the next batch, or another program's, on
+    which the slowest thread of each layer then waits. To be called before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -26,6 +26,7 @@ if not __package__:  # run as a script, Python looks for modules in this folder;
 
 from training import launcher
 from training.config import CONFIG_FILE, Config, UsageError, parse_arguments
+from training.cores import let_waiting_threads_sleep
 from training.launcher import leave
 from training.redaction import redacted
 from training.state import checkpoint, resuming
@@ -44,6 +45,7 @@ def read_command_line() -> tuple[Config, str | None]:
 
 if __name__ == "__main__":
     read_command_line()  # what follows takes seconds
+    let_waiting_threads_sleep()
 
 import torch
 from accelerate import Accelerator
