@@ -315,7 +315,9 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
 
         Padding costs nothing in our text transformer. `text_lengths`: see `HFCLIPTextModel.forward`.
         """
-        skipping = {"skip_padding": True, "text_lengths": text_lengths} if self._skips_padding else {}
+        skipping = {}
+        if self._skips_padding:
+            skipping = {"skip_padding": True, "text_lengths": text_lengths, "pooled_only": True}
         embeds = self.text_projection(self._text_outputs(input_ids, attention_mask, **skipping).pooler_output)
         return unit_length(embeds) if normalize else embeds
 

@@ -7,7 +7,8 @@ Departures from transformers' `CLIPModel`, all exact to float tolerance:
 
 - Text is packed. In a causal tower nothing behind the end-of-text token can change the embedding, so a batch of
   captions is computed as one flat list of its real tokens; only attention sees a padded form.
-- Where only the embedding is asked for, the last ViT block computes the class token alone.
+- Where only the embedding is asked for, the last ViT block computes the class token alone; the last block of the
+  text tower the end-of-text tokens alone, if the texts of a batch are of one length.
 - Images of any size that the patch divides are served by interpolating the positions.
 """
 
@@ -161,6 +162,7 @@ class HFCLIPAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups = 1  # attention implementations ask for it
         self.is_causal = False  # the text tower says so per call
         width, depth = config.hidden_size, config.num_hidden_layers
         self.k_proj = with_init_std(nn.Linear(width, width), width**-0.5)
@@ -175,11 +177,11 @@ class HFCLIPAttention(nn.Module):
         *,
         attention: Callable,
         packed: PackedTexts | None = None,
-        num_queries: int | None = None,
+        queries: slice | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(batch, seq, hidden), or (num_tokens, hidden) with `packed`. `num_queries`: only the first ones attend."""
-        query = self.q_proj(hidden_states if num_queries is None else hidden_states[:, :num_queries])
+        """(batch, seq, hidden), or (num_tokens, hidden) with `packed`. `queries`: only these positions attend."""
+        query = self.q_proj(hidden_states if queries is None else hidden_states[:, queries])
         key = self.k_proj(hidden_states)
         value = self.v_proj(hidden_states)
         if packed is not None:
@@ -230,8 +232,8 @@ class HFCLIPEncoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
-        num_queries = kwargs.get("num_queries")
-        residual = hidden_states if num_queries is None else hidden_states[:, :num_queries]
+        queries = kwargs.get("queries")
+        residual = hidden_states if queries is None else hidden_states[:, queries]
         attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
         hidden_states = residual + attended
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
@@ -248,16 +250,16 @@ class HFCLIPEncoder(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        num_queries: int | None = None,
+        queries: slice | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """`num_queries`: the last block computes only that many positions, all that the caller will read."""
+        """`queries`: the last block computes only these positions, all that the caller will read."""
         implementation = self.config._attn_implementation
         kwargs["attention"] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         *layers, last = self.layers
         for layer in layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        return last(hidden_states, attention_mask, num_queries=num_queries, **kwargs)
+        return last(hidden_states, attention_mask, queries=queries, **kwargs)
 
 
 class HFCLIPPreTrainedModel(PreTrainedModel):
@@ -389,8 +391,8 @@ class HFCLIPVisionModel(HFCLIPPreTrainedModel):
         """
         check_pixel_values(pixel_values, self.config, self.config.patch_size, interpolate_pos_encoding)
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
-        num_queries = 1 if pooled_only and self.config.pooling == "cls" else None
-        hidden_states = self.encoder(hidden_states, num_queries=num_queries, **kwargs)
+        queries = slice(1) if pooled_only and self.config.pooling == "cls" else None
+        hidden_states = self.encoder(hidden_states, queries=queries, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=None if pooled_only else hidden_states, pooler_output=self.pool(hidden_states)
         )
@@ -501,6 +503,7 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         skip_padding: bool = False,
         text_lengths: list[int] | None = None,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Hidden states and the pooled output of texts.
@@ -515,6 +518,7 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
                 exported.
             text_lengths: with `skip_padding`, tokens of each text up to its first end-of-text token, if the caller
                 knows them, for texts padded on the right. With ids on a GPU this spares a wait for the device.
+            pooled_only: with `skip_padding`, compute nothing but the pooled output; `last_hidden_state` is then None.
 
         Returns:
             `last_hidden_state` (batch, length, hidden), after the last LayerNorm;
@@ -528,7 +532,7 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
             return self._forward_with_padding(input_ids, attention_mask, position_ids, **kwargs)
         in_graph = torch.compiler.is_compiling() or is_exporting()
         if skip_padding and position_ids is None and not in_graph and not asks_for_all_positions(self.config, kwargs):
-            return self._forward_real_tokens(input_ids, attention_mask, text_lengths, **kwargs)
+            return self._forward_real_tokens(input_ids, attention_mask, text_lengths, pooled_only, **kwargs)
         if position_ids is None and attention_mask is not None:
             position_ids = count_from_first_real(attention_mask)
         pooled = pooled_positions(input_ids, attention_mask, self.config.eos_token_id)
@@ -542,20 +546,26 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         causal: bool = True,
+        last_only: bool = False,
         **kwargs,
     ) -> torch.Tensor:
-        """(batch, length) ids -> (batch, length, hidden), after the last LayerNorm."""
+        """(batch, length) ids -> (batch, length, hidden), after the last LayerNorm.
+
+        `last_only`: of the last position, (batch, 1, hidden), where no mask is needed (not so in eager attention).
+        """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         hidden_states = self.embeddings(input_ids, position_ids)
         mask = create_causal_mask(self.config, hidden_states, attention_mask, None) if causal else None
-        return self.final_layer_norm(self.encoder(hidden_states, mask, **{**kwargs, "is_causal": causal}))
+        kwargs.update(is_causal=causal, queries=slice(-1, None) if last_only and mask is None else None)
+        return self.final_layer_norm(self.encoder(hidden_states, mask, **kwargs))
 
     def _forward_real_tokens(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         text_lengths: list[int] | None,
+        pooled_only: bool,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Texts without their padding: brought to the front, cut at the longest, packed where that saves work.
@@ -581,10 +591,12 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
         num_real = sum(text_lengths) if text_lengths else batch_size * length
         input_ids = input_ids[:, :width]
         if num_real > 0.8 * batch_size * width:
-            hidden_states = self._encode(
-                input_ids, None, None if positions is None else positions[:, :width], **kwargs
-            )
-            pooler_output = hidden_states[torch.arange(batch_size, device=pooled.device), pooled]
+            if positions is not None:
+                positions = positions[:, :width]
+            end_alike = pooled_only and num_real == batch_size * width and text_lengths is not None
+            hidden_states = self._encode(input_ids, None, positions, last_only=end_alike, **kwargs)
+            rows = torch.arange(batch_size, device=pooled.device)
+            pooler_output = hidden_states[:, -1] if end_alike else hidden_states[rows, pooled]
         else:
             packed = PackedTexts.of(text_lengths, input_ids.device)
             if positions is None:
@@ -595,7 +607,9 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
             hidden_states = self.encoder(hidden_states, mask, **{**kwargs, "is_causal": True, "packed": packed})
             hidden_states = self.final_layer_norm(hidden_states)
             pooler_output = hidden_states.index_select(0, packed.last)
-            hidden_states = packed.pad(hidden_states)
+            hidden_states = None if pooled_only else packed.pad(hidden_states)
+        if pooled_only:
+            return BaseModelOutputWithPooling(pooler_output=pooler_output)
         last_hidden_state = hidden_states
         if text_lengths is None or num_real < batch_size * length:
             real = torch.arange(width, device=pooled.device) <= pooled[:, None]
