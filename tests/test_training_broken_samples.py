@@ -20,8 +20,8 @@ from training_utils import (
     image_bytes,
     model_with_tokenizer,
     pairs,
-    pretrain,
     tiny_recipe,
+    train,
     write_recipe,
     write_tar,
 )
@@ -202,7 +202,7 @@ def test_training_completes_and_counts_each_broken_sample(data, tmp_path):
     path, at_start, in_epoch = data
     sections = {"model": model_with_tokenizer(tmp_path), "optim": {"steps": None, "epochs": 1}}
     files = {"train": str(path / "shards"), "num_workers": 1}
-    process = pretrain("--config", write_recipe(tmp_path, data=files, **sections), processes=2, timeout=1800)
+    process = train("--config", write_recipe(tmp_path, data=files, **sections), processes=2)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     told = next(line for line in process.stdout.splitlines() if line.startswith("Left out of the data"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from training_utils import ROOT, pairs, pretrain, write_recipe, write_tar
+from training_utils import ROOT, pairs, pretrain, train, write_recipe, write_tar
 
 from training.config import Config, UsageError
 from training.cores import cores_of_this_process, cpu_quota, threads_are_given, usable_cores
@@ -74,7 +74,7 @@ def test_a_resumed_run_keeps_its_precision_on_a_machine_that_would_choose_anothe
     (tmp_path / "shards").mkdir()
     write_tar(tmp_path / "shards" / "0.tar", pairs(range(32)))
     recipe = write_recipe(tmp_path, run={"precision": "auto"}, optim={"steps": 4})
-    first = pretrain("--config", recipe, "--run.precision", "bf16", "--optim.steps", "3")
+    first = train("--config", recipe, "--run.precision", "bf16", "--optim.steps", "3")
     assert first.returncode == 0, first.stderr
     for name, value in WITHOUT_BFLOAT16.items():
         monkeypatch.setenv(name, value)

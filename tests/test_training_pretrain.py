@@ -26,6 +26,7 @@ from training_utils import (
     pairs,
     pretrain,
     tiny_recipe,
+    train,
     write_recipe,
     write_tar,
 )
@@ -112,7 +113,7 @@ def test_run_leaves_checkpoints_and_a_model_for_pipelines(finished):
 def test_finished_run_resumes_to_nothing_and_is_not_overwritten(finished, tmp_path):
     run, _ = finished
     before = metrics(run)
-    refused = pretrain("--config", run / "config.yaml")
+    refused = train("--config", run / "config.yaml")
     assert refused.returncode == 2 and "holds a run already" in refused.stderr
     assert "Traceback" not in refused.stderr + refused.stdout
     assert metrics(run) == before
@@ -188,7 +189,7 @@ def test_data_that_changed_is_noticed_on_resume(tmp_path, capsys, monkeypatch):
     """In another order, samples of the epoch under way would be seen twice, and others not at all."""
     write_shards(tmp_path, 64)
     recipe = write_recipe(tmp_path, optim={"steps": 3})
-    assert pretrain("--config", recipe).returncode == 0
+    assert train("--config", recipe).returncode == 0
     write_tar(tmp_path / "shards" / "1.tar", pairs([64]))
     resume = ("--config", recipe, "--optim.steps", "5", "--resume", "auto")
     code, message = run_here(capsys, monkeypatch, *resume)
@@ -202,7 +203,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
     code, message = run_here(capsys, monkeypatch, "--config", recipe, "--resume", "auto")
     assert code == 2 and "another process trains there" in message
     lock.release()
-    assert pretrain("--config", recipe).returncode == 0
+    assert train("--config", recipe).returncode == 0
 
 
 def test_signal_of_a_queue_saves_and_ends_well(tmp_path):

@@ -23,10 +23,12 @@ from training_utils import (
     caption,
     command,
     environment,
+    fork,
     model_with_tokenizer,
     pairs,
     pretrain,
     tiny_recipe,
+    train,
     write_tar,
 )
 
@@ -379,7 +381,7 @@ def test_rejects_machines_with_different_counts(shards, tmp_path):
             path, _ = count_shards(url, tmp_path / f"cache{rank}")
         lines = path.read_text().splitlines()
         path.write_text("\n".join(lines[:-1]))
-        torch.multiprocessing.spawn(counted_otherwise, (url, shards, tmp_path), nprocs=2)
+        fork(counted_otherwise, url, shards, tmp_path, processes=2)
 
 
 # -------------------------------------------------------------------------------------------------------------- counts
@@ -449,7 +451,7 @@ def test_run_learns_the_same_with_one_process_and_two(shards, tmp_path):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         for processes in (1, 2):
             run = tmp_path / f"run{processes}"
-            done = pretrain("--config", tmp_path / "recipe.yaml", "--run.output_dir", run, processes=processes)
+            done = train("--config", tmp_path / "recipe.yaml", "--run.output_dir", run, processes=processes)
             assert done.returncode == 0, done.stderr
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             losses.append([line["loss"] for line in lines if "loss" in line])
@@ -530,7 +532,7 @@ def test_run_that_waits_for_a_store_saves_and_ends_when_one_of_its_processes_is_
 def test_deadline_ends_a_run_that_waits_for_a_store(workers, hanging):
     recipe, hangs = hanging
     hangs.set()
-    done = pretrain("--config", recipe, "--data.num_workers", workers, "--stop-after", "0.05", timeout=60)
+    done = train("--config", recipe, "--data.num_workers", workers, "--stop-after", "0.05", timeout=60)
     assert done.returncode == 0, done.stderr
     assert "Stopped after step 0 of 100000" in done.stdout
 
