@@ -43,9 +43,9 @@ from hfclip.data.scenes import Scenes, describe
 from training.config import Config
 from training.data.batches import Collate, PairDataset, build_loader
 from training.data.batches import open_data as open_source
-from training.distillation import computing_in
-from training.machine import make_the_most_of_the_cpu, settled_precision
+from training.machine import autocast_for, make_the_most_of_the_cpu, settled_precision
 from training.model import suited_to
+from training.objectives.contrastive import Contrastive
 from training.phases import Phase, Phases
 from training.report.timing import Stopwatch
 from training.step import TrainingStep, build_step, normalized
@@ -96,6 +96,7 @@ def build(architecture: HFCLIPConfig, config: Config) -> TrainingStep:
         config,
         accelerator,
         HFCLIPImageProcessor(size=architecture.image_size),
+        objective=Contrastive(config),
         total_steps=1000,
         watch=Stopwatch(accelerator.device),
         phases=Phases([], full, stride=32, steps_per_epoch=1000, total_steps=1000),
@@ -131,7 +132,7 @@ def peer_step(architecture: HFCLIPConfig, statistics: tuple, attention: str) -> 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
     def step(batch: dict) -> float:
-        with computing_in(here(), torch.device("cpu")):
+        with autocast_for(here(), torch.device("cpu")):
             pixels = normalized(batch["pixel_values"], *statistics)
             loss = model(batch["input_ids"], pixels, batch["attention_mask"], return_loss=True).loss
         loss.backward()

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hfclip import losses
-from hfclip.losses import contrastive_loss, sigmoid_loss
+from hfclip.losses import contrastive_loss, sigmoid_loss, tiles
 
 
 # float64 against float64: both sides are sums of some hundred terms of order 1, so 1e-12 is far above rounding
@@ -31,7 +30,7 @@ TILES = [1, 3, 4, 1024]
 @pytest.fixture(autouse=True)
 def tile(request, monkeypatch):
     """4 unless a test has parametrised it: 6 pairs are then 2 x 2 tiles of which 3 are broken."""
-    monkeypatch.setattr(losses, "CPU_TILE", getattr(request, "param", 4))
+    monkeypatch.setattr(tiles, "CPU_TILE", getattr(request, "param", 4))
 
 
 def embeddings(num_pairs=6, dim=5, seed=0):
@@ -175,7 +174,7 @@ def ours(images, texts, scale, bias=None, group_id=None):
 @pytest.mark.parametrize("bias", [None, -10.0])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_float32_equals_float64_for_batches_of_many_tiles(bias, grouped, monkeypatch):
-    monkeypatch.setattr(losses, "CPU_TILE", 64)
+    monkeypatch.setattr(tiles, "CPU_TILE", 64)
     images, texts = embeddings(num_pairs=300, dim=32)
     texts = F.normalize(images + texts, dim=-1)  # pairs belong together: rows are sure of their text
     group_id = torch.arange(300) % 250 if grouped else None
@@ -290,7 +289,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("bias", [None, -3.0])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_nothing_larger_than_embeddings_and_tiles_is_ever_made(bias, grouped, monkeypatch):
-    monkeypatch.setattr(losses, "CPU_TILE", 8)
+    monkeypatch.setattr(tiles, "CPU_TILE", 8)
     images, texts = (embeds.requires_grad_() for embeds in embeddings(num_pairs=100, dim=3))
     group_id = torch.arange(100) % 10 if grouped else None
     with LargestTensor() as dense:
@@ -303,7 +302,7 @@ def test_nothing_larger_than_embeddings_and_tiles_is_ever_made(bias, grouped, mo
 
 @pytest.mark.parametrize("bias", [None, -3.0])
 def test_compiled_programs_do_not_unroll_the_tiles(bias, monkeypatch):
-    monkeypatch.setattr(losses, "CPU_TILE", 1)
+    monkeypatch.setattr(tiles, "CPU_TILE", 1)
     nodes = []
 
     def count(graph_module, _):

@@ -17,10 +17,12 @@ from training_utils import ROOT, caption, image_bytes, model_with_tokenizer, pai
 from transformers import PreTrainedTokenizerFast
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip.losses import distillation_loss
 from training import embed as embedding
 from training.config import DataConfig, UsageError
 from training.data.batches import open_data as open_source
-from training.distillation import StoredEmbeddings, Teacher, distillation_loss
+from training.objectives.stored import StoredEmbeddings
+from training.objectives.teacher import Teacher
 
 
 CPU = torch.device("cpu")
@@ -53,7 +55,7 @@ def definition(images, texts, scale, teacher_images, teacher_texts, teacher_scal
 
 @pytest.mark.parametrize("tile", [1024, 3, 1], ids=["whole", "three", "single"])
 def test_loss_and_gradients_are_those_of_the_definition(tile, monkeypatch):
-    monkeypatch.setattr("hfclip.losses.CPU_TILE", tile)
+    monkeypatch.setattr("hfclip.losses.tiles.CPU_TILE", tile)
     images, texts, teacher_images, teacher_texts = embeddings()
     found, expected = [], []
     for loss, results in ((distillation_loss, found), (definition, expected)):
@@ -109,7 +111,7 @@ def test_extreme_similarities_stay_finite():
 
 def test_rejects_embeddings_that_do_not_fit():
     images, texts, teacher_images, teacher_texts = embeddings()
-    with pytest.raises(ValueError, match=r"\(7, 5\), \(6, 5\)"):
+    with pytest.raises(ValueError, match=r"student_image is \(7, 5\) and student_text \(6, 5\)"):
         distillation_loss(images, texts[:6], 1.0, teacher_images, teacher_texts, 1.0)
     with pytest.raises(ValueError, match="student has 7 pairs and the teacher 6"):
         distillation_loss(images, texts, 1.0, teacher_images[:6], teacher_texts[:6], 1.0)
@@ -150,14 +152,14 @@ def reference_embeddings(folder, processor, images, texts):
 
 def tokens_of(processor, texts):
     tokens = processor(text=texts, padding=True, return_tensors="pt")
-    return tokens["input_ids"], tokens["attention_mask"]
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
 
 def test_teacher_embeds_the_students_batch_as_the_model_alone_would(teacher_folder, processor):
     teacher = Teacher(str(teacher_folder), processor.tokenizer, CPU, "fp32")
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     texts = [caption(seed) for seed in range(3)]
-    images, texts_found = teacher.embed(pixels, *tokens_of(processor, texts))
+    images, texts_found = teacher.embed({"pixel_values": pixels, **tokens_of(processor, texts)})
     expected = reference_embeddings(teacher_folder, processor, list(pixels), texts)
     torch.testing.assert_close(images, expected[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(texts_found, expected[1], rtol=0, atol=1e-5)
@@ -169,7 +171,7 @@ def test_teacher_embeds_the_students_batch_as_the_model_alone_would(teacher_fold
 def test_teacher_of_another_size_sees_resized_images(teacher_folder, processor):
     teacher = Teacher(str(teacher_folder), processor.tokenizer, CPU, "fp32")
     pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(image_bytes(0, (48, 48)))))).permute(2, 0, 1)[None]
-    images, texts = teacher.embed(pixels, *tokens_of(processor, ["a dog"]))
+    images, texts = teacher.embed({"pixel_values": pixels, **tokens_of(processor, ["a dog"])})
     resized = Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BICUBIC)
     expected = reference_embeddings(teacher_folder, processor, [resized], ["a dog"])
     # PIL rounds its bicubic result to 256 levels.
@@ -267,7 +269,7 @@ def test_stored_embeddings_are_the_teachers(teacher_folder, processor, shards, s
     stored = StoredEmbeddings.open(stored_folder, source)
     stored = pickle.loads(pickle.dumps(stored))  # as it comes to the workers
     samples, texts = [0, 11, 5, 5], [caption(0), caption(11), "two", "one"]
-    images, text_embeds = stored.lookup(samples, texts)
+    images, text_embeds = stored.targets(samples, texts).values()
     originals = [Image.open(io.BytesIO(image_bytes(seed))) for seed in samples]
     expected = reference_embeddings(teacher_folder, processor, originals, texts)
     # float16 keeps eleven bits.
@@ -289,7 +291,7 @@ def test_mixture_is_stored_as_training_numbers_it(teacher_folder, processor, tmp
     source = open_source(mixture, config, "train", 32)
     stored = StoredEmbeddings.open(out, source)
     assert len(source) == 8  # four of each
-    texts = stored.lookup([3, 4], [caption(3), caption(20)])[1]
+    texts = stored.targets([3, 4], [caption(3), caption(20)])["teacher_text_embeds"]
     originals = [Image.open(io.BytesIO(image_bytes(seed))) for seed in (3, 20)]
     expected = reference_embeddings(teacher_folder, processor, originals, [caption(3), caption(20)])
     torch.testing.assert_close(texts, expected[1], rtol=0, atol=1e-3)  # float16 keeps eleven bits
@@ -297,12 +299,12 @@ def test_mixture_is_stored_as_training_numbers_it(teacher_folder, processor, tmp
 
 def test_rejects_samples_that_could_not_be_read(shards, stored_folder):
     with pytest.raises(UsageError, match="sample 3 could not be read"):
-        StoredEmbeddings(stored_folder).lookup([0, 3], [caption(0), caption(3)])
+        StoredEmbeddings(stored_folder).targets([0, 3], [caption(0), caption(3)])
 
 
 def test_rejects_captions_that_were_not_embedded(stored_folder):
     with pytest.raises(UsageError, match="sample 2 had no caption 'a new caption'"):
-        StoredEmbeddings(stored_folder).lookup([2], ["a new caption"])
+        StoredEmbeddings(stored_folder).targets([2], ["a new caption"])
 
 
 def test_rejects_embeddings_of_other_data(stored_folder, tmp_path):

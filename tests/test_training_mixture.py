@@ -16,7 +16,7 @@ from training.config import UsageError
 from training.data.batches import Collate, PairDataset, build_loader
 from training.data.batches import open_data as open_source
 from training.data.order import Order, Place, StepSampler
-from training.distillation import StoredEmbeddings
+from training.objectives.stored import StoredEmbeddings
 from training.phases import Phase, Phases
 
 
@@ -358,7 +358,9 @@ def store_embeddings(folder, num_samples):
 def test_stored_embeddings_come_with_their_pairs(sort_by_length, tmp_path):
     source, config = opened(tmp_path, shards(tmp_path, 48, num_shards=1)), config_of(tmp_path)
     stored = StoredEmbeddings.open(store_embeddings(tmp_path / "stored", 48), source)
-    collate = Collate(tokenizer(), pad_to_max=False, group=False, sort_by_length=sort_by_length, stored=stored)
+    collate = Collate(
+        tokenizer(), pad_to_max=False, group=False, sort_by_length=sort_by_length, targets=stored.targets
+    )
     for batch in batches(config, source, 3, collate=collate):
         samples = batch["teacher_image_embeds"].argmax(dim=1).tolist()
         assert [caption(sample) for sample in samples] == texts(batch)
@@ -369,6 +371,6 @@ def test_stored_embeddings_of_other_data_fail_with_a_message(tmp_path):
     source, config = opened(tmp_path, shards(tmp_path, 48, num_shards=1)), config_of(tmp_path)
     stored = StoredEmbeddings(store_embeddings(tmp_path / "stored", 48))
     write_tar(tmp_path / "shards" / "00.tar", pairs(range(100, 148)))
-    collate = Collate(tokenizer(), pad_to_max=False, group=False, stored=stored)
+    collate = Collate(tokenizer(), pad_to_max=False, group=False, targets=stored.targets)
     batch = batches(config, opened(tmp_path, tmp_path / "shards"), 1, collate=collate)[0]
     assert "made for other data" in batch["failure"] and len(source) == 48

@@ -1,16 +1,21 @@
-"""The step on a device: micro-batches are queued without waiting for it, and nothing is sent to it twice."""
+"""The step on a device: micro-batches are queued without waiting for it, and nothing is sent to it twice; and the step
+with an objective that has another head and another loss."""
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from training.config import Config
+from training.objectives import Objective
+from training.objectives.contrastive import Contrastive
 from training.phases import Phase, Phases
 from training.report.timing import Stopwatch
-from training.step import TrainingStep, build_step, split, text_lengths
+from training.step import build_step, split, text_lengths
 
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -28,14 +33,45 @@ BATCH = 12
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """Accelerate without another test's settings; and a plain loss: torch has no autocast for the meta device."""
-    monkeypatch.setattr(
-        "training.step.contrastive_loss", lambda images, texts, scale, **_: (images * texts).sum() * scale
-    )
+def fresh():
+    """Accelerate without another test's settings."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class PlainLoss(Contrastive):
+    """Torch has no autocast for the meta device."""
+
+    def loss(self, embeds, scalars, inputs):
+        images, texts = embeds
+        return (images * texts).sum() * scalars["logit_scale"].exp()
+
+
+class WordPredictor(HFCLIPModel):
+    """A model with a head of its own: from the image to the words of its caption."""
+
+    def __init__(self, config: HFCLIPConfig):
+        super().__init__(config)
+        self.words = nn.Linear(config.projection_dim, config.text_config.vocab_size)
+
+    def forward(self, pixel_values):
+        return self.words(self.encode_image(pixel_values))
+
+
+class BagOfWords(Objective):
+    couples_pairs = False
+
+    def __init__(self, config: Config):
+        pass
+
+    def embed(self, model, part):
+        words = F.one_hot(part["input_ids"], TEXT["vocab_size"]).amax(dim=1)
+        return model(part["pixel_values"]), words
+
+    def loss(self, embeds, scalars, inputs):
+        logits, words = embeds
+        return F.binary_cross_entropy_with_logits(logits, words.float())
 
 
 def batch(group: bool = True) -> dict[str, torch.Tensor]:
@@ -48,15 +84,16 @@ def batch(group: bool = True) -> dict[str, torch.Tensor]:
     return whole | ({"group_id": torch.arange(BATCH)} if group else {})
 
 
-def step_on(device: str, vision: dict = VIT, text: dict = TEXT, **optim) -> TrainingStep:
+def step_on(device: str, vision: dict = VIT, text: dict = TEXT, model=HFCLIPModel, objective=PlainLoss, **optim):
     optim = {"batch_size": BATCH, "steps": 10, "warmup_steps": 1, **optim}
     config = Config.from_dict({"model": {"preset": "ViT-B/32", "tokenizer": "given"}, "optim": optim})
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     step = build_step(
-        HFCLIPModel(HFCLIPConfig(projection_dim=16, vision_config=vision, text_config=text)).train(),
+        model(HFCLIPConfig(projection_dim=16, vision_config=vision, text_config=text)).train(),
         config,
         accelerator,
         HFCLIPImageProcessor(size=32),
+        objective=objective(config),
         total_steps=10,
         watch=Stopwatch(torch.device("cpu")),
         phases=Phases([], Phase(32, 12, 0.0), stride=8, steps_per_epoch=10, total_steps=10),
@@ -130,3 +167,23 @@ def test_text_ends_at_its_first_end_token_and_left_padding_gives_no_lengths():
     assert text_lengths(whole, config)[0] == 3
     whole["attention_mask"] = whole["attention_mask"].flip(1)
     assert text_lengths(whole, config) is None
+
+
+def test_objective_with_a_head_of_its_own_learns_alike_in_micro_batches():
+    """The loss of a pair depends on no other here: no gradient cache, one forward pass."""
+    losses, weights = [], []
+    for micro_batch_size in (None, 4):
+        torch.manual_seed(0)
+        step = step_on("cpu", model=WordPredictor, objective=BagOfWords, lr=1e-2, micro_batch_size=micro_batch_size)
+        passes = []
+        step.core.words.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        pairs = {name: values[:11] for name, values in batch().items()}  # micro-batches of 4, 4 and 3
+        step.config.optim.batch_size = 11
+        losses.append([step(pairs, number)["loss"] for number in range(4)])
+        weights.append([parameter.detach() for parameter in step.core.parameters()])
+        assert len(passes) == 4 * (1 if micro_batch_size is None else 3)
+    assert losses[0][-1] < 0.95 * losses[0][0]
+    # Sums in another order; AdamW divides by the root of squares, and so by rounding noise where there is no gradient.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for whole, parts in zip(*weights, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-3)

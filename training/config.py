@@ -163,8 +163,9 @@ class DataConfig:
 class OptimConfig:
     """The objective, the batch and AdamW. Defaults are the paper's (Radford et al. 2021, tables 18 and 19)."""
 
-    loss: Literal["contrastive", "sigmoid"] = "contrastive"
-    """CLIP's symmetric cross-entropy, or SigLIP's sigmoid loss. Both see the global batch."""
+    loss: str = "contrastive"
+    """One of `hfclip.losses.LOSSES`: "contrastive", CLIP's symmetric cross-entropy, or "sigmoid", SigLIP's loss. They see
+    the global batch."""
     batch_size: int = 256
     """Pairs per step over all processes together (the paper: 32,768)."""
     micro_batch_size: int | None = None

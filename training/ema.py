@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import UsageError
-from .parallel import local, part_of
+from .parallel import local_shard, shard_like
 
 
 class EMA:
@@ -36,8 +36,8 @@ class EMA:
         The second is the usual warm-up: an average that began with random weights soon forgets them.
         """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        shadow = [local(tensor) for tensor in self._shadow.values()]
-        live = [local(tensor.detach()).to(torch.float32) for tensor in self._live.values()]
+        shadow = [local_shard(tensor) for tensor in self._shadow.values()]
+        live = [local_shard(tensor.detach()).to(torch.float32) for tensor in self._live.values()]
         torch._foreach_lerp_(shadow, live, weight)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ class EMA:
                 f"found {found.get(name, 'none')}, expected {shapes.get(name, 'none')}."
             )
         for name, tensor in self._shadow.items():
-            tensor.copy_(part_of(state[name], tensor))
+            tensor.copy_(shard_like(state[name], tensor))
 
     @contextmanager
     @torch.no_grad()

@@ -4,7 +4,7 @@
 
 All images and all captions are embedded once, with the teacher's own image processor and tokenizer; images are whole
 central squares. The captions are read first. An interrupted command goes on where it was when it is given again; the
-folder has its name when it is complete. `training/distillation.py` says what is in it.
+folder has its name when it is complete. `training/objectives/stored.py` says what is in it.
 """
 
 import argparse
@@ -31,8 +31,9 @@ from hfclip import HFCLIPModel, HFCLIPProcessor
 from hfclip.data.samples import BadSample, Source, caption_id, decoding, usable_captions
 from training.config import DataConfig, UsageError
 from training.data.batches import open_data
-from training.distillation import ARRAYS, HEADER, computing_in, load_teacher
-from training.machine import PRECISIONS, num_workers, settled_precision
+from training.machine import PRECISIONS, autocast_for, num_workers, settled_precision
+from training.objectives.stored import ARRAYS, HEADER
+from training.objectives.teacher import load_teacher
 from training.redaction import redacted
 
 
@@ -96,7 +97,7 @@ def embed(arguments: argparse.Namespace) -> Path:
     source = open_data(name, config, config.split, model.config.image_size)
     writer = Writer(out, source, len(source), model, arguments.model)
     precision = settled_precision(arguments.precision, device)[0]
-    with computing_in(precision, device):
+    with autocast_for(precision, device):
         embed_samples(model, processor, source, writer, arguments)
     writer.finish()
     return out

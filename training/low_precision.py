@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .config import UsageError
-from .parallel import local
+from .parallel import local_shard
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -137,7 +137,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         # Shards of one parameter share their noise: each number is still rounded without bias, and copies of a shard on
         # other processes stay equal.
         stored = [
-            torch.atleast_1d(local(tensor))
+            torch.atleast_1d(local_shard(tensor))
             for tensor in (parameter, parameter.grad, *(state[name] for name in MOMENTS))
         ]
         rows = max(CHUNK // max(stored[0][:1].numel(), 1), 1)

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +21,11 @@ from .state.resuming import precision_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def autocast_for(precision: str, device: torch.device) -> AbstractContextManager:
+    """Autocast to "bf16" or "fp16"; nothing for "fp32"."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=PRECISIONS[precision])
 
 
 def build_accelerator(config: Config, resume: str | None = None) -> Accelerator:

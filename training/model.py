@@ -6,7 +6,6 @@ resumed run goes on from its checkpoint as from any pretrained model.
 """
 
 import logging
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +30,9 @@ from hfclip.data.samples import BadSample, Source
 
 from .config import SECTIONS, Config, ModelConfig, UsageError, load_yaml
 from .low_precision import halve_text_weights
+from .objectives.contrastive import fit_scalars
 
 
-SIGLIP_LOGITS = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}  # arXiv:2303.15343, section 3
 MAX_TOKENIZER_SAMPLES = 500_000
 
 
@@ -67,12 +66,7 @@ def build_architecture(config: Config) -> HFCLIPConfig:
         raise UsageError(
             f"model: the {architecture.vision_config.model_type} tower's config has no image_size; add it."
         )
-    if config.optim.loss == "sigmoid" and architecture.logit_bias_init_value is None:
-        if model.checkpoint is not None:
-            raise UsageError("optim.loss: sigmoid needs a logit_bias, which this checkpoint has not. Use contrastive.")
-        architecture.update(SIGLIP_LOGITS)
-    if config.optim.loss == "contrastive" and architecture.logit_bias_init_value is not None:
-        raise UsageError("optim.loss: contrastive leaves the model's logit_bias untrained. Use sigmoid.")
+    fit_scalars(architecture, config)
     return architecture
 
 
@@ -187,7 +181,7 @@ def build_model(config: Config, architecture: HFCLIPConfig) -> HFCLIPModel:
         if config.model.checkpoint is not None:
             model = _load(config.model.checkpoint, architecture)
         elif config.model.vision_checkpoint is not None:
-            logits = {key: getattr(architecture, key) for key in SIGLIP_LOGITS}
+            logits = {key: getattr(architecture, key) for key in ("logit_scale_init_value", "logit_bias_init_value")}
             towers = (config.model.vision_checkpoint, config.model.text_checkpoint)
             model = HFCLIPModel.from_vision_text_pretrained(*towers, config.model.projection_dim, **logits)
         else:

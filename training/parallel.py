@@ -28,12 +28,12 @@ def shard(core: HFCLIPModel, accelerator: Accelerator) -> HFCLIPModel:
     """Splits the weights over all processes, in place: one unit for each block, one for the rest."""
     core.to(accelerator.device)
     mesh = dist.device_mesh.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for module in units(core):
+    for module in fsdp_units(core):
         fully_shard(module, mesh=mesh)
-    return fully_shard(core, mesh=mesh, ignored_params=set(scalars(core)))
+    return fully_shard(core, mesh=mesh, ignored_params=set(loss_scalars(core)))
 
 
-def units(model: nn.Module) -> list[nn.Module]:
+def fsdp_units(model: nn.Module) -> list[nn.Module]:
     """The blocks of the towers that are put together one at a time; those inside of others come first."""
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return [module for module in model.modules() if type(module).__name__ in names][::-1]
@@ -59,20 +59,20 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def scalars(core: nn.Module) -> list[Tensor]:
-    """`logit_scale` and, for the sigmoid loss, `logit_bias`: read by the loss, not by the towers."""
-    return [p for p in (core.logit_scale, core.logit_bias) if p is not None]
+def loss_scalars(core: nn.Module) -> list[Tensor]:
+    """`logit_scale` and its like, without dimensions: read by the loss, not by the towers."""
+    return [parameter for parameter in core.parameters() if parameter.ndim == 0]
 
 
 def average_scalars(core: HFCLIPModel) -> None:
     """The mean over processes of the scalars' gradients, which FSDP leaves alone; collective."""
-    for parameter in scalars(core):
+    for parameter in loss_scalars(core):
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
             parameter.grad /= dist.get_world_size()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A split tensor put together, on every process; collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -92,7 +92,7 @@ def whole_state_dict(core: HFCLIPModel, keep: bool) -> dict[str, Tensor]:
 def whole_tensors(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     state = {}
     for name, tensor in tensors.items():
-        tensor = whole(tensor.detach())
+        tensor = full_tensor(tensor.detach())
         if keep:
             state[name] = tensor.cpu()
     return state
@@ -103,7 +103,7 @@ def whole_optimizer_state(core: HFCLIPModel, optimizer: torch.optim.Optimizer, k
     state = {}
     for name, parameter in core.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            value = whole(value) if isinstance(value, Tensor) else value
+            value = full_tensor(value) if isinstance(value, Tensor) else value
             if keep:
                 state.setdefault(name, {})[key] = value.cpu() if isinstance(value, Tensor) else value
     return state
@@ -113,15 +113,15 @@ def load_optimizer_state(core: HFCLIPModel, optimizer: torch.optim.Optimizer, st
     """Puts back what `whole_optimizer_state` gave; each process takes its part."""
     for name, parameter in core.named_parameters():
         if name in state:
-            optimizer.state[parameter] = {key: part_of(value, parameter) for key, value in state[name].items()}
+            optimizer.state[parameter] = {key: shard_like(value, parameter) for key, value in state[name].items()}
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds: a view."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(value, like: Tensor):
+def shard_like(value, like: Tensor):
     """This process's part of a whole tensor, split as `like` is."""
     if not isinstance(value, Tensor):
         return value

@@ -28,13 +28,13 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hfclip import HFCLIPConfig, HFCLIPModel
-from hfclip.losses import DEVICE_TILE
+from hfclip.losses.tiles import DEVICE_TILE
 from training.config import Config, UsageError, _require, load_yaml
 from training.data.batches import BYTES_AHEAD
 from training.flops import tower_flops, training_flops
 from training.low_precision import text_matrices
 from training.model import build_architecture
-from training.parallel import scalars, units
+from training.parallel import fsdp_units, loss_scalars
 from training.redaction import redacted
 from training.step import MOST_ON_DEVICE
 
@@ -134,8 +134,8 @@ def count_parameters(architecture: HFCLIPConfig, freeze: str = "none") -> Parame
         model = HFCLIPModel(architecture)
     if freeze != "none":
         model.freeze(freeze)
-    blocks = units(model)
-    inside = {id(p) for block in blocks for p in block.parameters()} | {id(p) for p in scalars(model)}
+    blocks = fsdp_units(model)
+    inside = {id(p) for block in blocks for p in block.parameters()} | {id(p) for p in loss_scalars(model)}
     rest = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     return Parameters(
         total=_numel(model.parameters()),

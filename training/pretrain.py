@@ -59,10 +59,10 @@ from hfclip.data.streaming import StreamSource
 from training import optim, parallel
 from training.data.batches import Collate, PairDataset, build_loader, open_data
 from training.data.loading import Batches
-from training.distillation import build_teacher
 from training.evaluation import Evaluator
 from training.machine import build_accelerator, num_workers, on_main_process
 from training.model import build_architecture, build_model, build_processor, describe, resumed_from, suited_to
+from training.objectives import build_objective
 from training.phases import build_phases
 from training.report.curves import draw_curves
 from training.report.publish import check_token, print_summary, publish, write_card
@@ -177,13 +177,13 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
     phases = build_phases(config, architecture, processor.tokenizer, dataset.steps_per_epoch, stop)
     about_data = {"samples": list(dataset.order.lengths)}
     resuming.check_data(state, about_data["samples"])
-    teacher, stored = build_teacher(config, processor.tokenizer, source, accelerator)
+    objective = build_objective(config, processor.tokenizer, source, accelerator.device)
     collate = Collate(
         processor.tokenizer,
         pad_to_max=config.model.compile,
         group=config.data.group_captions,
         sort_by_length=num_micro_batches(config.optim, accelerator.num_processes) > 1,
-        stored=stored,
+        targets=objective.targets,
     )
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
     loader = build_loader(dataset, collate, config, start=start, stop=stop, **ranks, phases=phases)
@@ -193,11 +193,10 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
         config,
         accelerator,
         processor.image_processor,
+        objective=objective,
         total_steps=stop,
         watch=Stopwatch(accelerator.device),
         phases=phases,
-        teacher=teacher,
-        teacher_scale=next((t.scale for t in (teacher, stored) if t is not None), None),
     )
     if resumed:
         step.load_state(checkpoint.load_states(resumed))

@@ -1,7 +1,8 @@
-"""One training step: batch -> towers -> global loss -> gradients -> AdamW -> clamp of the scale.
+"""One training step: batch -> objective -> gradients -> AdamW -> clamp of the scale.
 
     plain    embed the batch, loss, one backward pass
     cached   with optim.micro_batch_size below a process's share of the batch: hfclip.grad_cache, the same gradients
+    summed   likewise, where the loss of a pair depends on no other: the gradients of micro-batches add up
 
 All that a step does follows from the settings, the weights and the step's number. Processes run the same code on
 their own pairs; the loss and the gradient norm are the same two numbers on each of them.
@@ -10,7 +11,7 @@ their own pairs; the loss and the gradient norm are the same two numbers on each
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,37 +21,36 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from hfclip import HFCLIPImageProcessor, HFCLIPModel, contrastive_loss, sigmoid_loss
+from hfclip import HFCLIPImageProcessor, HFCLIPModel
 from hfclip.grad_cache import cached_backward
 from hfclip.modeling_hfclip_transformer import pooled_positions
 
 from . import optim, parallel
 from .config import Config, OptimConfig, UsageError
 from .data.order import rank_slice
-from .distillation import Teacher, distillation_loss
 from .ema import EMA
 from .flops import batch_flops
+from .objectives import Objective
 from .phases import Phases
 from .report.timing import Stopwatch
 
 
 MOST_ON_DEVICE = 2 << 30  # bytes of the pictures of a batch that lie there while it is embedded in micro-batches
-OF_LOSS = ("group_id", "teacher_image_embeds", "teacher_text_embeds")  # of a batch; the towers get the rest
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainingStep:
-    """Updates the weights by the gradient of the global batch's loss.
+    """Updates the weights by the gradient of the objective on the global batch.
 
     `model` is wrapped for several processes, `core` is the model itself; `pixel_mean` and `pixel_std` are (3, 1, 1), of
-    values 0..1, on the device; `teacher_scale` is the teacher's factor on cosines, and `teacher` embeds live, or is
-    None where the batch brings stored embeddings.
+    values 0..1, on the device.
     """
 
     config: Config
     accelerator: Accelerator
     model: nn.Module
     core: HFCLIPModel
+    objective: Objective
     optimizer: torch.optim.Optimizer
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -58,8 +58,6 @@ class TrainingStep:
     watch: Stopwatch
     phases: Phases
     ema: EMA | None = None
-    teacher: Teacher | None = None
-    teacher_scale: float | None = None
 
     def __call__(self, batch: dict[str, Tensor], step: int) -> dict[str, float]:
         """One step on this process's part of the batch. Collective.
@@ -125,13 +123,13 @@ class TrainingStep:
         on_device = {
             name: values if waits_on_host(values) else self._on_device(values) for name, values in batch.items()
         }
-        of_loss = {name: on_device.pop(name) for name in OF_LOSS if name in batch}
         parts = split({**on_device, "text_lengths": lengths}, count, trim=lengths is not None)
-        teacher = self._teacher_embeds(parts, of_loss)
-        loss = partial(self._loss, group_id=of_loss.get("group_id"), teacher=teacher)
-        parameters = parallel.scalars(self.core)
+        scalars = [getattr(self.core, name) for name in self.objective.scalars]
+        if not self.objective.couples_pairs:
+            return self._summed_backward(parts, scalars)
+        loss = partial(self._loss, inputs=self.objective.loss_inputs(parts))
         if count == 1:
-            value = loss(*self._embed(parts[0]), *parameters)
+            value = loss(*self._embed(parts[0]), *scalars)
             with self.watch.time("backward"):
                 self.accelerator.backward(value)
             return value.detach()
@@ -141,7 +139,7 @@ class TrainingStep:
                 self._embed,
                 parts,
                 loss,
-                parameters,
+                scalars,
                 buffers=list(self.core.buffers()),
                 weights=self.core.parameters(),
                 no_sync=partial(parallel.no_sync, self.model),
@@ -152,61 +150,32 @@ class TrainingStep:
     def _on_device(self, values: Tensor) -> Tensor:
         return values.to(self.accelerator.device, non_blocking=True)
 
-    def _embed(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Pixels, ids and mask -> unit embeddings (size, dim) of images and texts."""
+    def _summed_backward(self, parts: list[dict], scalars: list[Tensor]) -> Tensor:
+        """The loss that is a mean over pairs, its gradients summed over the parts and averaged over the processes."""
+        total = 0.0
+        for part in parts:
+            with nullcontext() if part is parts[-1] else parallel.no_sync(self.model):
+                # The mean over processes then counts each pair once.
+                share = len(part["pixel_values"]) * self.accelerator.num_processes / self.config.optim.batch_size
+                inputs = self.objective.loss_inputs([part])
+                value = share * self._loss(*self._embed(part), *scalars, inputs=inputs)
+                with self.watch.time("backward"):
+                    self.accelerator.backward(value)
+            total = total + value.detach()
+        return self.accelerator.reduce(total, "mean")
+
+    def _embed(self, part: dict) -> tuple[Tensor, ...]:
+        inputs = {name: self._on_device(v) if isinstance(v, Tensor) else v for name, v in part.items()}
         with self.watch.time("forward"), self.accelerator.autocast():
-            output = self.model(
-                input_ids=self._on_device(batch["input_ids"]),
-                attention_mask=self._on_device(batch["attention_mask"]),
-                pixel_values=normalized(self._on_device(batch["pixel_values"]), self.pixel_mean, self.pixel_std),
-                embeds_only=True,
-                text_lengths=batch.get("text_lengths"),
-            )
-        # Under autocast in half precision; the loss, and the gradients that the cache keeps, are not.
-        images, texts = output.image_embeds, output.text_embeds
-        dtype = torch.promote_types(images.dtype, torch.float32)
-        return images.to(dtype), texts.to(dtype)
+            inputs["pixel_values"] = normalized(inputs["pixel_values"], self.pixel_mean, self.pixel_std)
+            return self.objective.embed(self.model, inputs)
 
-    def _loss(
-        self,
-        images: Tensor,
-        texts: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        *,
-        group_id: Tensor | None,
-        teacher: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        """The loss of the batch of all processes; its gradients, averaged over the processes, are exact."""
+    def _loss(self, *tensors: Tensor, inputs: dict) -> Tensor:
+        """The loss of embeddings and scalars; its gradients, averaged over the processes, are exact."""
+        first = len(tensors) - len(self.objective.scalars)
+        scalars = dict(zip(self.objective.scalars, tensors[first:], strict=True))
         with self.watch.time("loss"):
-            scale, how = logit_scale.exp(), {"group_id": group_id, "exchange": self.config.optim.exchange}
-            weight = 0.0 if teacher is None else self.config.distill.weight
-            value = 0.0 if logit_bias is None else 0 * logit_bias  # wrappers wait for every weight's gradient
-            if weight < 1 and logit_bias is None:
-                value = value + (1 - weight) * contrastive_loss(images, texts, scale, **how)
-            elif weight < 1:
-                value = value + (1 - weight) * sigmoid_loss(images, texts, scale, logit_bias, **how)
-            if weight > 0:
-                value = value + weight * distillation_loss(
-                    images, texts, scale, *teacher, self.teacher_scale, exchange=self.config.optim.exchange
-                )
-            return value
-
-    def _teacher_embeds(
-        self, parts: list[dict[str, Tensor]], of_loss: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor] | None:
-        if self.teacher_scale is None:
-            return None
-        if self.teacher is None:
-            return of_loss["teacher_image_embeds"], of_loss["teacher_text_embeds"]
-        embeds = [
-            self.teacher.embed(
-                *(self._on_device(part[name]) for name in ("pixel_values", "input_ids", "attention_mask"))
-            )
-            for part in parts
-        ]
-        images, texts = (torch.cat(pieces) for pieces in zip(*embeds, strict=True))
-        return images, texts
+            return self.objective.loss(tensors[:first], scalars, inputs)
 
     def _update(self, step: int, lr: float, skipped: bool, buffers: list[Tensor]) -> None:
         """AdamW and the clamp; or, for a step that is skipped, all as it was."""
@@ -216,7 +185,8 @@ class TrainingStep:
             self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
-            self.core.logit_scale.clamp_(max=math.log(self.config.optim.max_logit_scale))
+            if "logit_scale" in self.objective.scalars:
+                self.core.logit_scale.clamp_(max=math.log(self.config.optim.max_logit_scale))
             if skipped:
                 for buffer, before in zip(self.core.buffers(), buffers, strict=True):
                     buffer.copy_(before)

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from training_utils import fork
 
-from hfclip import losses
-from training.distillation import distillation_loss
+from hfclip.losses import distillation_loss, tiles
 
 
 NUM_FEATURES, TEACHER_DIM, TEACHER_SCALE = 7, 4, 20.0
@@ -113,7 +112,7 @@ def run_errors(rank):
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
-    losses.CPU_TILE = TILE
+    tiles.CPU_TILE = TILE
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     results = {case: run_case(rank, *case) for case in CASES if len(case[0]) == world}
     if world > 1:

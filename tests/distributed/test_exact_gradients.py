@@ -20,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from training_utils import fork, free_port
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
+from hfclip.losses import LOSSES
 from training import parallel
 from training import step as training_step
 from training.config import Config
 from training.data.order import rank_slice
+from training.objectives.contrastive import Contrastive
 from training.phases import Phase, Phases
 from training.report.timing import Stopwatch
 
@@ -39,6 +41,8 @@ WAYS = [  # sharded, micro_batch_size, exchange, loss
     (True, 2, "ring", "contrastive"),
     (False, 2, "ring", "sigmoid"),
     (True, None, "gather", "sigmoid"),
+    (False, 2, "gather", "mean"),
+    (True, 2, "gather", "mean"),
 ]
 CASES = [
     (world, dtype, *way)
@@ -84,18 +88,38 @@ def settings(sharded: bool, micro: int | None, exchange: str, loss: str) -> Conf
     return Config.from_dict(
         {
             "model": {"preset": "ViT-B/32", "tokenizer": "none of them is read"},
-            "optim": {"batch_size": BATCH, "micro_batch_size": micro, "exchange": exchange, "loss": loss},
+            "optim": {
+                "batch_size": BATCH,
+                "micro_batch_size": micro,
+                "exchange": exchange,
+                "loss": loss if loss in LOSSES else "contrastive",
+            },
             "run": {"shard_weights": sharded, "precision": "fp32"},
         }
     )
 
 
-def step_of(core, model, accelerator, config) -> training_step.TrainingStep:
+class Mean(Contrastive):
+    """A loss of pairs each on their own, whose mean needs no other process's embeddings."""
+
+    couples_pairs = False
+
+    def loss(self, embeds, scalars, inputs):
+        images, texts = embeds
+        assert inputs["group_id"].shape == images.shape[:1]
+        return -(scalars["logit_scale"].exp() * (images * texts).sum(dim=1)).mean()
+
+
+OBJECTIVES = {"mean": Mean}  # the others are losses of `Contrastive`
+
+
+def step_of(core, model, accelerator, config, objective) -> training_step.TrainingStep:
     return training_step.TrainingStep(
         config=config,
         accelerator=accelerator,
         model=model,
         core=core,
+        objective=objective(config),
         optimizer=None,
         **training_step.pixel_statistics(HFCLIPImageProcessor(size=16), torch.device("cpu")),
         total_steps=10,
@@ -116,12 +140,14 @@ def one_rank(rank: int, world: int, port: int, folder: str) -> None:
             model = parallel.shard(core, accelerator)
         else:
             model = DistributedDataParallel(core) if world > 1 else core
-        step = step_of(core, model, accelerator, settings(sharded, micro, exchange, loss))
+        step = step_of(
+            core, model, accelerator, settings(sharded, micro, exchange, loss), OBJECTIVES.get(loss, Contrastive)
+        )
         step._seed(0)
         value = step._backward(share(global_batch(), rank, world))
         if sharded:
             parallel.average_scalars(core)
-        found = {name: parallel.whole(p.grad) for name, p in core.named_parameters()}
+        found = {name: parallel.full_tensor(p.grad) for name, p in core.named_parameters()}
         if rank == 0:
             torch.save({"loss": value, **found}, Path(folder) / f"{CASES.index(case)}.pt")
     if world > 1:
@@ -146,7 +172,7 @@ def reference(world: int, micro: int | None, loss: str) -> dict[str, torch.Tenso
     for rank in range(world):
         alone = Accelerator(cpu=True)
         as_rank = SimpleNamespace(process_index=rank, device=alone.device, autocast=alone.autocast)
-        step = step_of(core, core, as_rank, config)
+        step = step_of(core, core, as_rank, config, OBJECTIVES.get(loss, Contrastive))
         step._seed(0)
         pieces = share({name: values for name, values in batch.items() if name != "group_id"}, rank, world)
         embeds += [step._embed(piece) for piece in training_step.split(pieces, count, trim=True)]
@@ -157,6 +183,8 @@ def reference(world: int, micro: int | None, loss: str) -> dict[str, torch.Tenso
     if loss == "contrastive":
         targets = positives.double() / positives.sum(dim=1, keepdim=True)
         value = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    elif loss == "mean":
+        value = -logits.diagonal().mean()
     else:
         signs = torch.where(positives, 1.0, -1.0)
         value = -F.logsigmoid(signs * (logits + core.logit_bias)).sum() / BATCH

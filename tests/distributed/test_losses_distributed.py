@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training_utils import fork
 
-from hfclip import losses
-from hfclip.losses import contrastive_loss, sigmoid_loss
+from hfclip.losses import contrastive_loss, sigmoid_loss, tiles
 
 
 NUM_FEATURES = 7
@@ -186,7 +185,7 @@ def run_subgroup(rank, world):
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
-    losses.CPU_TILE = TILE
+    tiles.CPU_TILE = TILE
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     results = {case: run_case(rank, *case[1:]) for case in CASES if case[0] == world}
     if world > 1:

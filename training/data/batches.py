@@ -5,6 +5,7 @@ StepSampler -> Place -> PairDataset: source, decode, crop -> Collate: tokens, co
 
 import os
 import signal
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from hfclip.errors import UsageError
 from hfclip.image_processing_hfclip import random_square_crop
 
 from ..config import Config, DataConfig
-from ..distillation import StoredEmbeddings
 from ..machine import num_workers
 from ..phases import Phases
 from ..state.stopping import SIGNALS
@@ -138,8 +138,7 @@ class Collate:
         group: Give `group_id`.
         sort_by_length: Pairs with the longest captions first, so that micro-batches hold texts of similar length. The
             pairs of a batch are a set: neither the loss nor its gradient depends on their order.
-        stored: A teacher's embeddings of the data (`StoredEmbeddings`): the batch gets `teacher_image_embeds` and
-            `teacher_text_embeds`, (local_batch, teacher_dim).
+        targets: Places of samples in the source and their captions -> further columns of the batch.
     """
 
     def __init__(
@@ -149,9 +148,9 @@ class Collate:
         pad_to_max: bool,
         group: bool,
         sort_by_length: bool = False,
-        stored: StoredEmbeddings | None = None,
+        targets: Callable[[list[int], list[str]], dict[str, torch.Tensor]] | None = None,
     ):
-        self.tokenizer, self.group, self.sort_by_length, self.stored = tokenizer, group, sort_by_length, stored
+        self.tokenizer, self.group, self.sort_by_length, self.targets = tokenizer, group, sort_by_length, targets
         self.padding = "max_length" if pad_to_max else "longest"
 
     def __call__(self, examples: list[dict]) -> dict:
@@ -173,12 +172,11 @@ class Collate:
         }
         if self.group:
             batch["group_id"] = torch.tensor([caption_id(caption) for caption in captions])
-        if self.stored is not None:
+        if self.targets is not None:
             try:
-                embeds = self.stored.lookup([example["sample"] for example in examples], captions)
+                batch |= self.targets([example["sample"] for example in examples], captions)
             except UsageError as error:  # as for samples: let all ranks end together
                 return {"failure": str(error), "counts": counts}
-            batch["teacher_image_embeds"], batch["teacher_text_embeds"] = embeds
         if self.sort_by_length:
             longest_first = batch["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
             batch = {name: values[longest_first] for name, values in batch.items()}
