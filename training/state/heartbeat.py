@@ -1,18 +1,20 @@
 """Signs of life between the processes of a run: when one of them is gone, all of them end, and say why.
 
 A collective waits for hours for a process whose machine or network link is gone. So a thread of every rank keeps one
-TCP connection with rank 0 and sends a line over it every few seconds, both ways, whatever its main thread waits for.
+TCP connection with rank 0 and sends a beat over it every few seconds, both ways, whatever its main thread waits for.
 Silence, or a connection that closes without a goodbye, is passed on by rank 0 to all ranks; each of them prints what
 happened and ends its process. A rank that fails tells its exception first, so that the others name the cause.
 
-    Heartbeat(...) -> port of rank 0 to all ranks -> thread: beat, listen, judge -> close(): goodbye
-                                                                                 -> fail(error): "rank 2 failed: ..."
+    Heartbeat(...) -> connections -> thread: beat, listen, judge -> close(): goodbye
+                                                                 -> fail(error): "rank 2 failed: ..."
 
 A thread can beat while the main thread waits or computes outside of Python's lock, as in collectives, kernels and
 reads of files. An extension that held the lock for longer than `max_silence` would be taken for dead.
+
+torch's TCPStore does not do it: nobody learns that a client's connection closed, and where the server's machine hangs
+or the link is cut its calls block beyond their timeout.
 """
 
-import json
 import os
 import secrets
 import selectors
@@ -22,7 +24,9 @@ import sys
 import textwrap
 import threading
 import time
+from multiprocessing.connection import Connection
 from types import TracebackType
+from typing import NamedTuple
 
 import torch.distributed
 
@@ -36,12 +40,25 @@ GATHERING = 1.0  # seconds in which other ranks that are gone are found, to be n
 GRACE = 5.0  # seconds in which a rank that failed prints its traceback, and others may end by themselves
 SHOWN = 4  # ranks, at most, that a message names
 LONGEST_CAUSE = 600  # characters
+BEAT, GOODBYE = "beat", "goodbye"
+
+
+class Gone(NamedTuple):
+    """A message: that a rank is no more, and why."""
+
+    rank: int
+    cause: str
+    patience: float = GATHERING  # seconds until the others draw the consequence
+    status: int = 1  # with which they end
+    follows: bool = False  # the rank ended for the sake of another, so who knows of that one need not hear of it
+    shown_on: str | None = None  # the machine on whose screen the cause stands already
 
 
 class Heartbeat:
     """Ends this process within `max_silence` seconds of the end of any other, status 1. Does nothing for one process.
 
-    After a `UsageError` of another, it ends as the other does, with status 2 and without advice to resume. Collective to create, after the process group. A context manager; what comes after it is not watched.
+    After a `UsageError` of another, it ends as the other does, with status 2 and without advice to resume. Collective
+    to create, after the process group. A context manager; what comes after it is not watched.
 
     Args:
         rank, world: of the process group.
@@ -49,39 +66,24 @@ class Heartbeat:
             eighth of it or 5 seconds) is waited for.
 
     Raises:
-        UsageError: on a rank that cannot reach rank 0.
+        UsageError: if ranks cannot reach rank 0.
     """
 
     def __init__(self, rank: int, world: int, max_silence: float):
         self.rank, self.max_silence = rank, max_silence
-        self._pause = min(LONGEST_PAUSE, max_silence / BEATS)
         self._parted = threading.Event()  # nothing is watched any more
         self._failing = threading.Event()  # the main thread has an exception, which may follow from another's end
-        self._arrived = threading.Event()  # all ranks have said hello to rank 0
-        self._causes: dict[int, dict] = {}  # what was told of ranks that are gone, in the order of notice
+        self._causes: dict[int, Gone] = {}  # what was told of ranks that are gone, in the order of notice
         self._end_at = float("inf")
-        self._lines: list[_Line] = []
         if world == 1:
             self._parted.set()
             return
-        self._names = {other: f"rank {other} (never heard of)" for other in range(world)}
-        self._names[rank] = f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"
-        self._listener, there = None, [None]
-        if rank == 0:
-            self._listener = _listen()
-            # The token tells the ranks of this run from whatever else connects.
-            there = [(self._names[0], socket.gethostname(), self._listener.getsockname()[1], secrets.token_hex(16))]
-        torch.distributed.broadcast_object_list(there, src=0)
-        self._names[0], host, port, self._token = there[0]
-        if rank != 0:
-            self._connect(os.environ.get("MASTER_ADDR", host), port)
+        self._connect(world)
         # When each rank that is watched was last heard.
-        self._heard = dict.fromkeys(range(1, world) if rank == 0 else [0], time.monotonic())
+        self._heard = dict.fromkeys(self._connections.values(), time.monotonic())
         os.register_at_fork(after_in_child=self._leave_to_parent)
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
-        if rank == 0:  # it could not tell its end to one that it has not met; the thread ends a wait that is too long
-            self._arrived.wait()
 
     def __enter__(self) -> "Heartbeat":
         return self
@@ -96,7 +98,7 @@ class Heartbeat:
 
     def close(self) -> None:
         """Says goodbye to the others, and watches them no more."""
-        self._part({"kind": "bye"})
+        self._part(GOODBYE)
 
     def fail(self, error: BaseException) -> None:
         """Tells the others why this rank is about to end.
@@ -120,89 +122,97 @@ class Heartbeat:
         # The first rank of a machine shows its error there itself.
         host = socket.gethostname() if status == 2 and os.environ.get("LOCAL_RANK", "0") == "0" else None
         cause = textwrap.shorten(redacted(cause), LONGEST_CAUSE).rstrip(" .:")
-        self._part({**_gone(self.rank, cause, GRACE), "status": status, "shown_on": host})
+        self._part(Gone(self.rank, cause, GRACE, status, shown_on=host))
 
-    def _part(self, last_words: dict) -> None:
+    def _part(self, last_words: "str | Gone") -> None:
         if not self._parted.is_set():
-            self._send_all(last_words)
             self._parted.set()
             self._thread.join()
-            for line in self._lines:
-                line.end()
+            self._send_all(last_words)
 
     def _leave_to_parent(self) -> None:
         """In a forked child, a worker that loads data: its copies would keep connections open when we are dead."""
         if not self._parted.is_set():
             self._parted.set()
-            for file in [self._listener, *(line.socket for line in self._lines)]:
-                if file is not None:
-                    file.close()
+            for connection in self._connections:
+                connection.close()
 
-    def _connect(self, host: str, port: int) -> None:
+    def _connect(self, world: int) -> None:
+        """Connects each rank with rank 0. Collective."""
+        name, host = f"rank {self.rank} ({socket.gethostname()}, process {os.getpid()})", socket.gethostname()
+        listener = _listen() if self.rank == 0 else None
+        # The token tells the ranks of this run from whatever else connects.
+        place = (host, listener.getsockname()[1], secrets.token_hex(16)) if listener else None
+        greetings = [None] * world
+        torch.distributed.all_gather_object(greetings, (name, place))
+        self._names, (host, port, token) = [name for name, _ in greetings], greetings[0][1]
+        self._connections: dict[Connection, int] = {}  # and the rank at the other end
         try:
-            connection = socket.create_connection((host, port), timeout=self.max_silence)
+            if listener:
+                with listener:
+                    listener.settimeout(self.max_silence / 2)
+                    while len(self._connections) < world - 1:
+                        self._meet(listener.accept()[0], token)
+            else:
+                address = os.environ.get("MASTER_ADDR", host), port
+                connection = _connection(socket.create_connection(address, timeout=self.max_silence))
+                connection.send_bytes(f"{token} {self.rank}".encode())
+                self._connections[connection] = 0
         except OSError as error:
+            others = "all other ranks" if listener else "rank 0"
             raise UsageError(
-                f"Rank {self.rank} on {socket.gethostname()} cannot connect to rank 0 at {host}:{port}: {error}. "
-                "Processes watch each other over TCP: allow connections between the machines of the run on any port."
+                f"{name} cannot connect with {others} over {host}:{port}: {error}. Processes watch each other over TCP: "
+                "allow connections between the machines of the run on any port."
             ) from error
-        self._lines.append(_Line(connection, rank=0))
-        self._send_all({"kind": "hello", "rank": self.rank, "name": self._names[self.rank], "token": self._token})
+
+    def _meet(self, accepted: socket.socket, token: str) -> None:
+        """Takes in a connection from another rank; closes one from anybody else."""
+        connection = _connection(accepted)
+        try:
+            said, rank = connection.recv_bytes(100).decode().split() if connection.poll(GATHERING) else ("", 0)
+        except (OSError, EOFError, ValueError):
+            said = ""
+        if said == token:
+            self._connections[connection] = int(rank)
+        else:
+            connection.close()
 
     # ---- The thread
 
     def _watch(self) -> None:
-        next_beat = 0.0
-        with selectors.PollSelector() as selector:
-            for file in [self._listener, *self._lines]:
-                if file is not None:
-                    selector.register(file, selectors.EVENT_READ)
-            while not self._parted.is_set():
-                # Taken before listening: when this process was stopped for a while, others have been heard since.
-                now = time.monotonic()
-                if now >= next_beat:
-                    self._send_all({"kind": "beat"})
-                    next_beat = now + self._pause
-                for key, _ in selector.select(timeout=0.1):
-                    self._attend(key.fileobj, selector)
-                self._judge(now)
+        pause, next_beat = min(LONGEST_PAUSE, self.max_silence / BEATS), 0.0
+        selector = selectors.DefaultSelector()
+        for connection in self._connections:
+            selector.register(connection, selectors.EVENT_READ)
+        while not self._parted.is_set():
+            # Taken before listening: when this process was stopped for a while, others have been heard since.
+            now = time.monotonic()
+            if now >= next_beat:
+                self._send_all(BEAT)
+                next_beat = now + pause
+            for key, _ in selector.select(timeout=0.1):
+                if not self._receive(key.fileobj):
+                    selector.unregister(key.fileobj)
+            self._judge(now)
 
-    def _attend(self, file: "socket.socket | _Line", selector: selectors.BaseSelector) -> None:
-        """Takes in a new connection, or what has come over one."""
-        if file is self._listener:
-            try:
-                line = _Line(self._listener.accept()[0])
-            except OSError:  # it is gone again
-                return
-            self._lines.append(line)
-            selector.register(line, selectors.EVENT_READ)
-            return
-        for message in file.receive():
-            self._take(message, file)
-        if file.closed:
-            selector.unregister(file)
-            self._lines.remove(file)
-            file.socket.close()
-            if file.rank in self._heard:
+    def _receive(self, connection: Connection) -> bool:
+        """Takes in a message. False if the connection is closed."""
+        rank = self._connections[connection]
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            del self._connections[connection]
+            if rank in self._heard:
                 how = f"its connection closed without a goodbye at {_clock()}: killed, or its machine went down"
-                self._note(_gone(file.rank, f"{self._names[file.rank]} is gone: {how}", GATHERING))
-
-    def _take(self, message: dict, line: "_Line") -> None:
-        kind = message.get("kind")
-        if line.rank is None:
-            if kind != "hello" or message.get("token") != self._token:
-                line.closed = True
-                return
-            line.rank = message["rank"]
-            self._names[line.rank] = message["name"]
-            if self._heard.keys() <= {other.rank for other in self._lines}:
-                self._arrived.set()
-        if line.rank in self._heard:
-            self._heard[line.rank] = time.monotonic()
-        if kind == "bye":
-            self._heard.pop(line.rank, None)
-        elif kind == "gone":
+                self._note(Gone(rank, f"{self._names[rank]} is gone: {how}"))
+            return False
+        if rank in self._heard:
+            self._heard[rank] = time.monotonic()
+        if message == GOODBYE:
+            self._heard.pop(rank, None)
+        elif message != BEAT:
             self._note(message)
+        return True
 
     def _judge(self, now: float) -> None:
         """Finds who was silent for too long, and ends this process once all that is known of others has come."""
@@ -210,39 +220,34 @@ class Heartbeat:
         if any(now - heard > limit for heard in self._heard.values()):
             # One machine has many ranks, which fell silent within a pause of each other.
             for rank in [rank for rank, heard in self._heard.items() if now - heard > limit / 2]:
-                silence = now - self._heard[rank]
-                how = (
-                    f"no sign of life since {_clock(-silence)}: its machine or the network is down, or it was stopped"
-                )
-                self._note(_gone(rank, f"{self._names[rank]} is gone: {how}", 0.0))
+                since = _clock(self._heard[rank] - now)
+                how = f"no sign of life since {since}: its machine or the network is down, or it was stopped"
+                self._note(Gone(rank, f"{self._names[rank]} is gone: {how}", patience=0.0))
         if self._causes:
             if self._failing.is_set():
                 self._end_at = min(self._end_at, self._noticed_at + GATHERING)
             if now >= self._end_at:
                 self._end()
 
-    def _note(self, gone: dict) -> None:
+    def _note(self, gone: Gone) -> None:
         """Keeps that a rank is gone and why; rank 0 tells the others."""
-        self._heard.pop(gone["rank"], None)
-        if gone["rank"] in self._causes or gone["follows"] and self._causes:
+        self._heard.pop(gone.rank, None)
+        if gone.rank in self._causes or gone.follows and self._causes:
             return
         now = time.monotonic()
         if not self._causes:
             self._noticed_at = now
-        self._causes[gone["rank"]] = gone
-        self._end_at = min(self._end_at, now + gone["patience"])
+        self._causes[gone.rank] = gone
+        self._end_at = min(self._end_at, now + gone.patience)
         if self.rank == 0:
-            self._send_all({**gone, "patience": max(gone["patience"], GATHERING)})
+            self._send_all(gone._replace(patience=max(gone.patience, GATHERING)))
 
     def _end(self) -> None:
         gone, here = list(self._causes.values()), socket.gethostname()
-        causes = [
-            f"rank {one['rank']} found the error above" if one["shown_on"] == here else one["cause"] for one in gone
-        ]
+        causes = [f"rank {one.rank} found the error above" if one.shown_on == here else one.cause for one in gone]
         told = "; ".join(causes[:SHOWN]) + (f"; and {len(causes) - SHOWN} more" if len(causes) > SHOWN else "")
-        status = min(one["status"] for one in gone)  # 2 if nothing but mistakes of the user's ended the run
-        last_words = _gone(self.rank, f"{self._names[self.rank]} ended, because {told}", GATHERING)
-        self._send_all({**last_words, "status": status, "follows": True})
+        status = min(one.status for one in gone)  # 2 if nothing but mistakes of the user's ended the run
+        self._send_all(Gone(self.rank, f"{self._names[self.rank]} ended, because {told}", status=status, follows=True))
         advice = "" if status == 2 else " Start the run again with --resume auto."
         threading.Timer(GATHERING, os._exit, [status]).start()  # should one of the streams be stuck
         message = f"\nRank {self.rank} ends, because {told}.{advice}\n"
@@ -250,69 +255,27 @@ class Heartbeat:
         sys.stdout.flush()
         os._exit(status)
 
-    def _send_all(self, message: dict) -> None:
-        for line in list(self._lines):
-            line.send(message)
-
-
-class _Line:
-    """A TCP connection over which JSON objects go, one a line."""
-
-    def __init__(self, connection: socket.socket, rank: int | None = None):
-        self.socket, self.rank = connection, rank  # None: not said yet
-        self.closed, self._unread = False, b""
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
-    def send(self, message: dict) -> None:
-        try:
-            self.socket.send(json.dumps(message).encode() + b"\n")
-        except OSError:
-            pass  # a connection that is dead is found when it is read, one that takes no more by its silence
-
-    def receive(self) -> list[dict]:
-        """What has come; `closed` is set after the last of it."""
-        try:
-            data = self.socket.recv(1 << 16)
-        except BlockingIOError:
-            return []
-        except OSError:
-            data = b""
-        *lines, self._unread = (self._unread + data).split(b"\n")
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            messages, data = [], b""
-        self.closed = not data or len(self._unread) > 1 << 20
-        return [message for message in messages if isinstance(message, dict)]
-
-    def end(self) -> None:
-        """After the last words. Closing would reset a connection with unread bytes, and the words could be lost."""
-        try:
-            self.socket.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-
-
-def _gone(rank: int, cause: str, patience: float) -> dict:
-    """A message: that a rank is no more, and in how many seconds to draw the consequence. `follows`: the rank ended
-    for the sake of another, which whoever knows of that one need not hear. `status`: what the others end with.
-    `shown_on`: the machine on whose screen the cause stands already."""
-    fate = {"follows": False, "status": 1, "shown_on": None}
-    return {"kind": "gone", "rank": rank, "cause": cause, "patience": patience, **fate}
+    def _send_all(self, message: str | Gone) -> None:
+        for connection in self._connections:
+            try:
+                connection.send(message)
+            except OSError:
+                pass  # a connection that is dead is found when it is read
 
 
 def _listen() -> socket.socket:
-    """On any free port of all interfaces."""
+    """Opens any free port of all interfaces."""
     try:
-        listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
     except (OSError, ValueError):  # a machine without IPv6
-        listener = socket.create_server(("", 0), backlog=1024)
-    listener.setblocking(False)
-    return listener
+        return socket.create_server(("", 0), backlog=1024)
+
+
+def _connection(opened: socket.socket) -> Connection:
+    """Turns a socket into a connection that sends and receives objects."""
+    opened.settimeout(None)
+    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Connection(opened.detach())
 
 
 def _clock(offset: float = 0.0) -> str:
