@@ -8,8 +8,11 @@ import os
 import shutil
 import sys
 import time
-from functools import cache
+import traceback
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
+from typing import Any, NoReturn
 
 import psutil
 
@@ -78,7 +81,25 @@ def check_settings(config: Config) -> None:
         )
 
 
-def leave(message: str, status: int) -> None:
+def program(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Lets a mistake of the user's end the process with a message; a traceback, of a bug, is shown without credentials."""
+
+    @wraps(function)
+    def run() -> Any:
+        try:
+            return function()
+        except UsageError as error:
+            exit_with_message(f"error: {error}", status=2)
+        except KeyboardInterrupt:
+            exit_with_message("Stopped at once. Nothing is lost but what came after the last checkpoint.", status=130)
+        except Exception:
+            sys.stderr.write(redacted(traceback.format_exc()))
+            sys.exit(1)
+
+    return run
+
+
+def exit_with_message(message: str, status: int) -> NoReturn:
     """Ends this process without traceback; the first one of each machine speaks."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"\n{redacted(message)}", file=sys.stderr, flush=True)

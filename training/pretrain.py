@@ -10,13 +10,10 @@ interrupted, bit for bit.
 """
 
 # ruff: noqa: E402 - mistakes are told before torch is imported
-import math
-import shlex
 import sys
 import time
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,19 +24,16 @@ if not __package__:  # run as a script, Python looks for modules in this folder;
 from training import launcher
 from training.config import CONFIG_FILE, Config, UsageError, parse_arguments
 from training.cores import let_waiting_threads_sleep
-from training.launcher import leave
 from training.redaction import redacted
 from training.state import checkpoint, resuming
 
 
+@launcher.program
 def read_command_line() -> tuple[Config, str | None]:
-    """The run that is asked for and what it resumes; ends the program where settings, launcher or folder rule it out."""
-    try:
-        config, resume = parse_arguments(sys.argv[1:])
-        launcher.check_settings(config)
-        resuming.check_free(Path(config.run.output_dir), resume)
-    except UsageError as error:
-        leave(f"error: {error}", status=2)
+    """Returns the run that is asked for and what it resumes, unless settings, launcher or folder rule it out."""
+    config, resume = parse_arguments(sys.argv[1:])
+    launcher.check_settings(config)
+    resuming.check_free(Path(config.run.output_dir), resume)
     return config, resume
 
 
@@ -54,8 +48,6 @@ from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from hfclip import HFCLIPModel, HFCLIPProcessor
-from hfclip.data.samples import BadSample
-from hfclip.data.streaming import StreamSource
 from training import optim, parallel
 from training.data.batches import Collate, PairDataset, build_loader, open_data
 from training.data.loading import Batches
@@ -64,8 +56,7 @@ from training.machine import build_accelerator, num_workers, on_main_process
 from training.model import build_architecture, build_model, build_processor, describe, resumed_from, suited_to
 from training.objectives import build_objective
 from training.phases import build_phases
-from training.report.curves import draw_curves
-from training.report.publish import check_token, print_summary, publish, write_card
+from training.report.publish import check_token, example_labels, print_summary, publish, write_card
 from training.report.timing import Stopwatch, Trace
 from training.report.tracking import Tracking, check_trackers
 from training.state.heartbeat import Heartbeat
@@ -73,12 +64,11 @@ from training.state.stopping import Stopping
 from training.step import TrainingStep, build_step, num_micro_batches
 
 
-SECONDS_BETWEEN_CURVES = 60  # a drawing takes about one
 SECONDS_BETWEEN_LOOKS = 1.0  # for signals and the deadline, while a step waits for its batch
 SECONDS_TO_SAY_SO = 60  # that it waits
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class Run:
     """All that a run consists of."""
 
@@ -90,20 +80,12 @@ class Run:
     evaluator: Evaluator
     tracking: Tracking
     stopping: Stopping
-    about_data: dict
-    """What a checkpoint says of the data, to be found the same when it is resumed."""
-    lock: FileLock | None
-    """Of the run's folder, held by the main process."""
-    steps_per_epoch: int
+    lock: FileLock | None  # of the run's folder, held by the main process
     start: int
     stop: int
-    saved: int
-    """The step of the newest checkpoint."""
-    whole_at: int | None = None
-    """After which step weights, moments and all else are those of one step; None while a step is under way."""
-    lost: list[str] = field(default_factory=list)
-    """What is gone of the data since the run began."""
-    drawn_at: float = -math.inf
+    saved: int  # step of the newest checkpoint
+    whole_at: int | None = None  # step whose weights, moments and all else are there; None while one is under way
+    lost: list[str] = field(default_factory=list)  # what is gone of the data since the run began
 
     @property
     def core(self) -> HFCLIPModel:
@@ -114,37 +96,34 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.run.output_dir)
 
+    @property
+    def dataset(self) -> PairDataset:
+        return self.loader.dataset
 
+
+@launcher.program
 def main() -> None:
     config, resume = read_command_line()
     launcher.prefix()
     sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers look at them
-    try:
-        stopping = Stopping(config.run.stop_after)
-        check_trackers(config.run.trackers)
-        check_token(config)
-        accelerator = build_accelerator(config, resume)
-        folder, is_main = Path(config.run.output_dir), accelerator.is_main_process
-        with (
-            Heartbeat(accelerator.process_index, accelerator.num_processes, config.run.max_silence),
-            resuming.undo_if_start_fails(folder, is_main),
-        ):
-            run = build(config, resume, accelerator, stopping)
-            with saved_if_it_fails(run):
-                done = train(run)
-            results = finish(run, done)
-            accelerator.end_training()
-            if run.lock is not None:
-                run.lock.release()
-        if config.run.push_to_hub and results is not None and is_main:
-            publish(config, run.core.config, run.stop, results)
-    except UsageError as error:
-        leave(f"error: {error}", status=2)
-    except KeyboardInterrupt:
-        leave("Stopped at once. Nothing is lost but what came after the last checkpoint.", status=130)
-    except Exception:
-        sys.stderr.write(redacted(traceback.format_exc()))
-        sys.exit(1)
+    stopping = Stopping(config.run.stop_after)
+    check_trackers(config.run.trackers)
+    check_token(config)
+    accelerator = build_accelerator(config, resume)
+    folder, is_main = Path(config.run.output_dir), accelerator.is_main_process
+    with (
+        Heartbeat(accelerator.process_index, accelerator.num_processes, config.run.max_silence),
+        resuming.undo_if_start_fails(folder, is_main),
+    ):
+        run = build(config, resume, accelerator, stopping)
+        with save_on_failure(run):
+            done = train(run)
+        results = finish(run, done)
+        accelerator.end_training()
+        if run.lock is not None:
+            run.lock.release()
+    if config.run.push_to_hub and results is not None and is_main:
+        publish(config, run.core.config, run.stop, results)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,8 +133,7 @@ def main() -> None:
 
 def build(config: Config, resume: str | None, accelerator: Accelerator, stopping: Stopping) -> Run:
     """Opens the data, makes the model and restores what is resumed."""
-    folder = Path(config.run.output_dir)
-    main = accelerator.is_main_process
+    folder, main = Path(config.run.output_dir), accelerator.is_main_process
     lock = resuming.lock_run_folder(folder) if main and folder.exists() else None
     resumed, state = on_main_process(accelerator, resuming.find_resumed, folder, resume) or (None, {"step": 0})
     changes = resuming.check_settings(state.get("config", {}), config) if resumed else []
@@ -166,28 +144,47 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
         source = open_data(config.data.train, config.data, config.data.split, architecture.image_size)
     dataset = PairDataset(source, config, architecture.image_size)
     start, stop = state["step"], optim.total_steps(config.optim, dataset.steps_per_epoch)
-    if start > stop:
-        raise UsageError(
-            f"{resumed} is at step {start}, beyond the {stop} steps of the run. Raise optim.epochs or steps."
-        )
+    resuming.check_data(state, list(dataset.order.lengths), stop)
     architecture, processor = on_main_process(accelerator, build_processor, origin, architecture, source)
     with accelerator.local_main_process_first():
         evaluator = Evaluator(config, accelerator, processor, architecture.image_size)
 
-    phases = build_phases(config, architecture, processor.tokenizer, dataset.steps_per_epoch, stop)
-    about_data = {"samples": list(dataset.order.lengths)}
-    resuming.check_data(state, about_data["samples"])
-    objective = build_objective(config, processor.tokenizer, source, accelerator.device)
+    core = suited_to(accelerator, build_model(origin, architecture), config)
+    step, loader = build_step_and_loader(core, config, accelerator, processor, dataset, start, stop)
+    if resumed:
+        step.load_state(checkpoint.load_states(resumed))
+        changes += resuming.changes_of_processes(core, state.get("num_processes"), accelerator.num_processes)
+    if main and lock is None:
+        lock = resuming.lock_run_folder(folder)
+    counts, trackers = state.get("counts", {}), state.get("trackers", {})
+    tracking = Tracking(accelerator, config, start, stop, step.watch, counts, trackers)
+    parts = (config, accelerator, step, processor, loader, evaluator, tracking, stopping, lock)
+    run = Run(*parts, start=start, stop=stop, saved=start)
+    log_run_summary(run, resumed, changes)
+    return run
+
+
+def build_step_and_loader(
+    core: HFCLIPModel,
+    config: Config,
+    accelerator: Accelerator,
+    processor: HFCLIPProcessor,
+    dataset: PairDataset,
+    start: int,
+    stop: int,
+) -> tuple[TrainingStep, DataLoader]:
+    """Builds what a step computes, and the loader of its batches, which share phases and objective."""
+    tokenizer = processor.tokenizer
+    phases = build_phases(config, core.config, tokenizer, dataset.steps_per_epoch, stop)
+    objective = build_objective(config, tokenizer, dataset.source, accelerator.device)
     collate = Collate(
-        processor.tokenizer,
+        tokenizer,
         pad_to_max=config.model.compile,
         group=config.data.group_captions,
         sort_by_length=num_micro_batches(config.optim, accelerator.num_processes) > 1,
         targets=objective.targets,
     )
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
-    loader = build_loader(dataset, collate, config, start=start, stop=stop, **ranks, phases=phases)
-    core = suited_to(accelerator, build_model(origin, architecture), config)
     step = build_step(
         core,
         config,
@@ -198,56 +195,20 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
         watch=Stopwatch(accelerator.device),
         phases=phases,
     )
-    if resumed:
-        step.load_state(checkpoint.load_states(resumed))
-        changes += changes_of_processes(core, state.get("num_processes"), accelerator.num_processes)
-    if main and lock is None:
-        lock = resuming.lock_run_folder(folder)
-    tracking = Tracking(
-        accelerator, config, start, stop, step.watch, state.get("counts", {}), state.get("trackers", {})
-    )
-    run = Run(
-        config=config,
-        accelerator=accelerator,
-        step=step,
-        processor=processor,
-        loader=loader,
-        evaluator=evaluator,
-        tracking=tracking,
-        stopping=stopping,
-        about_data=about_data,
-        lock=lock,
-        steps_per_epoch=dataset.steps_per_epoch,
-        start=start,
-        stop=stop,
-        saved=start,
-    )
-    introduce(run, source.skipped, resumed, changes)
-    return run
+    return step, build_loader(dataset, collate, config, start=start, stop=stop, **ranks, phases=phases)
 
 
-def changes_of_processes(core: HFCLIPModel, before: int | None, now: int) -> list[str]:
-    """A line to show if another number of processes changes what the steps compute, beyond the order of sums."""
-    dropouts = ("patch_dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
-    towers = (core.vision_model.config, core.text_model.config)
-    drops = any(getattr(tower, name, 0) for tower in towers for name in dropouts)
-    norms = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in core.modules())
-    if before == now or not (drops or norms):
-        return []
-    return [f"{now} processes and were {before}: each draws its own dropout, and sees its own pairs in BatchNorm"]
-
-
-def introduce(run: Run, left_out: dict[str, int], resumed: Path | None, changes: list[str]) -> None:
+def log_run_summary(run: Run, resumed: Path | None, changes: list[str]) -> None:
     """Says what is going to happen."""
     config, accelerator, say = run.config, run.accelerator, run.tracking.say
-    batch, processes = config.optim.batch_size, accelerator.num_processes
+    batch, processes, per_epoch = config.optim.batch_size, accelerator.num_processes, run.dataset.steps_per_epoch
     say(describe(run.core))
     say(
-        f"{run.stop} steps ({run.stop / run.steps_per_epoch:.4g} epochs of {run.steps_per_epoch}) of {batch} pairs, "
+        f"{run.stop} steps ({run.stop / per_epoch:.4g} epochs of {per_epoch}) of {batch} pairs, "
         f"{config.run.precision} on {processes} x {accelerator.device.type}, "
         f"{num_workers(config.data.num_workers)} worker(s) each, run folder {run.folder}"
     )
-    if left_out:
+    if left_out := run.dataset.source.skipped:
         say("Left out of the data: " + ", ".join(f"{count} with {kind}" for kind, count in left_out.items()))
     if resumed:
         say(f"Going on from {resumed}, step {run.start}")
@@ -261,7 +222,7 @@ def introduce(run: Run, left_out: dict[str, int], resumed: Path | None, changes:
 
 
 @contextmanager
-def saved_if_it_fails(run: Run) -> Iterator[None]:
+def save_on_failure(run: Run) -> Iterator[None]:
     """Saves what was done if it can be trusted: no step is under way, and no other process is needed to save."""
     try:
         yield
@@ -276,11 +237,11 @@ def saved_if_it_fails(run: Run) -> Iterator[None]:
 
 
 def train(run: Run) -> int:
-    """Runs the steps that are left. Returns how many of the run are done, which is fewer if it was interrupted."""
+    """Runs the steps that are left. Returns the number of steps done, fewer than `run.stop` if it was interrupted."""
     run.stopping.catch_signals()
-    settings = run.config.run
-    save_every = run.steps_per_epoch if settings.save_every is None else settings.save_every
-    eval_every = run.steps_per_epoch if run.config.eval.every is None else run.config.eval.every
+    settings, per_epoch = run.config.run, run.dataset.steps_per_epoch
+    save_every = per_epoch if settings.save_every is None else settings.save_every
+    eval_every = per_epoch if run.config.eval.every is None else run.config.eval.every
     traced = settings.profile if run.accelerator.is_main_process else 0
     if 0 < run.start < run.stop and eval_every and run.start % eval_every == 0:
         if not on_main_process(run.accelerator, run.tracking.has_evaluation, run.start):
@@ -301,11 +262,11 @@ def train(run: Run) -> int:
             run.whole_at = done = step + 1
             if step == run.start:
                 keep_settings(run)
-            about = {"epoch": done / run.steps_per_epoch, "logit_scale": run.core.logit_scale.detach().exp()}
+            about = {"epoch": done / per_epoch, "logit_scale": run.core.logit_scale.detach().exp()}
             run.tracking.step(done, metrics | about, data_time, counts, flops)
             bad_in_a_row = bad_in_a_row + 1 if metrics["skipped"] else 0
             if bad_in_a_row >= settings.max_bad_steps:
-                give_up(run, done, bad_in_a_row, batch)
+                abort_after_bad_steps(run, done, bad_in_a_row, batch)
             if done < run.stop:
                 if save_every and done % save_every == 0:
                     save(run, done)
@@ -318,7 +279,7 @@ def train(run: Run) -> int:
 
 
 def next_batch(run: Run, batches: Batches, step: int) -> dict | None:
-    """This process's batch of a step, once all have theirs; None if the run is to stop, which is saved then. Collective.
+    """Returns this process's batch of a step once all have theirs; None if the run is to stop, after saving. Collective.
 
     Whoever still waits for data says so to the others each second: none of them sits in a collective meanwhile, where
     it would hear no signal.
@@ -334,8 +295,9 @@ def next_batch(run: Run, batches: Batches, step: int) -> dict | None:
         flags = [run.stopping.requested, failure is not None, batch is None, bool(news)]
         flags = torch.tensor(flags, dtype=torch.int, device=run.accelerator.device)
         interrupted, failed, waiting, told = run.accelerator.reduce(flags, "sum").tolist()
-        if told:
-            tell_what_is_lost(run, gather_object(news))
+        for message in dict.fromkeys(gather_object(news) if told else ()):  # the same on all processes
+            run.lost.append(message)
+            run.tracking.say(f"WARNING: {message}: other pairs stand in for its own, and each is counted")
         if interrupted or failed:
             run.tracking.say(f"Stopping after step {step} ...")
             if step > run.saved:
@@ -351,15 +313,7 @@ def next_batch(run: Run, batches: Batches, step: int) -> dict | None:
             is_said = True
 
 
-def tell_what_is_lost(run: Run, news: list[str]) -> None:
-    """Warns of each shard that is gone since the run began, once: the run goes on, with other pairs."""
-    for message in dict.fromkeys(news):
-        if message not in run.lost:
-            run.lost.append(message)
-            run.tracking.say(f"WARNING: {message}: other pairs stand in for its own, and each is counted")
-
-
-def give_up(run: Run, done: int, bad_in_a_row: int, batch: dict[str, torch.Tensor]) -> None:
+def abort_after_bad_steps(run: Run, done: int, bad_in_a_row: int, batch: dict[str, torch.Tensor]) -> None:
     """Ends a run whose steps are not finite, with its state and the batch at hand.
 
     Raises:
@@ -392,15 +346,13 @@ def save(run: Run, done: int) -> None:
         states, counts = run.step.state(), run.tracking.total_counts()
         weights = parallel.whole_state_dict(run.core, main) if parallel.is_sharded(run.core) else None
         if main:
-            about = {"config": run.config.record(), "num_processes": run.accelerator.num_processes}
-            about |= {"counts": counts, "trackers": run.tracking.tracked} | run.about_data
+            metadata = {"config": run.config.record(), "num_processes": run.accelerator.num_processes}
+            metadata |= {"samples": list(run.dataset.order.lengths)}
+            metadata |= {"counts": counts, "trackers": run.tracking.tracked}
             keep = {"keep": run.config.run.keep_checkpoints, "keep_every_hours": run.config.run.keep_every_hours}
-            checkpoint.save_checkpoint(
-                run.folder, done, run.core, run.processor, states, about, state_dict=weights, **keep
-            )
-            if time.monotonic() - run.drawn_at > SECONDS_BETWEEN_CURVES:
-                draw_curves(run.folder)
-                run.drawn_at = time.monotonic()
+            model = (run.core, run.processor)
+            checkpoint.save_checkpoint(run.folder, done, *model, states, metadata, state_dict=weights, **keep)
+            run.tracking.draw()
         run.accelerator.wait_for_everyone()
     run.saved = done
 
@@ -415,16 +367,13 @@ def evaluate(run: Run, done: int) -> dict[str, float]:
 
 def measure(run: Run, done: int, model: HFCLIPModel) -> dict[str, float]:
     results = run.evaluator(model)
-    if results:
-        run.tracking.write(done, results)
-        shown = [f"{name} {value:.1%}" for name, value in results.items() if name.endswith(("top1", "recall@1"))]
-        run.tracking.say(f"step {done}: {', '.join(shown)}")
+    run.tracking.evaluation(done, results)
     return results
 
 
 @contextmanager
 def measured_model(run: Run) -> Iterator[HFCLIPModel]:
-    """A whole model on each process, with the moving average for weights where there is one. Collective."""
+    """Gives a whole model on each process, with the moving average for weights where there is one. Collective."""
     with run.step.ema.swapped_in() if run.step.ema else nullcontext():
         if run.accelerator.num_processes > 1:
             for buffer in run.core.buffers():  # BatchNorm's statistics may be those of each process's own pairs
@@ -442,7 +391,9 @@ def finish(run: Run, done: int) -> dict[str, float] | None:
     if done < run.stop:
         run.tracking.bar.close()
         keep_settings(run)
-        run.accelerator.print(f"Stopped after step {done} of {run.stop}. Go on with:\n    {resume_command(run)}")
+        run.accelerator.print(
+            f"Stopped after step {done} of {run.stop}. Go on with:\n    {resuming.resume_command(run.config)}"
+        )
         return None
     if done > run.saved:
         save(run, done)
@@ -456,32 +407,12 @@ def finish(run: Run, done: int) -> dict[str, float] | None:
             checkpoint.save_model(model_folder, model, run.processor)
             title = run.folder.resolve().name
             write_card(model_folder, run.config, model.config, run.stop, results, name=".", title=title)
+            labels = example_labels(run.evaluator.labelled, run.dataset.source)
             picture = run.evaluator.draw(model, run.folder / "predictions.png")
-            draw_curves(run.folder)
-            print_summary(results, problems, model_folder, picture, example_labels(run))
+            run.tracking.draw(is_last=True)
+            print_summary(results, problems, model_folder, picture, labels)
     run.accelerator.wait_for_everyone()
     return results
-
-
-def resume_command(run: Run) -> str:
-    """What goes on with the run when it is pasted: the same launcher, and what no file keeps."""
-    words = [*launcher.prefix(), "--config", str(run.folder / CONFIG_FILE), "--resume", "auto"]
-    masked = run.config.masked()
-    for name, value in masked.items():
-        words += [f"--{name}", value]
-    return shlex.join(words) + ("\n(with its credentials in the place of ***)" if masked else "")
-
-
-def example_labels(run: Run) -> list[str]:
-    """Two texts that fit the run's pictures: labels that were measured, or captions."""
-    for task in run.evaluator.labelled:
-        return list(dict.fromkeys(task.labels))[:2]
-    source, texts = run.loader.dataset.source, []
-    if not isinstance(source, StreamSource):  # which would have to fetch them
-        for index in range(0, len(source), max(len(source) // 9, 1)):
-            with suppress(BadSample):
-                texts += (" ".join(text.split()) for text in source.captions(index) if 0 < len(text.strip()) <= 80)
-    return list(dict.fromkeys(texts))[:2] or ["a photo of a cat", "a photo of a dog"]
 
 
 if __name__ == "__main__":

@@ -2,15 +2,19 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import EvalResult, get_token
 
 from hfclip import HFCLIPConfig, __version__
+from hfclip.data.samples import BadSample, Source
+from hfclip.data.streaming import StreamSource
 from hfclip.hub import end_on_interrupt, model_card, push
 
 from ..config import Config, UsageError
-from ..launcher import leave
+from ..evaluation import LabelledSet
+from ..launcher import exit_with_message
 from ..redaction import redacted
 
 
@@ -37,6 +41,18 @@ def print_summary(
         f'    classify = transformers.pipeline("zero-shot-image-classification", {json.dumps(str(model_folder))})\n'
         f'    classify("picture.png", candidate_labels={json.dumps(labels, ensure_ascii=False)})'
     )
+
+
+def example_labels(tasks: list[LabelledSet], source: Source) -> list[str]:
+    """Returns two texts that fit the run's images: labels that were measured, or captions."""
+    for task in tasks:
+        return list(dict.fromkeys(task.labels))[:2]
+    texts = []
+    if not isinstance(source, StreamSource):  # which would have to fetch them
+        for index in range(0, len(source), max(len(source) // 9, 1)):
+            with suppress(BadSample):
+                texts += (" ".join(text.split()) for text in source.captions(index) if 0 < len(text.strip()) <= 80)
+    return list(dict.fromkeys(texts))[:2] or ["a photo of a cat", "a photo of a dog"]
 
 
 def write_card(
@@ -72,7 +88,7 @@ def publish(config: Config, model_config: HFCLIPConfig, steps: int, results: dic
         write_card(folder, config, model_config, steps, results, name=repo_id)
         push(folder, repo_id)
     except (UsageError, OSError) as error:
-        leave(f"error: {error}\n{again}", status=1)
+        exit_with_message(f"error: {error}\n{again}", status=1)
 
 
 def as_eval_results(config: Config, results: dict[str, float]) -> list[EvalResult]:

@@ -20,10 +20,11 @@ from ..data.batches import COUNTED
 from ..flops import measured_peak
 from ..machine import PRECISIONS
 from ..redaction import redacted
-from .curves import METRICS_FILE, read_metrics
+from .curves import METRICS_FILE, draw_curves, read_metrics
 from .timing import Stopwatch
 
 
+SECONDS_BETWEEN_CURVES = 60  # a drawing takes about one
 TELL_RUNS_BY = {"wandb": ("id", "name"), "trackio": ("name",)}  # what of a run makes its tracker find it again
 
 
@@ -63,7 +64,7 @@ class Tracking:
         tracked: dict[str, dict[str, str]] | None = None,
     ):
         self.accelerator, self.every, self.batch_size = accelerator, config.run.log_every, config.optim.batch_size
-        self.path, self.stop = Path(config.run.output_dir) / METRICS_FILE, stop
+        self.path, self.stop, self.drawn_at = Path(config.run.output_dir) / METRICS_FILE, stop, -math.inf
         self.bar = tqdm(
             initial=start,
             total=stop,
@@ -167,6 +168,19 @@ class Tracking:
             except OSError as error:
                 raise UsageError(f"{self.path} cannot be written: {error}. Make room and resume.") from error
         self.accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
+
+    def evaluation(self, step: int, results: dict[str, float]) -> None:
+        """Writes what was measured after a step, if anything, and shows the headlines."""
+        if results:
+            self.write(step, results)
+            shown = [f"{name} {value:.1%}" for name, value in results.items() if name.endswith(("top1", "recall@1"))]
+            self.say(f"step {step}: {', '.join(shown)}")
+
+    def draw(self, is_last: bool = False) -> None:
+        """Draws the curves, unless they were drawn a moment ago and will be again."""
+        if is_last or time.monotonic() - self.drawn_at > SECONDS_BETWEEN_CURVES:
+            draw_curves(self.path.parent)
+            self.drawn_at = time.monotonic()
 
     def has_evaluation(self, step: int) -> bool:
         """Whether metrics.jsonl has what was measured after `step`."""

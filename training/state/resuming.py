@@ -3,16 +3,22 @@ and the data were then is compared with what they are now.
 """
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from ..config import CONFIG_FILE, PATHS, Config, UsageError, recorded
+from ..launcher import prefix
 from .checkpoint import MODEL_FOLDER, STATE_FILE, list_checkpoints, read_json, read_state, recover, step_of
+
+
+if TYPE_CHECKING:  # torch takes seconds to import; a folder that is in the way is told before
+    from hfclip import HFCLIPModel
 
 
 # Settings, by section, that decide what a step sees or what the weights are.
@@ -186,16 +192,22 @@ def _last_names(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) else value
 
 
-def check_data(saved: dict, samples: list[int]) -> None:
-    """Refuses other data than the checkpoint's: its order, a function of the number of samples, would differ.
+def check_data(saved: dict, samples: list[int], num_steps: int) -> None:
+    """Refuses other data than the checkpoint's, whose order is a function of the number of samples, or fewer steps.
 
     Args:
         saved: what `read_state` gave.
         samples: usable pairs of each source.
+        num_steps: of the whole run.
 
     Raises:
-        UsageError: if the numbers are not the checkpoint's.
+        UsageError: if the samples are not the checkpoint's, or the run would end before it.
     """
+    if saved["step"] > num_steps:
+        raise UsageError(
+            f"The checkpoint is at step {saved['step']}, beyond the {num_steps} steps of the run. Raise optim.epochs or "
+            "optim.steps."
+        )
     before = saved.get("samples", samples)
     if before != samples:
         raise UsageError(
@@ -203,3 +215,23 @@ def check_data(saved: dict, samples: list[int]) -> None:
             "some would be seen twice. Put the data back, or start a new run from these weights by "
             "`--model.checkpoint`."
         )
+
+
+def changes_of_processes(core: "HFCLIPModel", before: int | None, now: int) -> list[str]:
+    """Returns a line if another number of processes changes what the steps compute, beyond the order of sums."""
+    dropouts = ("patch_dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    towers = (core.vision_model.config, core.text_model.config)
+    drops = any(getattr(tower, name, 0) for tower in towers for name in dropouts)
+    norms = any("BatchNorm" in type(module).__name__ for module in core.modules())
+    if before == now or not (drops or norms):
+        return []
+    return [f"{now} processes and were {before}: each draws its own dropout, and sees its own pairs in BatchNorm"]
+
+
+def resume_command(config: Config) -> str:
+    """Returns what goes on with the run when it is pasted: the same launcher, and what no file keeps."""
+    words = [*prefix(), "--config", str(Path(config.run.output_dir) / CONFIG_FILE), "--resume", "auto"]
+    masked = config.masked()
+    for name, value in masked.items():
+        words += [f"--{name}", value]
+    return shlex.join(words) + ("\n(with its credentials in the place of ***)" if masked else "")
