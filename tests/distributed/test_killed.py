@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_utils import command, environment, model_with_tokenizer, pairs, pretrain, write_recipe, write_tar
+from training_utils import command, environment, model_with_tokenizer, pairs, pretrain, train, write_recipe, write_tar
 
 
 KILLS = int(os.environ.get("HFCLIP_KILLS", "4"))
@@ -85,7 +85,7 @@ def test_killed_and_resumed_run_is_the_run_in_one_piece(processes, kills, tmp_pa
     write_tar(tmp_path / "shards" / "0.tar", pairs(range(48)))
     steps = STEPS_PER_KILL * kills + 2
     whole, again = (recipe_of(tmp_path, steps, run) for run in ("whole", "again"))
-    process = pretrain("--config", whole, processes=processes, timeout=300 + 10 * kills)
+    process = train("--config", whole, processes=processes or 1, timeout=300 + 10 * kills)
     assert process.returncode == 0, process.stderr
     interrupted = killed_run(again, again.parent / "run", kills, steps, processes)
     process = pretrain("--config", again, "--resume", "auto", processes=processes)

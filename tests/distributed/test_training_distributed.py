@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_utils import image_bytes, model_with_tokenizer, pairs, pretrain, write_recipe, write_tar
+from training_utils import image_bytes, model_with_tokenizer, pairs, pretrain, train, write_recipe, write_tar
 
 
 STEPS, BATCH = 3, 16
@@ -94,7 +94,7 @@ def test_evaluation_is_that_of_one_process(processes, runs):
 def test_run_goes_on_with_another_number_of_processes(before, after, runs, tmp_path):
     shutil.copytree(runs[before] / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
     config = runs[before] / "config.yaml"
-    process = pretrain("--config", config, "--run.output_dir", tmp_path / "run", "--resume", "auto", processes=after)
+    process = train("--config", config, "--run.output_dir", tmp_path / "run", "--resume", "auto", processes=after)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "step 1" in process.stdout and f"{after} x cpu" in process.stdout and "WARNING" not in process.stdout
     expected = [line["loss"] for line in metrics(runs[1]) if "loss" in line][1:]
