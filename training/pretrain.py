@@ -208,8 +208,8 @@ def log_run_summary(run: Run, resumed: Path | None, changes: list[str]) -> None:
         f"{config.run.precision} on {processes} x {accelerator.device.type}, "
         f"{num_workers(config.data.num_workers)} worker(s) each, run folder {run.folder}"
     )
-    if left_out := run.dataset.source.skipped:
-        say("Left out of the data: " + ", ".join(f"{count} with {kind}" for kind, count in left_out.items()))
+    if left_out := run.dataset.source.describe_skipped():
+        say(f"Left out of the data: {left_out}")
     if resumed:
         say(f"Going on from {resumed}, step {run.start}")
     for change in changes:

@@ -91,7 +91,7 @@ def _counter(files: fsspec.AbstractFileSystem, folder: Path, lines, stop: thread
             members, damage = index_tar(temporary)
             size = temporary.stat().st_size
         both = [usable(members, key, damage) for key in (None, "any")]
-        counted = CountedShard(path, size, [int(kept.sum()) for kept, _, _ in both], [left for _, _, left in both])
+        counted = CountedShard(path, size, [len(samples) for samples, _, _ in both], [left for _, left, _ in both])
         with lock:
             lines.write(json.dumps(counted) + "\n")
             lines.flush()

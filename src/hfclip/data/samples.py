@@ -6,14 +6,18 @@ Whatever is wrong with a source as a whole is a `UsageError` when it is opened, 
 """
 
 import hashlib
+import json
+import os
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
 
 from ..bpe_hfclip import clean
 
@@ -31,7 +35,29 @@ PROBLEMS = (
     "truncated shard",
     "unreadable shard",
 )
-CAPTION_KEYS = ("text", "caption", "captions", "texts", "sentences")
+CAPTION_KEYS = ("text", "caption", "captions", "texts", "sentences", "title", "txt", "TEXT")
+IMAGE_ENDINGS = (
+    "jpg",
+    "jpeg",
+    "jfif",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "avif",
+    "heic",
+    "heif",
+    "ppm",
+    "pgm",
+)
+HOW_CAPTIONS_ARE_GIVEN = (
+    "Captions are given by a .txt or .json file of the image's name beside it, by metadata.csv or metadata.jsonl with "
+    "the columns file_name and text, by a csv, tsv, jsonl or parquet file with a column of images and one of captions, "
+    "or by the names of class folders, two or more."
+)
+HELD_OUT = ("test", "validation", "val", "dev")  # splits, in the order of preference
 SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # of image files, damaged ones too
 INVISIBLE = ("Cc", "Cf", "Mn", "Zl", "Zp", "Zs")  # in Unicode: control, format, marks on nothing, and white space
 
@@ -66,12 +92,14 @@ class Source:
     Attributes:
         length: how many samples there are, or are to be used.
         skipped: how many were left out when the source was opened, by reason.
+        examples: the name of one of those, by reason.
         labels: names of the classes, if the samples have labels.
     """
 
-    length: int
-    skipped: Counter
     labels: list[str] | None = None
+
+    def __init__(self):
+        self.length, self.skipped, self.examples = 0, Counter(), {}
 
     def __len__(self) -> int:
         return self.length
@@ -84,12 +112,34 @@ class Source:
         """The captions of a sample without its image. Raises BadSample."""
         raise NotImplementedError
 
+    def label(self, index: int) -> int | None:
+        """The number of a sample's class in `labels`, if it has one. Raises BadSample."""
+        return None
+
+    def skip(self, reason: str, example: str | None = None, count: int = 1) -> None:
+        """Counts what is left out."""
+        self.skipped[reason] += count
+        if example is not None:
+            self.examples.setdefault(reason, example)
+
+    def describe_skipped(self) -> str:
+        """What was left out, in words; empty for nothing."""
+        examples = {reason: f" ({example})" for reason, example in self.examples.items()}
+        return ", ".join(
+            f"{count:,} with {reason}{examples.get(reason, '')}" for reason, count in self.skipped.items()
+        )
+
 
 @contextmanager
 def decoding(image: bytes | Image.Image) -> Iterator[None]:
     """Turns the errors of whatever decodes `image` inside into `BadSample`."""
     if image == b"":
         raise BadSample("empty image")
+    if isinstance(image, bytes) and image[4:8] == b"ftyp" and "HEIF" not in Image.OPEN:
+        with suppress(ImportError):  # PIL says that it cannot read it
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
     try:
         yield
     except ValueError as error:
@@ -105,12 +155,37 @@ def caption_list(value: Any) -> list[str]:
     if captions is None:
         raise BadSample("missing caption")
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise BadSample("unreadable caption")
+        raise BadSample("unreadable caption") from TypeError(f"found {value!r:.80}, expected text or a list of texts")
     try:
         "".join(captions).encode()
     except UnicodeEncodeError as error:  # half a character, which JSON can say: "\\ud83d"
         raise BadSample("unreadable caption") from error
     return captions
+
+
+def json_captions(data: bytes | str, key: str | None) -> list[str]:
+    """The captions that a JSON object has under `key`, or under the first of the usual keys. Raises BadSample."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("unreadable caption") from error
+    if not isinstance(record, dict):
+        raise BadSample("unreadable caption") from TypeError(f"found {record!r:.80}, expected an object")
+    return caption_list(record.get(key or next((key for key in CAPTION_KEYS if key in record), None)))
+
+
+def text_captions(data: bytes) -> list[str]:
+    """The caption that a text file is. Raises BadSample."""
+    try:
+        return [data.decode("utf-8")]
+    except ValueError as error:
+        raise BadSample("unreadable caption") from error
+
+
+def say(message: str) -> None:
+    """Writes a line for the user, once a machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        tqdm.write(message, file=sys.stderr)
 
 
 def usable_captions(source: Source, index: int) -> list[str]:

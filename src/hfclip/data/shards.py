@@ -24,6 +24,7 @@ from .stores import RemoteFile, fetch, look_up, open_store, paths_of, reason
 
 
 CACHE = "~/.cache/hfclip"
+COMPRESSED = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd"}  # and what unpacks it
 MAX_PATTERNS = 1_000_000
 NUM_THREADS = 16  # that fetch and index shards: they wait for networks and disks
 SECONDS_TO_END = 5  # for those that are told to
@@ -80,6 +81,8 @@ def find_shards(name: str, cache: Path) -> list[Path]:
         UsageError: for tars that are not there or are no files, and where only a part of `name` means tars.
     """
     found = []
+    for pattern in patterns_of(name):
+        refuse_compressed(pattern)
     for protocol, group in itertools.groupby(patterns_of(name), key=_protocol):
         patterns = list(group)
         if protocol:
@@ -98,6 +101,16 @@ def find_shards(name: str, cache: Path) -> list[Path]:
             f"missing).{hint}"
         )
     return paths
+
+
+def refuse_compressed(path: str) -> None:
+    """Raises UsageError for a tar that is compressed by its name, with the command that helps."""
+    first, _, kind = path.lower().rpartition(".")
+    if kind == "tgz" or kind in COMPRESSED and first.endswith(".tar"):
+        raise UsageError(
+            f"{path!r} is compressed, and samples are read at random. Unpack it once, and name the .tar files: "
+            f"`{COMPRESSED[kind]} {path}`."
+        )
 
 
 def _local_shards(pattern: str) -> list[Path]:

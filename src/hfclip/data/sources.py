@@ -1,23 +1,32 @@
 """Where samples come from, by name: built-in scenes, WebDataset tars, tables, and mixtures of them."""
 
+import glob
+import itertools
 import math
 import os
-from collections import Counter
+import posixpath
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import UsageError
-from .samples import Sample, Source
+from ..image_processing_hfclip import open_image
+from .files import Files
+from .folders import SPLITS, TABLES, choose_split, ending, open_folder, open_tables
+from .samples import HOW_CAPTIONS_ARE_GIVEN, IMAGE_ENDINGS, BadSample, Sample, Source, decoding, not_blank
 from .scenes import Scenes
-from .shards import CACHE, find_shards
+from .shards import CACHE, COMPRESSED, find_shards, patterns_of, refuse_compressed
+from .stores import reason
 from .streaming import StreamSource
-from .tables import TableSource
+from .tables import open_hub, open_parquet, open_parquet_folder, open_saved
 from .webdataset import ShardSource
 
 
 NUM_SCENES = 50_000
+NUM_PROBED = 8  # samples that are read when a source is opened
+READ = (".tar", ".parquet", ".csv", ".tsv", ".jsonl", ".json", ".zip")
 
 
 def open_source(
@@ -60,15 +69,117 @@ def open_source(
         return SceneSource(split or "test", image_size, max_samples or NUM_SCENES)
     if disk is not None:
         source = StreamSource(name, caption_key, cache, int(disk * 1e9))
-    elif shards := find_shards(name, cache):
-        source = ShardSource(shards, caption_key, cache)
     else:
-        source = TableSource.load(name, image_key, caption_key, split)
+        source = _open(name, split, image_key, caption_key, cache)
     if len(source) == 0:
-        left_out = ", ".join(f"{n} with {kind}" for kind, n in source.skipped.items()) or "nothing"
-        raise UsageError(f"{name!r} holds no usable pair of image and caption. Left out: {left_out}.")
+        raise UsageError(
+            f"{name!r} holds no usable pair of image and caption. Left out: {source.describe_skipped() or 'nothing'}. "
+            f"{HOW_CAPTIONS_ARE_GIVEN}"
+        )
+    if disk is None:
+        _check_first(name, source)
     source.length = min(source.length, max_samples or source.length)
     return source
+
+
+def _open(name: str, split: str | None, image_key: str | None, caption_key: str | None, cache: Path) -> Source:
+    """What is read in place, by the kind of what is there."""
+    if shards := find_shards(name, cache):
+        return ShardSource(shards, caption_key, cache)
+    places = list(itertools.chain(*map(_matching, patterns_of(name))))
+    kinds = sorted({_kind_of(place) for place in places})
+    if len(kinds) > 1 or len(places) > 1 and kinds[0] not in (*TABLES, "parquet"):
+        raise UsageError(
+            f"{name!r} names {len(places)} places ({places[0]!r}, {places[1]!r} ...), expected one folder, zip file or "
+            "data set, or several tables of one kind. Mix others by weights: {name: 1, other: 1}."
+        )
+    kind, place = kinds[0], places[0]
+    if kind == "hub":
+        return open_hub(place, split, image_key, caption_key)
+    if kind == "parquet":
+        return open_parquet(places, image_key, caption_key)
+    if kind in TABLES:
+        root = posixpath.dirname(place) if len(places) == 1 else os.path.commonpath(map(posixpath.dirname, places))
+        names = [posixpath.relpath(table, root) if root else table for table in places]
+        return open_tables(Files(root), names, image_key, caption_key)
+    try:
+        return _open_folder(Files(place), split, image_key, caption_key, cache)
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise UsageError(f"{name!r} cannot be read: {reason(error)}") from error
+
+
+def _matching(pattern: str) -> list[str]:
+    """What a pattern without braces names; itself, if it is none."""
+    if "://" in pattern or not glob.has_magic(pattern) or os.path.exists(pattern):
+        return [pattern]
+    return sorted(glob.glob(pattern)) or [pattern]
+
+
+def _kind_of(place: str) -> str:
+    """What is there: a table by its ending, "zip", "folder" or "hub". Raises UsageError where nothing is."""
+    kind, is_url = ending(place), "://" in place
+    if (
+        is_url
+        and (kind in (*TABLES, "zip") or place.endswith("/"))
+        or os.path.isfile(place)
+        and kind in (*TABLES, "zip")
+    ):
+        return kind if kind in (*TABLES, "zip") else "folder"
+    if os.path.isdir(place):
+        return "folder"
+    if os.path.exists(place):
+        hint = "Name the folder that holds it." if kind in IMAGE_ENDINGS else ""
+        raise UsageError(f"{place!r} is a file that is not read, expected one of {', '.join(READ)}. {hint}".rstrip())
+    # "owner/name" may be on the Hub; but not if "owner" is a folder here.
+    looks_local = place.startswith((".", "/", "~")) or place.count("/") > 1 or os.path.isdir(os.path.dirname(place))
+    if not is_url and (looks_local or kind in (*TABLES, "zip")):
+        raise UsageError(f"{place!r}: found neither a file nor a folder there.")
+    return "hub"
+
+
+def _open_folder(
+    files: Files, split: str | None, image_key: str | None, caption_key: str | None, cache: Path
+) -> Source:
+    base, _, part = (split or "").partition("[")
+    names = files.names()
+    if not names:
+        raise UsageError(f"{str(files)!r} is empty, expected tars, parquet files, or images with captions.")
+    files, names = choose_split(files, names, base or None)
+    kinds = {ending(name) for name in names}
+    if "tar" in kinds:
+        shards = [f"{files}/{name}" for name in names if ending(name) == "tar"]
+        if files.is_zip:
+            raise UsageError(f"{str(files)!r} holds tars in a zip file. Unpack it: `unzip {files.place}`.")
+        return ShardSource(find_shards("::".join(shards), cache), caption_key, cache)
+    if kinds & set(COMPRESSED) and not kinds & set(IMAGE_ENDINGS):
+        for name in names:
+            refuse_compressed(f"{files}/{name}")
+    if "arrow" in kinds and files.folder is not None and "state.json" in map(posixpath.basename, names):
+        return open_saved(str(files), base or None, image_key, caption_key)
+    if "parquet" in kinds and not kinds & set(IMAGE_ENDINGS) and files.folder is not None:
+        return open_parquet_folder(str(files), split, image_key, caption_key)
+    source = open_folder(files, names, image_key, caption_key)
+    return source.cut(split, base if posixpath.basename(files.below) in SPLITS else "train") if part else source
+
+
+def _check_first(name: str, source: Source) -> None:
+    """Refuses a source whose first samples are all unusable, with the reason of the first one."""
+    problems = []
+    for index in range(min(len(source), NUM_PROBED)):
+        try:
+            sample = source[index]
+            if not not_blank(sample.captions):
+                raise BadSample("empty caption")
+            with decoding(sample.image):
+                open_image(sample.image)
+            return
+        except BadSample as bad:
+            problems.append(bad)
+    cause = problems[0].__cause__ or problems[0].lost
+    raise UsageError(
+        f"{name!r}: none of the first {len(problems)} samples can be used. The first one: {problems[0].kind}"
+        f"{f' ({cause})' if cause else ''}."
+    )
 
 
 def _check_weights(mixture: Mapping) -> None:
@@ -91,10 +202,13 @@ class MixtureSource(Source):
     """
 
     def __init__(self, sources: Mapping[str, Source], weights: list[float]):
+        super().__init__()
         self.names, self.sources, self.weights = list(sources), list(sources.values()), weights
         self.lengths = [len(source) for source in self.sources]
         self.starts, self.length = np.cumsum([0, *self.lengths]), sum(self.lengths)
-        self.skipped = sum((source.skipped for source in self.sources), Counter())
+        for source in self.sources:
+            for kind, count in source.skipped.items():
+                self.skip(kind, source.examples.get(kind), count)
 
     def __getitem__(self, index: int) -> Sample:
         source, index = self._find(index)
@@ -113,8 +227,9 @@ class SceneSource(Source):
     """The demonstration scenes of `hfclip.data.scenes`."""
 
     def __init__(self, split: str, image_size: int, num_scenes: int):
+        super().__init__()
         self.scenes = Scenes(split, size=image_size, num_scenes=num_scenes)
-        self.length, self.skipped = len(self.scenes), Counter()
+        self.length = len(self.scenes)
 
     def __getitem__(self, index: int) -> Sample:
         scene = self.scenes[index]

@@ -6,7 +6,6 @@ import queue
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -17,10 +16,11 @@ import numpy as np
 
 from ..errors import UsageError
 from .counts import command, read_counts
+from .samples import Source
 from .shards import locked, make_folder, patterns_of
 from .stores import ChangedFile, fetch, open_store, reason
-from .tars import index_tar
-from .webdataset import ShardSource, usable_samples
+from .tars import MEMBERS, index_tar, usable
+from .webdataset import ShardSource
 
 
 THREADS_AHEAD = 4  # of each process that reads, for shards that come next
@@ -72,7 +72,10 @@ class ShardCache:
         while True:
             with self.open(shard):
                 try:
-                    return np.load(self._file(shard, "npy"))
+                    members = np.load(self._file(shard, "npy"))
+                    if members.dtype == MEMBERS:
+                        return members
+                    raise ValueError("of another version")
                 except (OSError, ValueError, EOFError):  # removed meanwhile, or damaged: it comes with the tar
                     self._file(shard, "tar").unlink(missing_ok=True)
 
@@ -214,6 +217,7 @@ class StreamSource(ShardSource):
     ROWS_IN_MEMORY = 256  # tars of which each process remembers where the samples lie
 
     def __init__(self, name: str, caption_key: str | None, folder: Path, limit: int):
+        Source.__init__(self)
         urls = patterns_of(name)
         if not all("://" in url and url.endswith((".tar", "/")) for url in urls):
             raise UsageError(
@@ -224,7 +228,8 @@ class StreamSource(ShardSource):
         which = int(self.key is not None)
         self.counts = [shard.usable[which] for shard in counted]
         self.starts = np.cumsum([0, *self.counts])
-        self.skipped = sum((Counter(shard.left_out[which]) for shard in counted), Counter())
+        for shard in counted:
+            self.skipped.update(shard.left_out[which])
         self.shards = [Path(shard.path) for shard in counted]
         self.count_again = command(name, folder)
         self.cache = ShardCache(urls[0], [shard[:2] for shard in counted], folder / "streamed", limit)
@@ -241,7 +246,7 @@ class StreamSource(ShardSource):
         shard = self._shard_of(index)
         rows = self.rows.pop(shard, None)
         if rows is None:
-            rows, _ = usable_samples(self.cache.members(shard), self.key, set())
+            rows, _, _ = usable(self.cache.members(shard), self.key, set())
             if len(rows) != self.counts[shard]:
                 raise UsageError(
                     f"{self.shards[shard]} has {len(rows)} usable pairs, but had {self.counts[shard]} when they were "

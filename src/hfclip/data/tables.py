@@ -1,108 +1,195 @@
-"""Tables that `datasets` reads: parquet files, image folders with metadata, data sets on the Hub."""
+"""Tables that `datasets` reads: parquet files and data sets on the Hub."""
 
-import glob
-from collections import Counter
+import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import fsspec
 
 from ..errors import UsageError
-from .samples import CAPTION_KEYS, BadSample, Sample, Source, caption_list
-
-
-IMAGE_KEYS = ("image", "jpg", "png", "img")
-HELD_OUT = ("test", "validation", "val", "dev")  # splits, in the order of preference
+from .records import IMAGE_KEYS, find_column
+from .samples import CAPTION_KEYS, HELD_OUT, BadSample, Sample, Source, caption_list, say
+from .shards import in_threads
+from .stores import reason
 
 
 class TableSource(Source):
-    """A table that `datasets` reads: one column of images, one of captions."""
+    """A table that `datasets` reads: a column of images (structs, bytes or paths), one of captions or class labels.
 
-    def __init__(self, table, image_key: str, caption_key: str):
-        from datasets import Image as ImageFeature
+    Args:
+        folder: where the paths in it begin.
+    """
 
-        self.table = table.select_columns([image_key, caption_key]).cast_column(image_key, ImageFeature(decode=False))
-        self.texts = table.select_columns([caption_key])
-        self.image_key, self.caption_key = image_key, caption_key
-        self.length, self.skipped = len(table), Counter()
+    def __init__(self, table, image_key: str | None, caption_key: str | None, name: str, folder: str = ""):
+        from datasets import ClassLabel, Image
 
-    @classmethod
-    def load(cls, name: str, image_key: str | None, caption_key: str | None, split: str | None) -> "TableSource":
-        table = _load_table(name, split)
-        image_key = _find_column(table.column_names, image_key, IMAGE_KEYS, "image_key", name)
-        caption_key = _find_column(table.column_names, caption_key, CAPTION_KEYS, "caption_key", name)
-        return cls(table, image_key, caption_key)
+        super().__init__()
+        columns, self.folder = table.column_names, folder
+        self.label_key = next((key for key, kind in table.features.items() if isinstance(kind, ClassLabel)), None)
+        self.labels = self.label_key and [label.replace("_", " ") for label in table.features[self.label_key].names]
+        self.image_key = find_column(columns, image_key, IMAGE_KEYS, "image_key", name)
+        self.caption_key = self.label_key
+        if caption_key or self.label_key is None or set(columns) & set(CAPTION_KEYS):
+            self.caption_key = find_column(columns, caption_key, CAPTION_KEYS, "caption_key", name)
+        else:
+            say(f"{name}: the names of the classes in {self.label_key!r} are the captions ({self.labels[0]} ...).")
+        self.texts = table.select_columns(list({self.caption_key, self.label_key} - {None}))
+        self.table = table.select_columns([self.image_key, *self.texts.column_names])
+        if isinstance(table.features[self.image_key], Image):
+            self.table = self.table.cast_column(self.image_key, Image(decode=False))
+        self.length = len(table)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self._row(self.table, index)
-        image = row[self.image_key]
+        row = _row(self.table, index)
+        image, path = row[self.image_key], str(index)
+        if isinstance(image, dict):
+            path, image = image.get("path") or path, image.get("bytes") or image.get("path")
+        if isinstance(image, str):
+            path, image = image, self._read(image)
         if image is None:
             raise BadSample("missing image")
-        if image["bytes"] is None:
-            path = Path(image["path"])
-            try:
-                image["bytes"] = path.read_bytes()
-            except OSError as error:
-                lost = f"images of {path.parent} cannot be read any more ({error.strerror or error})"
-                raise BadSample("missing image", lost) from error
-        return Sample(image["bytes"], self._captions(row), image["path"] or str(index))
+        if not isinstance(image, bytes):
+            raise BadSample("not an image") from TypeError(f"found {type(image).__name__}, expected bytes or a path")
+        return Sample(image, self._captions(row), path, self._label(row))
 
     def captions(self, index: int) -> list[str]:
-        return self._captions(self._row(self.texts, index))
+        return self._captions(_row(self.texts, index))
 
-    def _row(self, table, index: int) -> dict:
-        try:
-            return table[index]
-        except UnicodeDecodeError as error:
-            raise BadSample("unreadable caption") from error
+    def label(self, index: int) -> int | None:
+        return self._label(_row(self.texts, index))
+
+    def _label(self, row: dict) -> int | None:
+        number = row[self.label_key] if self.label_key else None
+        return number if number is not None and number >= 0 else None
 
     def _captions(self, row: dict) -> list[str]:
-        return caption_list(row[self.caption_key])
+        if self.caption_key != self.label_key:
+            return caption_list(row[self.caption_key])
+        number = self._label(row)
+        return caption_list(number if number is None else self.labels[number])
+
+    def _read(self, path: str) -> bytes:
+        if "://" in path:
+            raise BadSample("missing image", f"{path} is a URL: fetch the images once, with img2dataset for example")
+        path = Path(self.folder, path)
+        try:
+            return path.read_bytes()
+        except (OSError, ValueError) as error:
+            lost = f"images of {path.parent} cannot be read ({getattr(error, 'strerror', None) or error})"
+            raise BadSample("missing image", lost) from error
 
 
-def _load_table(name: str, split: str | None):
+def _row(table, index: int) -> dict[str, Any]:
+    try:
+        return table[index]
+    except UnicodeDecodeError as error:
+        raise BadSample("unreadable caption") from error
+
+
+def open_parquet(paths: list[str], image_key: str | None, caption_key: str | None) -> TableSource:
+    """The rows of parquet files; files that are damaged or lack the columns are left out and counted.
+
+    Raises:
+        UsageError: if none can be read.
+    """
     from datasets import load_dataset
 
-    path = Path(name).expanduser()
-    # "owner/name" may be on the Hub; but not if "owner" is a folder here.
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" in name and path.parent.is_dir()
-    if looks_local and "://" not in name and not glob.glob(str(path)):
-        raise UsageError(f"{name!r}: found neither a file nor a folder there.")
-    if path.is_dir() and not any(path.iterdir()):
-        raise UsageError(f"{name!r} is an empty folder, expected tars, parquet files or images with metadata.")
+    found = dict(zip(paths, in_threads(_columns_in, paths, "reading headers"), strict=True))
+    tables = {path: columns for path, columns in found.items() if isinstance(columns, list)}
+    if not tables:
+        raise UsageError(f"{paths[0]!r} cannot be read as a parquet file: {reason(found[paths[0]])}")
+    first = next(iter(tables.values()))
+    needed = {find_column(first, image_key, IMAGE_KEYS, "image_key", next(iter(tables)))}
+    needed |= {caption_key} & set(first) or set([key for key in CAPTION_KEYS if key in first][:1])
+    good = [path for path, columns in tables.items() if needed <= set(columns)]
+    shared = [column for column in first if all(column in tables[path] for path in good)]
+    options = {} if all(tables[path] == first for path in good) else {"columns": shared}
     try:
-        if name.endswith(".parquet"):
-            return load_dataset("parquet", data_files=str(path) if "://" not in name else name, split="train")
-        found = str(path) if path.exists() else name
-        if path.exists() or split is None:
-            split = _split_of(found, split)
-        return load_dataset(found, split=split)
+        table = load_dataset("parquet", data_files=good, split="train", **options)
+    except Exception as error:  # of datasets and pyarrow
+        whole = [path for path in good if _is_whole(path)]
+        if 0 < len(whole) < len(good):
+            source, good = open_parquet(whole, image_key, caption_key), whole
+        else:
+            raise UsageError(f"{paths[0]!r} cannot be loaded: {reason(error.__cause__ or error)}") from error
+    else:
+        source = TableSource(table, image_key, caption_key, paths[0], posixpath.dirname(paths[0]))
+    for path in set(paths) - set(good):
+        source.skip("other columns" if path in tables and not needed <= set(tables[path]) else "damaged file", path)
+    return source
+
+
+def _columns_in(path: str) -> list[str] | Exception:
+    import pyarrow.parquet
+
+    try:
+        with fsspec.open(path) as file:
+            return pyarrow.parquet.read_schema(file).names
+    except Exception as error:  # of stores and pyarrow
+        return error
+
+
+def _is_whole(path: str) -> bool:
+    import pyarrow.parquet
+
+    try:
+        with fsspec.open(path) as file:
+            return all(True for _ in pyarrow.parquet.ParquetFile(file).iter_batches())
+    except Exception:  # of stores and pyarrow
+        return False
+
+
+def open_parquet_folder(path: str, split: str | None, image_key: str | None, caption_key: str | None) -> TableSource:
+    """The parquet files of a split, which `datasets` tells by their names."""
+    from datasets import load_dataset_builder
+
+    with _loading(path, split):
+        files = load_dataset_builder(path).config.data_files
+    return open_parquet([str(file) for file in files[_split_of(path, list(files), split)]], image_key, caption_key)
+
+
+def open_saved(path: str, split: str | None, image_key: str | None, caption_key: str | None) -> TableSource:
+    """What `Dataset.save_to_disk` has written."""
+    from datasets import DatasetDict, load_from_disk
+
+    with _loading(path, split):
+        table = load_from_disk(path)
+        if isinstance(table, DatasetDict):
+            table = table[_split_of(path, list(table), split)]
+    return TableSource(table, image_key, caption_key, path)
+
+
+def open_hub(name: str, split: str | None, image_key: str | None, caption_key: str | None) -> TableSource:
+    """A data set on the Hub."""
+    from datasets import get_dataset_split_names, load_dataset
+
+    with _loading(name, split):
+        table = load_dataset(name, split=split or _split_of(name, get_dataset_split_names(name), None))
+    return TableSource(table, image_key, caption_key, name)
+
+
+@contextmanager
+def _loading(name: str, split: str | None) -> Iterator[None]:
+    try:
+        yield
     except UsageError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set that is a script
+    except Exception as error:  # of datasets, huggingface_hub and pyarrow
         raise UsageError(
-            f"{name!r} is neither tars, parquet files nor an image folder here, and `datasets` cannot load it with "
-            f"split {split!r}: {error}"
+            f"{name!r} is no file or folder here, and `datasets` cannot load it with split {split!r}: {reason(error)}"
         ) from error
 
 
-def _split_of(name: str, split: str | None) -> str:
+def _split_of(name: str, splits: list[str], split: str | None) -> str:
     """The split that is asked for, or one that is held out where none is; but the only one, whatever it is called."""
-    from datasets import get_dataset_split_names
-
-    splits = get_dataset_split_names(name)
-    # "test[:100]" is an expression, not a name.
-    if len(splits) == 1 and (split is None or split.isidentifier()):
+    if len(splits) == 1:
         return splits[0]
-    if split is None and not (split := next((held_out for held_out in HELD_OUT if held_out in splits), None)):
+    wanted = [split] if split else HELD_OUT
+    if not (found := next((want for want in wanted if want in splits), None)):
         raise UsageError(
-            f"{name!r} has the splits {splits}, expected {' or '.join(HELD_OUT)} among them. Name a "
-            "folder or file that holds the pairs of the evaluation alone."
+            f"{name!r} has the splits {splits}, expected {' or '.join(wanted)} among them. Set split, or name a folder "
+            "or file that holds what is meant alone."
         )
-    return split
-
-
-def _find_column(columns: list[str], asked: str | None, usual: tuple[str, ...], setting: str, name: str) -> str:
-    column = asked or next((key for key in usual if key in columns), None)
-    if column not in columns:
-        raise UsageError(
-            f"{name!r}: found the columns {columns}, expected {asked or ' or '.join(usual)}; set {setting}."
-        )
-    return column
+    return found

@@ -21,6 +21,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from .samples import IMAGE_ENDINGS
+
 
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 2048 * BLOCK
@@ -174,9 +176,18 @@ def _padded(size: int) -> int:
 # Index
 # ---------------------------------------------------------------------------------------------------------------------
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-# Where one sample's members lie in its tar: byte offset and size, -1 where there is none.
-MEMBERS = [(f"{member}_{what}", np.int64) for member in ("image", "text", "json") for what in ("offset", "size")]
+KINDS = {**dict.fromkeys(IMAGE_ENDINGS, "image"), "txt": "text", "json": "json", "cls": "label"}
+# Where one sample's members lie in its tar: byte offset and size, -1 where there is none; the number in its .cls, -1 if
+# there is none, -2 if it is no number; and the offset of a member of its name that is not read.
+MEMBERS = np.dtype(
+    [(f"{member}_{what}", np.int64) for member in ("image", "text", "json") for what in ("offset", "size")]
+    + [("label", np.int64), ("other_offset", np.int64)]
+)
+# What reading a sample takes. Those of all samples are in memory: 37 bytes each.
+SAMPLE = np.dtype(
+    [(f"{member}_{what}", np.int64) for member in ("image", "caption") for what in ("offset", "size")]
+    + [("is_json", np.bool_), ("label", np.int32)]
+)
 
 
 def load_index(shard: Path, cache: Path | None) -> tuple[np.ndarray, set[str]]:
@@ -184,7 +195,7 @@ def load_index(shard: Path, cache: Path | None) -> tuple[np.ndarray, set[str]]:
     if cache is None:
         return index_tar(shard)
     state = shard.stat()
-    identity = f"{shard.resolve()}|{state.st_size}|{state.st_mtime_ns}"
+    identity = f"{shard.resolve()}|{state.st_size}|{state.st_mtime_ns}|{sorted(KINDS)}|{MEMBERS}"
     path = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy"
     with suppress(OSError, ValueError, EOFError):  # not there, or damaged
         return np.load(path), set()
@@ -199,31 +210,80 @@ def load_index(shard: Path, cache: Path | None) -> tuple[np.ndarray, set[str]]:
 
 
 def index_tar(shard: Path) -> tuple[np.ndarray, set[str]]:
-    """The `MEMBERS` of each sample, and what is wrong with the tar."""
-    rows, last_name, damage = [], None, set()
+    """The `MEMBERS` of each sample, and what is wrong with the tar.
+
+    Members of one name are a sample, wherever they lie; a second image or caption of a name begins another sample.
+    Names end at the last dot (`v1.0_1.jpg`). But where the part up to the first dot names a sample, too (`1.jpg`), a
+    member such as `1.seg.png` is a further field of it, as webdataset has it, unless it has an image and a caption.
+    """
+    rows, by_name, damage = [], {}, set()
     with open(shard, "rb", buffering=0) as file:
-        for name, start, length in files_of(file, damage):
-            folder, _, base = name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            extension = extension.lower()
-            kind = "image" if extension in IMAGE_EXTENSIONS else {"txt": "text"}.get(extension, extension)
-            if kind not in ("image", "text", "json"):
+        for path, start, length in files_of(file, damage):
+            folder, _, base = path.rpartition("/")
+            stem, _, ending = base.rpartition(".")
+            if is_hidden(path):
                 continue
-            if (folder, stem) != last_name or rows[-1][f"{kind}_offset"] >= 0:
-                last_name = (folder, stem)
-                rows.append(dict.fromkeys((name for name, _ in MEMBERS), -1))
-            rows[-1][f"{kind}_offset"], rows[-1][f"{kind}_size"] = start, length
-    return np.array([tuple(row.values()) for row in rows], MEMBERS), damage
+            kind, name = KINDS.get(ending.lower(), "other"), (folder, stem or base)
+            row = by_name.get(name)
+            if row is None or kind in row and kind in ("image", "text", "json"):
+                row = by_name[name] = {"name": name}
+                rows.append(row)
+            row.setdefault(kind, (start, length))
+            if kind == "label":
+                digits = _read(file, start, min(length, 20)).strip()
+                row["label"] = int(digits) if digits.isdigit() and int(digits) < 2**31 else -2
+    index = [_members(row) for row in rows if _is_sample(row, by_name)]
+    return np.array(index, MEMBERS), damage
 
 
-def usable(members: np.ndarray, key: str | None, damage: set[str]) -> tuple[np.ndarray, np.ndarray, Counter]:
-    """Which samples have an image and a caption, whose caption is in the .json, and what is left out by kind.
+def is_hidden(path: str) -> bool:
+    """Whether systems have put a file there, not people."""
+    return path.rpartition("/")[2].startswith(".") or path.startswith("__MACOSX/") or "/__MACOSX/" in path
+
+
+def _is_sample(row: dict, by_name: dict) -> bool:
+    (folder, stem), has_caption = row["name"], "text" in row or "json" in row
+    return "." not in stem or "image" in row and has_caption or (folder, stem.partition(".")[0]) not in by_name
+
+
+def _members(row: dict) -> tuple[int, ...]:
+    places = (row.get(kind, (-1, -1)) for kind in ("image", "text", "json"))
+    return *(number for place in places for number in place), row.get("label", -1), row.get("other", (-1, -1))[0]
+
+
+def usable(
+    members: np.ndarray, key: str | None, damage: set[str], labels: bool = False
+) -> tuple[np.ndarray, Counter, dict[str, int]]:
+    """The `SAMPLE` of those that have an image and a caption; what is left out by reason, and where an example lies.
 
     Args:
         key: `caption_key`. With one, only .json members count; without, .txt members come first.
+        labels: Samples may have a label instead of a caption.
     """
-    has_image = members["image_offset"] >= 0
+    no_image = members["image_offset"] < 0
     is_json = (members["text_offset"] < 0) | (key is not None)
-    has_caption = np.where(is_json, members["json_offset"], members["text_offset"]) >= 0
-    missing = {"missing image": int((~has_image).sum()), "missing caption": int((~has_caption).sum())}
-    return has_image & has_caption, is_json, +Counter({**missing, **dict.fromkeys(damage, 1)})
+    no_caption = np.where(is_json, members["json_offset"], members["text_offset"]) < 0
+    if labels:
+        no_caption &= members["label"] < 0
+    others = no_image & (members["text_offset"] < 0) & (members["json_offset"] < 0) & (members["label"] == -1)
+    left_out, examples = Counter(dict.fromkeys(damage, 1)), {}
+    reasons = {"missing image": no_image & ~others, "missing caption": no_caption & ~others, "unknown format": others}
+    for reason, of_samples in reasons.items():
+        if count := int(of_samples.sum()):
+            left_out[reason], first = count, members[of_samples.argmax()]
+            places = [int(first[f"{kind}_offset"]) for kind in ("image", "other", "text", "json")]
+            if there := [place for place in places if place >= 0]:
+                examples[reason] = there[0]
+    kept, is_json = members[~no_image & ~no_caption], is_json[~no_image & ~no_caption]
+    samples = np.empty(len(kept), SAMPLE)
+    for what in ("offset", "size"):
+        samples[f"image_{what}"] = kept[f"image_{what}"]
+        samples[f"caption_{what}"] = np.where(is_json, kept[f"json_{what}"], kept[f"text_{what}"])
+    samples["is_json"], samples["label"] = is_json, kept["label"]
+    return samples, left_out, examples
+
+
+def name_in(header: bytes) -> str | None:
+    """The name that a header has, cut if it is long; None if it is damaged."""
+    parsed = _parse(header)
+    return parsed and parsed[0]

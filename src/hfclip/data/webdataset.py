@@ -1,56 +1,49 @@
-"""WebDataset tars: samples are members with one name, `0001.jpg` with `0001.txt` or `0001.json`."""
+"""WebDataset tars: members of one name are a sample, `0001.jpg` with `0001.txt`, `0001.json` or `0001.cls`."""
 
 import json
-import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from ..errors import UsageError
-from .samples import CAPTION_KEYS, BadSample, Sample, Source, caption_list
+from .files import CLASS_NAMES, read_lines
+from .samples import BadSample, Sample, Source, json_captions, say, text_captions
 from .shards import in_threads, make_folder
-from .tars import load_index, usable
+from .tars import BLOCK, SAMPLE, load_index, name_in, usable
 
 
 # Bytes that no image and no caption has: what says so is not read into memory.
 LARGEST = {"image": 1 << 30, "caption": 1 << 24}
 
-# Where the bytes of a sample lie in its tar. All of them are in memory: 33 bytes each.
-_SAMPLE = np.dtype(
-    [
-        ("image_offset", np.int64),
-        ("image_size", np.int64),
-        ("caption_offset", np.int64),
-        ("caption_size", np.int64),
-        ("is_json", np.bool_),
-    ]
-)
-
 
 class ShardSource(Source):
-    """Uncompressed tars whose samples are neighbouring members with one name: `0001.jpg`, `0001.txt` or `0001.json`.
+    """Uncompressed tars, whose members of one name are a sample (`tars.index_tar`).
 
     The headers of each tar are read once and kept in the cache folder; then each sample is two reads at known offsets.
-    Members are never unpacked, so that their names lead nowhere. Links, folders and other kinds of files are ignored;
-    a second image or caption of one name begins another sample. Left out and counted are samples without image or
-    caption, and what damage to a tar took with it: "truncated shard" (it ends too early), "damaged shard" (something in
-    the middle is no header; reading goes on with the next one that is) and "not a tar", each once a tar.
+    Members are never unpacked, so that their names lead nowhere. Links, folders and other kinds of files are ignored.
+    Left out and counted are samples without image or caption, and what damage to a tar took with it: "truncated shard"
+    (it ends too early), "damaged shard" (something in the middle is no header; reading goes on with the next one that
+    is) and "not a tar", each once a tar.
+
+    Where `classnames.txt` lies beside the tars or above, the numbers in .cls members are labels, and the name of its
+    class is the caption of a sample without another.
     """
 
     def __init__(self, shards: list[Path], caption_key: str | None, cache: Path):
+        super().__init__()
         self.shards, self.key = shards, caption_key
-        indices = _index_folder(cache)
-        found = in_threads(lambda shard: _samples(shard, caption_key, indices), shards, "indexing shards")
-        self.skipped = sum((skipped for _, skipped in found), Counter())
+        self.labels = read_lines(shards[0].parent, CLASS_NAMES)
+        folder = _index_folder(cache)
+        found = in_threads(lambda shard: self._samples_of(shard, folder), shards, "indexing shards")
+        for _, left_out, examples in found:
+            for reason, count in left_out.items():
+                self.skip(reason, examples.get(reason), count)
         if self.skipped["not a tar"] == len(shards) > 0:
-            raise UsageError(f"{shards[0]} is not an uncompressed tar file. Unpack .tar.gz shards first.")
-        parts = [samples for samples, _ in found]
-        self.index = np.concatenate([np.empty(0, _SAMPLE), *parts])
-        self.starts = np.cumsum([0] + [len(part) for part in parts])
+            raise UsageError(f"{shards[0]} is not an uncompressed tar file. {_how_to_unpack(shards[0])}")
+        self.index = np.concatenate([np.empty(0, SAMPLE), *(samples for samples, _, _ in found)])
+        self.starts = np.cumsum([0, *(len(samples) for samples, _, _ in found)])
         self.length = len(self.index)
         self._check_key()
 
@@ -69,27 +62,31 @@ class ShardSource(Source):
             )
 
     def __getitem__(self, index: int) -> Sample:
-        shard, row = self._shard_of(index), self._row(index)
-        key = f"{self.shards[shard].name}/{int(row['image_offset'])}"
-        return Sample(self._read(index, "image"), self.captions(index), key)
+        data, shard = self._read(index, "image", before=BLOCK), self.shards[self._shard_of(index)]
+        name = name_in(data[:BLOCK]) or f"byte {self._row(index)['image_offset']}"
+        return Sample(data[BLOCK:], self.captions(index), f"{shard.name}/{name}", self.label(index))
 
     def captions(self, index: int) -> list[str]:
-        data = self._read(index, "caption")
-        try:
-            if not self._row(index)["is_json"]:
-                return [data.decode("utf-8")]
-            record = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise BadSample("unreadable caption") from error
-        if not isinstance(record, dict):
-            raise BadSample("unreadable caption")
-        key = self.key or next((key for key in CAPTION_KEYS if key in record), None)
-        return caption_list(record.get(key))
-
-    def _read(self, index: int, what: str) -> bytes:
         row = self._row(index)
-        offset, size = int(row[f"{what}_offset"]), int(row[f"{what}_size"])
-        if size > LARGEST[what]:
+        if row["caption_offset"] >= 0:
+            data = self._read(index, "caption")
+            return json_captions(data, self.key) if row["is_json"] else text_captions(data)
+        if row["label"] >= len(self.labels):
+            raise BadSample("unreadable caption") from IndexError(
+                f"found class {row['label']}, expected 0 to {len(self.labels) - 1}, a line of {CLASS_NAMES}"
+            )
+        return [self.labels[row["label"]]]
+
+    def label(self, index: int) -> int | None:
+        """The number of a sample's class, if the classes have names and it has one."""
+        number = int(self._row(index)["label"])
+        return number if self.labels and number >= 0 else None
+
+    def _read(self, index: int, what: str, before: int = 0) -> bytes:
+        """The bytes of a member, and those `before` it."""
+        row = self._row(index)
+        offset, size = int(row[f"{what}_offset"]) - before, int(row[f"{what}_size"]) + before
+        if size > LARGEST[what] + before:
             raise BadSample("too large image" if what == "image" else "unreadable caption")
         shard = self._shard_of(index)
         try:
@@ -112,14 +109,15 @@ class ShardSource(Source):
     def _open(self, shard: int) -> BinaryIO:
         return open(self.shards[shard], "rb", buffering=0)
 
-
-def _samples(shard: Path, key: str | None, indices: Path | None) -> tuple[np.ndarray, Counter]:
-    """The `_SAMPLE` of each usable sample of a tar, and what was left out."""
-    try:
-        members, damage = load_index(shard, indices)
-    except OSError as error:
-        raise UsageError(f"{shard} cannot be read: {error.strerror or error}.") from error
-    return usable_samples(members, key, damage)
+    def _samples_of(self, shard: Path, folder: Path | None) -> tuple[np.ndarray, Counter, dict[str, str]]:
+        """The `SAMPLE` of each usable sample of a tar; what was left out, with examples."""
+        try:
+            members, damage = load_index(shard, folder)
+            samples, left_out, places = usable(members, self.key, damage, labels=self.labels is not None)
+            examples = {reason: f"{shard.name}/{_name_at(shard, place)}" for reason, place in places.items()}
+        except OSError as error:
+            raise UsageError(f"{shard} cannot be read: {error.strerror or error}.") from error
+        return samples, left_out, examples | dict.fromkeys(damage, shard.name)
 
 
 def _index_folder(cache: Path) -> Path | None:
@@ -128,19 +126,19 @@ def _index_folder(cache: Path) -> Path | None:
     try:
         make_folder(folder)
     except UsageError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            tqdm.write(f"{error} Without it, tars are indexed anew at each start.", file=sys.stderr)
+        say(f"{error} Without it, tars are indexed anew at each start.")
         return None
     return folder
 
 
-def usable_samples(members: np.ndarray, key: str | None, damage: set[str]) -> tuple[np.ndarray, Counter]:
-    """The `_SAMPLE` of each usable sample among the `MEMBERS` of a tar, and what was left out."""
-    kept, is_json, left_out = usable(members, key, damage)
-    samples = np.empty(int(kept.sum()), _SAMPLE)
-    for what in ("offset", "size"):
-        samples[f"image_{what}"] = members[f"image_{what}"][kept]
-        captions = np.where(is_json, members[f"json_{what}"], members[f"text_{what}"])
-        samples[f"caption_{what}"] = captions[kept]
-    samples["is_json"] = is_json[kept]
-    return samples, left_out
+def _name_at(shard: Path, offset: int) -> str | None:
+    with open(shard, "rb") as file:
+        file.seek(offset - BLOCK)
+        return name_in(file.read(BLOCK))
+
+
+def _how_to_unpack(shard: Path) -> str:
+    with open(shard, "rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return "Fetch it again, or leave it out."
+    return f"It is compressed. Unpack it by `gunzip -S '' < {shard} > {shard.with_suffix('')}-unpacked.tar`."

@@ -3,7 +3,6 @@
 folder -> labels, templates, samples -> classifier -> hits of this rank's share -> one sum over ranks -> accuracy
 """
 
-import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils.logging import tqdm
 
+from ..data.files import CLASS_NAMES, read_lines
+from ..data.samples import BadSample, Source, decoding
+from ..data.sources import open_source
+from ..data.webdataset import ShardSource
+from ..errors import UsageError
 from ..image_processing_hfclip import open_image
 from ..zero_shot import DEFAULT_TEMPLATES, Template, ZeroShotClassifier, check_labels, check_templates
 
@@ -158,37 +162,27 @@ class _Collate:
         return pixel_values.numpy(), np.array(targets)
 
 
-class _Entry(NamedTuple):
-    """Where the bytes of one image lie: a whole file, or a part of a tar file."""
-
-    name: str
-    target: int
-    path: Path
-    offset: int = 0
-    size: int = -1
-
-
 class LazyImages(Sequence):
-    """`(PIL image, target)` pairs, read and decoded when asked for. Safe to share with worker processes.
+    """`(PIL image, target)` pairs of a labelled source, read and decoded when asked for. Safe to share with worker
+    processes.
 
     Raises UndecodableImage with the name of an image that cannot be decoded.
     """
 
-    def __init__(self, entries: Sequence[_Entry]):
-        self.entries = entries
+    def __init__(self, source: Source):
+        self.source = source
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        entry = self.entries[index]
-        with open(entry.path, "rb") as file:
-            file.seek(entry.offset)
-            data = file.read(entry.size)
+        name = f"sample {index}"
         try:
-            return open_image(data), entry.target
-        except ValueError as error:
-            raise UndecodableImage(f"{entry.name} cannot be decoded: {error}") from error
+            image, _, name, target = self.source[index]
+            with decoding(image):
+                return open_image(image), target
+        except BadSample as bad:
+            raise UndecodableImage(f"{name} cannot be decoded: {bad.__cause__ or bad}") from bad
 
 
 class LabelledFolder(NamedTuple):
@@ -199,119 +193,50 @@ class LabelledFolder(NamedTuple):
     samples: LazyImages
 
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-SHARD_IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
-CLASSNAMES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+INCOMPLETE = ("missing image", "missing caption", "truncated shard", "damaged shard", "not a tar")
 
 
 def load_labelled_folder(path: str | Path) -> LabelledFolder:
-    """Labels, templates and samples of a folder in one of two layouts; images are not opened yet.
+    """Labels, templates and samples of images with labels; images are not opened yet.
 
-    - WebDataset as clip-benchmark publishes it: uncompressed tars, in which each image `<key>.jpg|png|webp` has a
-      `<key>.cls` with the index of its label. `classnames.txt` is required.
-    - A folder a class with images anywhere below it. Targets count the folders in alphabetical order; labels are the
-      lines of `classnames.txt`, or else the folders' names with underscores read as spaces.
+    - WebDataset as clip-benchmark publishes it: uncompressed tars, in which each image has a `<key>.cls` with the index
+      of its label, a line of `classnames.txt`.
+    - A folder or zip with two or more folders, one per class, with images anywhere below it. Targets count the folders
+      in alphabetical order; labels are the lines of `classnames.txt`, or else the folders' names with underscores read
+      as spaces.
+    - A table with a column of class labels, here or on the Hub.
 
     `classnames.txt` (a label a line) and `zeroshot_classification_templates.txt` (a template a line, `{c}` for the
-    label; empty lines do not count) are looked for in `path`, then in the folder above, which holds them for all splits. Samples come in the
-    order of shards (numerically) and members, or of paths.
+    label; empty lines do not count) are looked for in `path`, then in the folder above, which holds them for all splits.
 
     Raises:
-        FileNotFoundError: `path` does not exist.
-        ValueError: neither layout, files that do not fit together, damaged shards, empty labels, a template without
-            placeholder.
+        UsageError: nothing of these, files that do not fit together, damaged shards.
+        ValueError: empty labels, a template without placeholder.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path} is not a folder: expected one with .tar shards or a subfolder for each class."
+    source = open_source(str(path))
+    if not source.labels:
+        raise UsageError(
+            f"{path} has no labels, expected a folder per class, tars with .cls members and a {CLASS_NAMES}, or a table "
+            "with a column of class labels."
         )
-    shards = sorted(path.glob("*.tar"), key=lambda shard: (len(shard.stem), shard.stem))
-    class_folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    labels = _lines_of(path, CLASSNAMES_FILE)
-    if shards:
-        entries = _shard_entries(path, shards, labels)
-    elif class_folders:
-        entries, labels = _class_folder_entries(path, class_folders, labels)
-    else:
-        raise ValueError(f"{path} holds neither .tar shards nor subfolders: expected shards or a subfolder a class.")
-    templates = [line for line in _lines_of(path, TEMPLATES_FILE) if line] or DEFAULT_TEMPLATES
-    return LabelledFolder(check_labels(labels), check_templates(templates), LazyImages(entries))
-
-
-def _lines_of(path: Path, name: str) -> list[str]:
-    """Lines of the file `name` in `path` or above it, without spaces around them; none if there is no such file.
-
-    Empty lines stay but for those at the end: targets count lines, so that a label left out would shift the others.
-    """
-    for folder in (path, path.resolve().parent):
-        if (folder / name).is_file():
-            return [line.strip() for line in (folder / name).read_text(encoding="utf-8").rstrip().splitlines()]
-    return []
-
-
-def _class_folder_entries(path: Path, folders: list[Path], labels: list[str]) -> tuple[list[_Entry], list[str]]:
-    entries = [
-        _Entry(str(file), target, file)
-        for target, folder in enumerate(folders)
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-    ]
-    if not entries:
-        splits = [str(folder) for folder in folders if any(folder.glob("*.tar"))]
-        remedy = f"Give one of its splits: {', '.join(splits)}." if splits else "Expected a subfolder a class."
-        raise ValueError(f"{path} holds no images below its {len(folders)} subfolders. {remedy}")
-    if labels and len(labels) != len(folders):
-        raise ValueError(
-            f"{CLASSNAMES_FILE} has {len(labels)} lines but {path} {len(folders)} subfolders: expected as many."
+    if broken := [kind for kind in INCOMPLETE if source.skipped[kind]]:
+        raise UsageError(f"{path} is not whole: {source.describe_skipped()}. Mend or remove what has {broken[0]}.")
+    labels = check_labels(source.labels)
+    _check_shards(path, source)
+    targets = [source.label(index) for index in range(len(source))]
+    if outside := [target for target in targets if target is None or target >= len(labels)]:
+        raise UsageError(
+            f"{path}: sample {targets.index(outside[0])} has class {outside[0]}, expected 0 to {len(labels) - 1}, a line "
+            f"of {CLASS_NAMES}."
         )
-    return entries, labels or [folder.name.replace("_", " ") for folder in folders]
+    templates = [line for line in read_lines(Path(path), TEMPLATES_FILE) or () if line] or DEFAULT_TEMPLATES
+    return LabelledFolder(labels, check_templates(templates), LazyImages(source))
 
 
-def _shard_entries(path: Path, shards: list[Path], labels: list[str]) -> list[_Entry]:
-    if not labels:
-        raise ValueError(f"{path} has .tar shards but no {CLASSNAMES_FILE}, in it or above: expected a label a line.")
-    declared = path / "nshards.txt"
-    if declared.is_file() and int(declared.read_text()) != len(shards):
-        raise ValueError(
-            f"{path} has {len(shards)} shards, but nshards.txt says {declared.read_text().strip()}: fetch them all."
+def _check_shards(path: str | Path, source: Source) -> None:
+    declared = read_lines(Path(path), "nshards.txt")
+    if declared and isinstance(source, ShardSource) and int(declared[0]) != len(source.shards):
+        raise UsageError(
+            f"{path} has {len(source.shards)} shards, but nshards.txt says {declared[0]}: fetch them all."
         )
-    entries = [entry for shard in shards for entry in _entries_of(shard)]
-    outside = [entry for entry in entries if not 0 <= entry.target < len(labels)]
-    if outside:
-        entry = outside[0]
-        raise ValueError(
-            f"{entry.name} has class {entry.target}: expected 0 to {len(labels) - 1}, a line of {CLASSNAMES_FILE}."
-        )
-    return entries
-
-
-def _entries_of(shard: Path) -> list[_Entry]:
-    """Images of one shard in the order of the file. A sample's key is its name up to the first dot."""
-    images: dict[str, tarfile.TarInfo] = {}
-    targets: dict[str, int] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
-                folder, slash, file = member.name.rpartition("/")
-                stem, _, suffix = file.partition(".")
-                if suffix.lower() in SHARD_IMAGE_SUFFIXES:
-                    images[folder + slash + stem] = member
-                elif suffix.lower() == "cls":
-                    targets[folder + slash + stem] = int(tar.extractfile(member).read())
-            # tarfile takes a shard that was cut between two members for a shorter one.
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("it ends without the block of zeros that closes a tar file")
-    except (tarfile.TarError, ValueError) as error:
-        raise ValueError(f"{shard} cannot be read ({type(error).__name__}: {error}): fetch it again.") from error
-    halves = sorted(images.keys() ^ targets.keys())
-    if halves:
-        raise ValueError(
-            f"{shard}: {len(halves)} samples have an image or a .cls file but not both, the first is {halves[0]!r}."
-        )
-    return [
-        _Entry(f"{shard}/{image.name}", targets[key], shard, image.offset_data, image.size)
-        for key, image in images.items()
-    ]

@@ -1,0 +1,105 @@
+"""Files below a folder or in a zip, local or remote, listed once and read in place."""
+
+import os
+import posixpath
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+
+from .tars import is_hidden
+
+
+CLASS_NAMES = "classnames.txt"
+
+
+class Files:
+    """The files below a folder or in a zip, by their names relative to it.
+
+    Args:
+        place: a path or URL; of a zip file, if it ends with .zip.
+        below: a folder in it.
+    """
+
+    def __init__(self, place: str, below: str = ""):
+        self.place, self.below, self.is_zip = place, below, place.lower().endswith(".zip")
+        self.folder = None if self.is_zip or "://" in place else Path(place, below)
+        """Of this machine, if it is one."""
+        self._store: tuple[int, object] = (
+            0,
+            None,
+        )  # with the process that opened it: what is open does not survive a fork
+
+    def __reduce__(self):
+        return Files, (self.place, self.below)
+
+    def names(self) -> list[str]:
+        """All of them, sorted, but for hidden ones."""
+        if self.folder is not None:
+            found = _walk(self.folder)
+        else:
+            store, root = self._opened()
+            found = (posixpath.relpath(path, root) if root else path for path in store.find(root))
+        return sorted(name for name in found if not is_hidden(name))
+
+    def below_folder(self, name: str) -> "Files":
+        return Files(self.place, posixpath.join(self.below, name))
+
+    def open(self, name: str) -> BinaryIO:
+        """Raises OSError."""
+        if self.folder is not None:
+            return open(os.path.join(self.folder, name), "rb")
+        store, root = self._opened()
+        try:
+            return store.open(posixpath.join(root, name), "rb")
+        except OSError:
+            raise
+        except Exception as error:  # of zipfile and stores
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    def read(self, name: str) -> bytes:
+        """Raises OSError."""
+        with self.open(name) as file:
+            try:
+                return file.read()
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise OSError(f"{type(error).__name__}: {error}") from error
+
+    def _opened(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        process, opened = self._store
+        if process != os.getpid():
+            store, root = (
+                (fsspec.filesystem("zip", fo=self.place), "") if self.is_zip else fsspec.url_to_fs(self.place)
+            )
+            opened = store, posixpath.join(root, self.below).rstrip("/")
+            self._store = os.getpid(), opened
+        return opened
+
+    def __str__(self) -> str:
+        return posixpath.join(self.place, self.below).rstrip("/")
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Names of the files below a folder, links to folders followed, each folder once."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (os.path.relpath(os.path.join(place, file), folder).replace(os.sep, "/") for file in files)
+
+
+def read_lines(folder: Path, name: str) -> list[str] | None:
+    """The lines of the file `name` in a folder or the one above, without spaces around them; None without such a file.
+
+    Empty lines stay but for those at the end: labels count lines, so that one left out would shift the others.
+    """
+    for place in (folder, folder.resolve().parent):
+        if (place / name).is_file():
+            return [line.strip() for line in (place / name).read_text(encoding="utf-8").rstrip().splitlines()]
+    return None

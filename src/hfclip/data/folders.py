@@ -1,0 +1,244 @@
+"""Image files: listed in a table, with captions in files beside them, or in a folder per class."""
+
+import io
+import posixpath
+from typing import Any
+
+from ..errors import UsageError
+from .files import CLASS_NAMES, Files, read_lines
+from .records import IMAGE_KEYS, find_columns, read_records
+from .samples import (
+    CAPTION_KEYS,
+    HELD_OUT,
+    HOW_CAPTIONS_ARE_GIVEN,
+    IMAGE_ENDINGS,
+    BadSample,
+    Sample,
+    Source,
+    caption_list,
+    json_captions,
+    say,
+    text_captions,
+)
+from .tars import is_hidden
+
+
+TABLES = ("csv", "tsv", "jsonl", "json", "parquet")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+}
+SPLITS |= {"dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
+
+
+class FileSource(Source):
+    """Image files and what is known of each.
+
+    Args:
+        images: their names in `files`.
+        about: for each image a caption or a list of them; with `beside`, the name of the file that holds them; with
+            `labels`, the number of its class, whose name is its caption.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        images: list[str],
+        about: list[Any],
+        *,
+        beside: bool = False,
+        caption_key: str | None = None,
+        labels: list[str] | None = None,
+    ):
+        super().__init__()
+        self.files, self.images, self.about, self.length = files, images, about, len(images)
+        self.beside, self.key, self.labels = beside, caption_key, labels
+
+    def __getitem__(self, index: int) -> Sample:
+        name = self.images[index]
+        return Sample(self._read(name, "image"), self.captions(index), name, self.label(index))
+
+    def captions(self, index: int) -> list[str]:
+        value = self.about[index]
+        if self.labels:
+            return [self.labels[value]]
+        if not self.beside:
+            return caption_list(value)
+        data = self._read(value, "caption")
+        return json_captions(data, self.key) if ending(value) == "json" else text_captions(data)
+
+    def label(self, index: int) -> int | None:
+        return self.about[index] if self.labels else None
+
+    def cut(self, split: str, name: str) -> "FileSource":
+        """The samples that an expression such as "train[:10%]" means, where all of them are the split `name`."""
+        from datasets import ReadInstruction
+
+        try:
+            [part] = ReadInstruction.from_spec(split).to_absolute({name: len(self)})
+        except (AssertionError, ValueError) as error:
+            raise UsageError(f"{self.files}: split {split!r} is not understood: {error}") from error
+        self.images, self.about = self.images[part.from_ : part.to], self.about[part.from_ : part.to]
+        self.length = len(self.images)
+        return self
+
+    def _read(self, name: str, what: str) -> bytes:
+        try:
+            return self.files.read(name)
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+            folder = posixpath.join(str(self.files), posixpath.dirname(name))
+            lost = f"files of {folder} cannot be read ({getattr(error, 'strerror', None) or error})"
+            raise BadSample(f"missing {what}", lost) from error
+
+
+def ending(name: str) -> str:
+    return name.lower().rpartition(".")[2]
+
+
+def open_folder(files: Files, names: list[str], image_key: str | None, caption_key: str | None) -> FileSource:
+    """Image files below a folder or in a zip, by what gives their captions.
+
+    Args:
+        names: of the files that are meant.
+
+    Raises:
+        UsageError: if there are no images or no captions.
+    """
+    images = [name for name in names if ending(name) in IMAGE_ENDINGS]
+    metadata = [name for name in names if posixpath.basename(name) in METADATA]
+    if metadata:
+        source = open_tables(files, metadata, image_key, caption_key, set(images))
+        listed = set(source.images)
+        for name in images:
+            if name not in listed:
+                source.skip("no metadata", name)
+        return source
+    if not images:
+        kinds = sorted({f".{ending(name)}" for name in names})[:8]
+        raise UsageError(
+            f"{str(files)!r} holds no images ({len(names)} files, {' '.join(kinds) or 'none'}), expected tars, parquet "
+            f"files or images ({' '.join(IMAGE_ENDINGS)})."
+        )
+    if source := _open_pairs(files, names, images, caption_key):
+        return source
+    if tables := [name for name in names if "/" not in name and ending(name) in TABLES]:
+        return open_tables(files, tables, image_key, caption_key)
+    return _open_classes(files, names, images)
+
+
+def open_tables(
+    files: Files, names: list[str], image_key: str | None, caption_key: str | None, known: set[str] | None = None
+) -> FileSource:
+    """The rows of tables, whose images are named relative to the table.
+
+    Args:
+        known: the images that there are, if others are not to be looked for.
+
+    Raises:
+        UsageError: for a file that is not read, without the columns, or whose images are URLs.
+    """
+    images, captions, skipped = [], [], []
+    for name in names:
+        where = f"{files}/{name}"
+        try:
+            with files.open(name) as data, io.TextIOWrapper(data, "utf-8-sig", "surrogateescape", "") as file:
+                columns, rows = read_records(file, name, (image_key, caption_key, *IMAGE_KEYS, *CAPTION_KEYS))
+                image_column, caption_column = find_columns(columns, image_key, caption_key, where)
+                for row in rows:
+                    if isinstance(row, str):
+                        skipped.append(("broken row", f"{name}, {row}"))
+                        continue
+                    image, caption = row.get(image_column), row.get(caption_column)
+                    path = posixpath.join(posixpath.dirname(name), image) if image and isinstance(image, str) else None
+                    if path is None or known is not None and (path := posixpath.normpath(path)) not in known:
+                        skipped.append(("missing image", f"{name}: {image!r:.80}"))
+                        continue
+                    images.append(path)
+                    captions.append(caption)
+        except UsageError:
+            raise
+        except Exception as error:  # of parsers and stores
+            raise UsageError(f"{where!r} cannot be read: {type(error).__name__}: {error}") from error
+    if images and all("://" in image for image in images[:8]):
+        raise UsageError(
+            f"{where!r} names images by URLs ({images[0]}), expected files. Fetch them once, with img2dataset for "
+            "example, and name the folder that it makes."
+        )
+    source = FileSource(files, images, captions)
+    for reason, example in skipped:
+        source.skip(reason, example)
+    return source
+
+
+def _open_pairs(files: Files, names: list[str], images: list[str], caption_key: str | None) -> FileSource | None:
+    """Images with a .txt or .json of their name beside them; None if there is none of these."""
+    endings = ("json",) if caption_key else ("json", "txt")  # the last one counts
+    texts = {name.rpartition(".")[0]: name for kind in endings for name in names if ending(name) == kind}
+    partners = [texts.get(name.rpartition(".")[0]) or texts.get(name) for name in images]
+    if not any(partners):
+        return None
+    pairs = [(image, text) for image, text in zip(images, partners, strict=True) if text]
+    source = FileSource(files, *map(list, zip(*pairs)), beside=True, caption_key=caption_key)
+    for image, text in zip(images, partners, strict=True):
+        if not text:
+            source.skip("missing caption", image)
+    used = {name.rpartition(".")[0] for name in images} | set(images)
+    for name in names:
+        stem, kind = name.rpartition(".")[0], ending(name)
+        if stem not in used or kind not in ("txt", "json", *IMAGE_ENDINGS):
+            source.skip("missing image" if kind in ("txt", "json") else "other format", name)
+    return source
+
+
+def _open_classes(files: Files, names: list[str], images: list[str]) -> FileSource:
+    """A folder per class, whose names are the captions, too."""
+    folders = _top_folders(files, names)
+    if len(folders) < 2 or any("/" not in name for name in images):
+        raise UsageError(f"{str(files)!r}: found {len(images)} images without captions. {HOW_CAPTIONS_ARE_GIVEN}")
+    labels = files.folder and read_lines(files.folder, CLASS_NAMES)
+    if labels and len(labels) != len(folders):
+        raise UsageError(
+            f"{CLASS_NAMES} has {len(labels)} lines but {files} {len(folders)} subfolders: expected as many."
+        )
+    numbers = {folder: number for number, folder in enumerate(sorted(folders))}
+    labels = labels or [folder.replace("_", " ") for folder in numbers]
+    say(f"{files}: the names of {len(labels)} class folders are the captions ({', '.join(labels[:3])} ...).")
+    source = FileSource(files, images, [numbers[name.partition("/")[0]] for name in images], labels=labels)
+    used = set(images)
+    for folder in sorted(folders - {name.partition("/")[0] for name in images}):
+        source.skip("class without images", folder)
+    for name in names:
+        if name not in used and "/" in name:
+            source.skip("other format", name)
+    return source
+
+
+def _top_folders(files: Files, names: list[str]) -> set[str]:
+    """Those of this machine include the empty ones: they may be classes."""
+    empty = () if files.folder is None else files.folder.iterdir()
+    folders = {path.name for path in empty if path.is_dir() and not is_hidden(path.name)}
+    return folders | {name.partition("/")[0] for name in names if "/" in name}
+
+
+def choose_split(files: Files, names: list[str], split: str | None) -> tuple[Files, list[str]]:
+    """The folder of a split, if all folders are named as splits are; else the innermost one that holds all files."""
+    tops = _top_folders(files, names)
+    loose = any("/" not in name and ending(name) in (*IMAGE_ENDINGS, *TABLES, "tar") for name in names)
+    if loose or not tops or len(tops) > 1 and not tops <= SPLITS.keys():
+        return files, names
+    if len(tops) == 1:
+        chosen = next(iter(tops))
+    else:
+        wanted = [SPLITS.get(split, split)] if split else HELD_OUT
+        chosen = next((top for want in wanted for top in sorted(tops) if want in (top, SPLITS[top])), None)
+        if chosen is None:
+            raise UsageError(
+                f"{str(files)!r} has the splits {sorted(tops)}, expected {' or '.join(wanted)} among them. Name the "
+                "folder or file that is meant, or set split."
+            )
+    inside = [name.removeprefix(f"{chosen}/") for name in names if name.startswith(f"{chosen}/")]
+    return choose_split(files.below_folder(chosen), inside, split)

@@ -1,0 +1,358 @@
+"""Layouts that people keep images and captions in: each is read as meant, or refused with one clear message."""
+
+import csv
+import gzip
+import io
+import json
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hfclip.data.sources import open_source
+from hfclip.errors import UsageError
+
+
+TEXTS = ["a red cat", "a blue dog", "a green bird"]
+
+
+def photo(seed, kind="JPEG"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 10, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+PHOTOS = [photo(seed) for seed in range(3)]
+NAMES = [f"{number}.jpg" for number in range(3)]
+PAIRS = {**dict(zip(NAMES, PHOTOS)), **{f"{i}.txt": text.encode() for i, text in enumerate(TEXTS)}}
+ROWS = [{"file_name": name, "text": text} for name, text in zip(NAMES, TEXTS)]
+IMAGES = dict(zip(NAMES, PHOTOS))
+
+
+def write(folder, files):
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def tar(files):
+    """A tar with these members, in this order."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, data in files.items() if isinstance(files, dict) else files:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+    return out.getvalue()
+
+
+def zipped(files):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def table(rows, separator=","):
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), delimiter=separator)
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def parquet(rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+def renamed(prefix, files):
+    return {f"{prefix}{name}": data for name, data in files.items()}
+
+
+def rows_as(image, text, folder=""):
+    return [{image: f"{folder}{name}", text: caption} for name, caption in zip(NAMES, TEXTS)]
+
+
+STRUCTS = [{"image": {"bytes": data, "path": None}, "text": text} for data, text in zip(PHOTOS, TEXTS)]
+DOTS = {f"v1.{i}.{kind}": PAIRS[f"{i}.{kind}"] for i in range(3) for kind in ("jpg", "txt")}
+FIELDS = {**PAIRS, "0.seg.png": photo(9, "PNG"), "1.npy": b"x"}
+SPREAD = [*[(name, PAIRS[name]) for name in NAMES], *[(f"{i}.txt", PAIRS[f"{i}.txt"]) for i in (2, 0, 1)]]
+CLASSES = {f"{i}/{name}": IMAGES[name] for i, name in enumerate(NAMES)}
+LABELLED = {f"{i}.{kind}": data for i in range(3) for kind, data in (("jpg", PHOTOS[i]), ("cls", str(2 - i).encode()))}
+JSONS = {**IMAGES, **{f"{i}.json": json.dumps({"caption": text, "url": ""}) for i, text in enumerate(TEXTS)}}
+
+# name of the layout -> files, what is named, options of open_source
+READ = {
+    "tar": ({"x.tar": tar(PAIRS)}, "x.tar", {}),
+    "tar whose members are anywhere": ({"x.tar": tar(SPREAD)}, "x.tar", {}),
+    "tar of names with dots": ({"x.tar": tar(DOTS)}, "x.tar", {}),
+    "tar with further fields": ({"x.tar": tar(FIELDS)}, "x.tar", {}),
+    "tar with nested folders": ({"x.tar": tar(renamed("./a/b/", PAIRS))}, "x.tar", {}),
+    "tar of json": (
+        {"x.tar": tar({k: v if isinstance(v, bytes) else v.encode() for k, v in JSONS.items()})},
+        "x.tar",
+        {},
+    ),
+    "tars in folders of folders": (
+        {f"a/{i}/x.tar": tar({n: PAIRS[n] for n in (f"{i}.jpg", f"{i}.txt")}) for i in range(3)},
+        "",
+        {},
+    ),
+    "tars of splits": (
+        {"train/x.tar": tar(PAIRS), "test/x.tar": tar({"9.jpg": PHOTOS[0], "9.txt": b"no"})},
+        "",
+        {"split": "train"},
+    ),
+    "tar of labels": ({"x.tar": tar(LABELLED), "classnames.txt": "\n".join(TEXTS[::-1])}, "x.tar", {}),
+    "csv": ({**IMAGES, "x.csv": table(rows_as("filepath", "title"))}, "x.csv", {}),
+    "csv with tabs": ({**IMAGES, "x.csv": table(rows_as("filepath", "title"), "\t")}, "x.csv", {}),
+    "csv with semicolons and a mark": ({**IMAGES, "x.csv": "\ufeff" + table(ROWS, ";")}, "x.csv", {}),
+    "csv of own columns": (
+        {**IMAGES, "x.csv": table(rows_as("a", "b"))},
+        "x.csv",
+        {"image_key": "a", "caption_key": "b"},
+    ),
+    "tsv of images in folders": (
+        {**renamed("i/", IMAGES), "x.tsv": table(rows_as("image", "caption", "i/"), "\t")},
+        "x.tsv",
+        {},
+    ),
+    "jsonl": ({**IMAGES, "x.jsonl": lines(rows_as("image", "caption"))}, "x.jsonl", {}),
+    "json": ({**IMAGES, "x.json": json.dumps(rows_as("image", "caption"))}, "x.json", {}),
+    "several csv files": ({**IMAGES, **{f"{i}.csv": table(ROWS[i : i + 1]) for i in range(3)}}, "{0..2}.csv", {}),
+    "folder with one csv": ({**IMAGES, "captions.csv": table(ROWS)}, "", {}),
+    "images with txt": (PAIRS, "", {}),
+    "images with json": (JSONS, "", {}),
+    "images with json of a key": ({**JSONS, "0.txt": "no"}, "", {"caption_key": "caption"}),
+    "nested images with txt": (
+        {f"{i:05d}/{i}.{kind}": PAIRS[f"{i}.{kind}"] for i in range(3) for kind in ("jpg", "txt")},
+        "",
+        {},
+    ),
+    "names with dots beside": ({f"v1.{name}": data for name, data in PAIRS.items()}, "", {}),
+    "metadata.csv": ({**IMAGES, "metadata.csv": table(ROWS)}, "", {}),
+    "metadata.jsonl": ({**IMAGES, "metadata.jsonl": lines(ROWS)}, "", {}),
+    "metadata.parquet": ({**IMAGES, "metadata.parquet": parquet(ROWS)}, "", {}),
+    "metadata of splits": (
+        {
+            **renamed("train/", {**IMAGES, "metadata.csv": table(ROWS)}),
+            "test/0.jpg": b"",
+            "test/metadata.csv": table(ROWS[:1]),
+        },
+        "",
+        {"split": "train"},
+    ),
+    "class folders": ({f"{text}/x.jpg": data for text, data in zip(TEXTS, PHOTOS)}, "", {}),
+    "class folders of a split": (
+        {**{f"train/{text}/x.jpg": data for text, data in zip(TEXTS, PHOTOS)}, "val/a/x.jpg": b""},
+        "",
+        {"split": "train"},
+    ),
+    "parquet of structs": ({"x.parquet": parquet(STRUCTS)}, "x.parquet", {}),
+    "parquet of bytes": (
+        {"x.parquet": parquet([{"jpg": d, "txt": t} for d, t in zip(PHOTOS, TEXTS)])},
+        "x.parquet",
+        {},
+    ),
+    "parquet of paths": ({**IMAGES, "x.parquet": parquet(ROWS)}, "x.parquet", {}),
+    "parquet by braces": ({f"{i}.parquet": parquet(STRUCTS[i : i + 1]) for i in range(3)}, "{0..2}.parquet", {}),
+    "parquet by a glob, of different columns": (
+        {f"{i}.parquet": parquet([{**STRUCTS[i], **({"x": 1} if i else {})}]) for i in range(3)},
+        "*.parquet",
+        {},
+    ),
+    "folder of parquet": ({f"data/train-{i}.parquet": parquet(STRUCTS[i : i + 1]) for i in range(3)}, "", {}),
+    "zip of images with txt": ({"x.zip": zipped(renamed("photos/", PAIRS))}, "x.zip", {}),
+    "zip with metadata": ({"x.zip": zipped({**IMAGES, "metadata.csv": table(ROWS)})}, "x.zip", {}),
+    "zip of class folders": ({"x.zip": zipped({f"all/{t}/0.jpg": d for t, d in zip(TEXTS, PHOTOS)})}, "x.zip", {}),
+    **{
+        f"images in {kind}": (
+            {**{f"{i}.{end}": photo(i, kind) for i in range(3)}, **{f"{i}.txt": t for i, t in enumerate(TEXTS)}},
+            "",
+            {},
+        )
+        for end, kind in (
+            ("png", "PNG"),
+            ("webp", "WEBP"),
+            ("gif", "GIF"),
+            ("bmp", "BMP"),
+            ("tiff", "TIFF"),
+            ("avif", "AVIF"),
+            ("jfif", "JPEG"),
+        )
+        if kind in Image.registered_extensions().values()
+    },
+}
+
+
+@pytest.mark.parametrize("layout", READ)
+def test_layout_is_read(layout, tmp_path):
+    files, name, options = READ[layout]
+    write(tmp_path / "data", files)
+    source = open_source(str(tmp_path / "data" / name), cache_dir=tmp_path / "cache", **options)
+    samples = [source[i] for i in range(len(source))]
+    assert sorted(sample.captions for sample in samples) == sorted([text] for text in TEXTS)
+    assert [source.captions(i) for i in range(len(source))] == [sample.captions for sample in samples]
+    by_text = {sample.captions[0]: sample.image for sample in samples}
+    if "images in" not in layout:
+        assert [by_text[text] for text in TEXTS] == PHOTOS
+    assert len({sample.key for sample in samples}) == 3 or "tars in" in layout
+
+
+PHOTOS_ONLY = r"found 3 images without captions. Captions are given by a .txt or .json"
+REFUSED = {
+    "images alone": (IMAGES, "", PHOTOS_ONLY),
+    "one class folder": (renamed("cat/", IMAGES), "", PHOTOS_ONLY),
+    "zip of images alone": ({"x.zip": zipped(IMAGES)}, "x.zip", PHOTOS_ONLY),
+    "tar.gz": ({"x.tar.gz": gzip.compress(tar(PAIRS))}, "x.tar.gz", "compressed.*`gunzip .*x.tar.gz`"),
+    "tgz in a folder": ({"a/x.tgz": gzip.compress(tar(PAIRS))}, "", "compressed.*`gunzip .*x.tgz`"),
+    "compressed tar named tar": ({"x.tar": gzip.compress(tar(PAIRS))}, "x.tar", "not an uncompressed tar.*gunzip"),
+    "tars in a zip": ({"x.zip": zipped({"x.tar": tar(PAIRS)})}, "x.zip", "holds tars.*unzip"),
+    "zip that is none": ({"x.zip": "no zip"}, "x.zip", "cannot be read: BadZipFile"),
+    "columns of other names": (
+        {"x.csv": "photo,words\n0.jpg,a cat\n"},
+        "x.csv",
+        r"found the columns \['photo', 'words'\].*set image_key",
+    ),
+    "no column of captions": (
+        {"x.csv": "filepath,width\n0.jpg,3\n"},
+        "x.csv",
+        "expected text or caption.*set caption_key",
+    ),
+    "captions that are numbers": (
+        {**IMAGES, "x.jsonl": lines([{"image": "0.jpg", "text": 5}])},
+        "x.jsonl",
+        "none of the first 1 samples.*unreadable caption.*found 5, expected text",
+    ),
+    "images that are not there": (
+        {"x.csv": table(ROWS)},
+        "x.csv",
+        "none of the first 3 samples.*missing image.*No such file",
+    ),
+    "images that are URLs": ({"x.csv": "url,text,image\nu,a,http://a.b/c.jpg\n"}, "x.csv", "by URLs.*img2dataset"),
+    "images that are web pages": (
+        {"0.jpg": "<html>", "0.txt": "a cat"},
+        "",
+        "none of the first 1 samples.*not an image.*cannot be decoded",
+    ),
+    "metadata without file_name": (
+        {**IMAGES, "metadata.csv": "name,text\n0.jpg,a\n"},
+        "",
+        "expected image or .*file_name.*set image_key",
+    ),
+    "metadata that is no JSON": ({**IMAGES, "metadata.jsonl": "no json\n"}, "", r"found the columns \[\]"),
+    "damaged parquet": ({"x.parquet": b"junk"}, "x.parquet", "cannot be read as a parquet file: ArrowInvalid"),
+    "parquet of other columns": ({"x.parquet": parquet([{"a": 1}])}, "x.parquet", r"found the columns \['a'\]"),
+    "text in the place of images": (
+        {"x.parquet": parquet([{"image": 5, "text": "a"}])},
+        "x.parquet",
+        "found int, expected bytes",
+    ),
+    "another kind of file": ({"x.npz": b"1"}, "x.npz", "is a file that is not read, expected one of .tar"),
+    "one image": (IMAGES, "0.jpg", "Name the folder that holds it"),
+    "folder of other files": ({"a.npz": b"1"}, "", "holds no images .1 files, .npz"),
+    "missing csv": ({}, "x.csv", "found neither a file nor a folder"),
+    "missing zip": ({}, "x.zip", "found neither a file nor a folder"),
+    "splits without the one asked for": (
+        {"val/0.jpg": PHOTOS[0], "test/0.jpg": PHOTOS[0]},
+        "",
+        r"has the splits \['test', 'val'\], expected train",
+    ),
+    "labels without names": (
+        {"x.tar": tar(LABELLED)},
+        "x.tar",
+        "3 with missing caption .x.tar/0.jpg.. Captions are given by",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", REFUSED)
+def test_layout_is_refused_with_one_clear_message(layout, tmp_path):
+    files, name, message = REFUSED[layout]
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data", files)
+    with pytest.raises(UsageError, match=message):
+        open_source(str(tmp_path / "data" / name), split="train", cache_dir=tmp_path / "cache")
+
+
+# What is left out, by reason and with an example, where the rest is read.
+LEFT_OUT = {
+    "broken rows of a csv": (
+        {**IMAGES, "x.csv": table(ROWS) + "a.jpg,b,c\nd.jpg\n"},
+        "x.csv",
+        {"broken row": (2, "x.csv, line 5: 3 columns")},
+    ),
+    "broken lines of a jsonl": (
+        {**IMAGES, "x.jsonl": lines(ROWS) + "{\n"},
+        "x.jsonl",
+        {"broken row": (1, "x.jsonl, line 4")},
+    ),
+    "rows without their image": (
+        {**IMAGES, "metadata.csv": table(ROWS) + "9.jpg,x\n../../etc/passwd,x\n"},
+        "",
+        {"missing image": (2, "9.jpg")},
+    ),
+    "images without a row": (
+        {**PAIRS, "9.jpg": PHOTOS[0], "metadata.csv": table(ROWS)},
+        "",
+        {"no metadata": (1, "9.jpg")},
+    ),
+    "images without a text": ({**PAIRS, "9.jpg": PHOTOS[0]}, "", {"missing caption": (1, "9.jpg")}),
+    "texts without an image": ({**PAIRS, "9.txt": "x"}, "", {"missing image": (1, "9.txt")}),
+    "other files": ({**PAIRS, "9.psd": "x", ".DS_Store": "x"}, "", {"other format": (1, "9.psd")}),
+    "files of class folders": (
+        {**{f"{t}/x.jpg": d for t, d in zip(TEXTS, PHOTOS)}, "a red cat/x.psd": "x"},
+        "",
+        {"other format": (1, "a red cat/x.psd")},
+    ),
+    "class of other files": (
+        {**{f"{t}/x.jpg": d for t, d in zip(TEXTS, PHOTOS)}, "z/x.psd": "x"},
+        "",
+        {"class without images": (1, "z"), "other format": (1, "z/x.psd")},
+    ),
+    "format in a tar": (
+        {"x.tar": tar({**PAIRS, "9.psd": b"x", "9.txt": b"x"})},
+        "x.tar",
+        {"missing image": (1, "x.tar/9.psd")},
+    ),
+    "stray member of a tar": (
+        {"x.tar": tar({**PAIRS, "info.yaml": b"x"})},
+        "x.tar",
+        {"unknown format": (1, "x.tar/info.yaml")},
+    ),
+    "damaged parquet file": (
+        {**{f"{i}.parquet": parquet(STRUCTS[i : i + 1]) for i in range(3)}, "3.parquet": b"x"},
+        "*.parquet",
+        {"damaged file": (1, "3.parquet")},
+    ),
+    "parquet file of other columns": (
+        {"0.parquet": parquet(STRUCTS), "1.parquet": parquet([{"a": 1}])},
+        "*.parquet",
+        {"other columns": (1, "1.parquet")},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LEFT_OUT)
+def test_what_is_not_used_is_counted_with_an_example(layout, tmp_path):
+    files, name, expected = LEFT_OUT[layout]
+    write(tmp_path / "data", files)
+    source = open_source(str(tmp_path / "data" / name), cache_dir=tmp_path / "cache")
+    assert len(source) == 3 and sorted(source[i].captions[0] for i in range(3)) == sorted(TEXTS)
+    assert source.skipped == {reason: count for reason, (count, _) in expected.items()}
+    assert all(example in source.examples[reason] for reason, (_, example) in expected.items())
+    assert all(f"{count} with {reason} (" in source.describe_skipped() for reason, (count, _) in expected.items())
