@@ -236,18 +236,18 @@ REFUSED = {
     "captions that are numbers": (
         {**IMAGES, "x.jsonl": lines([{"image": "0.jpg", "text": 5}])},
         "x.jsonl",
-        "none of the first 1 samples.*unreadable caption.*found 5, expected text",
+        "none of 1 samples.*unreadable caption.*found 5, expected text",
     ),
     "images that are not there": (
         {"x.csv": table(ROWS)},
         "x.csv",
-        "none of the first 3 samples.*missing image.*No such file",
+        "none of 3 samples.*missing image.*No such file",
     ),
     "images that are URLs": ({"x.csv": "url,text,image\nu,a,http://a.b/c.jpg\n"}, "x.csv", "by URLs.*img2dataset"),
     "images that are web pages": (
         {"0.jpg": "<html>", "0.txt": "a cat"},
         "",
-        "none of the first 1 samples.*not an image.*cannot be decoded",
+        "none of 1 samples.*not an image.*cannot be decoded",
     ),
     "metadata without file_name": (
         {**IMAGES, "metadata.csv": "name,text\n0.jpg,a\n"},

@@ -229,7 +229,7 @@ def test_accuracy_leaves_undecodable_images_out_and_counts_them(model_folder, tm
         found = zero_shot_accuracy(model, processor, samples, labels, templates, batch_size=batch_size)
         assert found == {**expected, "num_skipped": 2}
     write_tar(tmp_path / "0.tar", {"a.png": b"", "a.cls": b"0"})
-    with pytest.raises(ValueError, match="none of the first 1 samples can be used. The first one: empty image"):
+    with pytest.raises(ValueError, match="none of 1 samples that were tried can be used. The first one: empty image"):
         load_labelled_folder(tmp_path)
 
 

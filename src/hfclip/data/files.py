@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
+from fsspec.implementations.zip import ZipFileSystem
 
 from .tars import is_hidden
 
@@ -71,9 +72,7 @@ class Files:
     def _opened(self) -> tuple[fsspec.AbstractFileSystem, str]:
         process, opened = self._store
         if process != os.getpid():
-            store, root = (
-                (fsspec.filesystem("zip", fo=self.place), "") if self.is_zip else fsspec.url_to_fs(self.place)
-            )
+            store, root = (ZipFileSystem(self.place), "") if self.is_zip else fsspec.url_to_fs(self.place)
             opened = store, posixpath.join(root, self.below).rstrip("/")
             self._store = os.getpid(), opened
         return opened

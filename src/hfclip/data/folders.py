@@ -225,20 +225,23 @@ def _top_folders(files: Files, names: list[str]) -> set[str]:
 
 
 def choose_split(files: Files, names: list[str], split: str | None) -> tuple[Files, list[str]]:
-    """The folder of a split, if all folders are named as splits are; else the innermost one that holds all files."""
+    """The folder of a split, where folders are named as splits are; else the innermost one that holds all files."""
     tops = _top_folders(files, names)
     loose = any("/" not in name and ending(name) in (*IMAGE_ENDINGS, *TABLES, "tar") for name in names)
-    if loose or not tops or len(tops) > 1 and not tops <= SPLITS.keys():
+    known = {SPLITS[top] for top in tops & SPLITS.keys()}
+    if loose or not tops or len(tops) > 1 and len(known) < 2 and not tops <= SPLITS.keys():
         return files, names
     if len(tops) == 1:
         chosen = next(iter(tops))
     else:
         wanted = [SPLITS.get(split, split)] if split else HELD_OUT
-        chosen = next((top for want in wanted for top in sorted(tops) if want in (top, SPLITS[top])), None)
+        chosen = next((top for want in wanted for top in sorted(tops) if want in (top, SPLITS.get(top))), None)
         if chosen is None:
             raise UsageError(
                 f"{str(files)!r} has the splits {sorted(tops)}, expected {' or '.join(wanted)} among them. Name the "
                 "folder or file that is meant, or set split."
             )
+    if others := sorted(tops - SPLITS.keys() - {chosen}):
+        say(f"{files}: {chosen} is the split, and {', '.join(others)} are not read.")
     inside = [name.removeprefix(f"{chosen}/") for name in names if name.startswith(f"{chosen}/")]
     return choose_split(files.below_folder(chosen), inside, split)

@@ -13,7 +13,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
@@ -135,11 +135,13 @@ def decoding(image: bytes | Image.Image) -> Iterator[None]:
     """Turns the errors of whatever decodes `image` inside into `BadSample`."""
     if image == b"":
         raise BadSample("empty image")
-    if isinstance(image, bytes) and image[4:8] == b"ftyp" and "HEIF" not in Image.OPEN:
-        with suppress(ImportError):  # PIL says that it cannot read it
+    if isinstance(image, bytes) and image[4:10] == b"ftyphe" and "HEIF" not in Image.OPEN:
+        try:
             import pillow_heif
-
-            pillow_heif.register_heif_opener()
+        except ImportError:
+            hint = ImportError("HEIC images are read after `pip install 'hfclip[heic]'`")
+            raise BadSample("unreadable image") from hint
+        pillow_heif.register_heif_opener()
     try:
         yield
     except ValueError as error:

@@ -77,7 +77,7 @@ def open_source(
             f"{HOW_CAPTIONS_ARE_GIVEN}"
         )
     if disk is None:
-        _check_first(name, source)
+        _check_some(name, source)
     source.length = min(source.length, max_samples or source.length)
     return source
 
@@ -144,6 +144,8 @@ def _open_folder(
     names = files.names()
     if not names:
         raise UsageError(f"{str(files)!r} is empty, expected tars, parquet files, or images with captions.")
+    if files.folder is not None and "README.md" in names and _tells_files(files.read("README.md")):
+        return open_hub(files.place, split, image_key, caption_key)
     files, names = choose_split(files, names, base or None)
     kinds = {ending(name) for name in names}
     if "tar" in kinds:
@@ -162,10 +164,15 @@ def _open_folder(
     return source.cut(split, base if posixpath.basename(files.below) in SPLITS else "train") if part else source
 
 
-def _check_first(name: str, source: Source) -> None:
-    """Refuses a source whose first samples are all unusable, with the reason of the first one."""
+def _tells_files(card: bytes) -> bool:
+    """Whether the card of a data set says which files belong to which split."""
+    return card.startswith(b"---") and b"data_files:" in card.split(b"\n---")[0]
+
+
+def _check_some(name: str, source: Source) -> None:
+    """Refuses a source of which no sample is usable, judged by a few, with the reason of the first one."""
     problems = []
-    for index in range(min(len(source), NUM_PROBED)):
+    for index in range(0, len(source), max(len(source) // NUM_PROBED, 1))[:NUM_PROBED]:
         try:
             sample = source[index]
             if not not_blank(sample.captions):
@@ -177,7 +184,7 @@ def _check_first(name: str, source: Source) -> None:
             problems.append(bad)
     cause = problems[0].__cause__ or problems[0].lost
     raise UsageError(
-        f"{name!r}: none of the first {len(problems)} samples can be used. The first one: {problems[0].kind}"
+        f"{name!r}: none of {len(problems)} samples that were tried can be used. The first one: {problems[0].kind}"
         f"{f' ({cause})' if cause else ''}."
     )
 
