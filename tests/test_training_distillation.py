@@ -369,5 +369,5 @@ def test_rejects_going_on_with_another_teacher(teacher_folder, shards, tmp_path)
 def test_rejects_data_without_captions(teacher_folder, tmp_path):
     (tmp_path / "data").mkdir()
     write_tar(tmp_path / "data" / "0.tar", [("0.jpg", image_bytes(0)), ("0.txt", b"  ")])
-    with pytest.raises(UsageError, match="found no caption"):
+    with pytest.raises(UsageError, match="none of 1 samples .* can be used. The first one: empty caption"):
         embed(teacher_folder, tmp_path / "data", tmp_path / "out")

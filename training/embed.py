@@ -208,8 +208,6 @@ class Writer:
         for index in tqdm(range(header["num_samples"]), desc="reading captions", unit="sample", disable=None):
             ids.extend(caption_id(caption) for caption in usable_captions(source, index))
             offsets[index + 1] = len(ids)
-        if not ids:
-            raise UsageError("--data: found no caption that can be read in any sample.")
         np.save(self.folder / "offsets.npy", offsets)
         np.save(self.folder / "caption_ids.npy", np.array(ids, np.int64))
         for name, rows in (("image_embeds", header["num_samples"]), ("text_embeds", len(ids))):
