@@ -111,7 +111,7 @@ def test_extreme_similarities_stay_finite():
 
 def test_rejects_embeddings_that_do_not_fit():
     images, texts, teacher_images, teacher_texts = embeddings()
-    with pytest.raises(ValueError, match=r"student_image is \(7, 5\) and student_text \(6, 5\)"):
+    with pytest.raises(ValueError, match=r"student_image \(7, 5\) .*student_text \(6, 5\)"):
         distillation_loss(images, texts[:6], 1.0, teacher_images, teacher_texts, 1.0)
     with pytest.raises(ValueError, match="student has 7 pairs and the teacher 6"):
         distillation_loss(images, texts, 1.0, teacher_images[:6], teacher_texts[:6], 1.0)

@@ -153,7 +153,7 @@ def test_micro_batches_are_views_cut_at_their_longest_text():
     whole = batch()
     lengths = text_lengths(whole, HFCLIPConfig(text_config=TEXT).text_config)
     assert lengths == whole["attention_mask"].sum(dim=1).tolist()
-    parts = split({**whole, "text_lengths": lengths}, 5, trim=True)
+    parts = split({**whole, "text_lengths": lengths}, 5)
     assert [len(part["group_id"]) for part in parts] == [3, 3, 2, 2, 2]
     assert sum((part["text_lengths"] for part in parts), []) == lengths
     for part in parts:

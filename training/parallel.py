@@ -79,17 +79,17 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 def replica(core: HFCLIPModel) -> HFCLIPModel:
     """The model with whole weights on each process, in eval mode: to measure and to save it. Collective."""
-    model = HFCLIPModel(core.config)
-    model.load_state_dict(whole_state_dict(core, keep=True))
+    model = type(core)(core.config)
+    model.load_state_dict(full_state_dict(core, keep=True))
     return model.to(core.device).eval()
 
 
-def whole_state_dict(core: HFCLIPModel, keep: bool) -> dict[str, Tensor]:
+def full_state_dict(core: HFCLIPModel, keep: bool) -> dict[str, Tensor]:
     """The model's weights and buffers on the CPU, whole; empty where `keep` is False. Collective, tensor by tensor."""
-    return whole_tensors(core.state_dict(), keep)
+    return full_tensors(core.state_dict(), keep)
 
 
-def whole_tensors(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def full_tensors(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     state = {}
     for name, tensor in tensors.items():
         tensor = full_tensor(tensor.detach())
@@ -98,8 +98,8 @@ def whole_tensors(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return state
 
 
-def whole_optimizer_state(core: HFCLIPModel, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, dict]:
-    """What the optimizer knows of each weight, by the weight's name, on the CPU; as `whole_state_dict`."""
+def full_optimizer_state(core: HFCLIPModel, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, dict]:
+    """What the optimizer knows of each weight, by the weight's name, on the CPU; as `full_state_dict`."""
     state = {}
     for name, parameter in core.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -110,7 +110,7 @@ def whole_optimizer_state(core: HFCLIPModel, optimizer: torch.optim.Optimizer, k
 
 
 def load_optimizer_state(core: HFCLIPModel, optimizer: torch.optim.Optimizer, state: dict[str, dict]) -> None:
-    """Puts back what `whole_optimizer_state` gave; each process takes its part."""
+    """Puts back what `full_optimizer_state` gave; each process takes its part."""
     for name, parameter in core.named_parameters():
         if name in state:
             optimizer.state[parameter] = {key: shard_like(value, parameter) for key, value in state[name].items()}

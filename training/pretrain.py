@@ -344,7 +344,7 @@ def save(run: Run, done: int) -> None:
     with run.tracking.paused():
         main = run.accelerator.is_main_process
         states, counts = run.step.state(), run.tracking.total_counts()
-        weights = parallel.whole_state_dict(run.core, main) if parallel.is_sharded(run.core) else None
+        weights = parallel.full_state_dict(run.core, main) if parallel.is_sharded(run.core) else None
         if main:
             metadata = {"config": run.config.record(), "num_processes": run.accelerator.num_processes}
             metadata |= {"samples": list(run.dataset.order.lengths)}

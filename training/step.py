@@ -85,11 +85,11 @@ class TrainingStep:
     def state(self) -> dict[str, dict]:
         """What beside the weights the next steps depend on, whole, on the main process; collective."""
         keep, scaler = self.accelerator.is_main_process, self.accelerator.scaler
-        state = {"optimizer": parallel.whole_optimizer_state(self.core, self.optimizer, keep)}
+        state = {"optimizer": parallel.full_optimizer_state(self.core, self.optimizer, keep)}
         if scaler is not None:
             state["scaler"] = scaler.state_dict()
         if self.ema is not None:
-            state["ema"] = parallel.whole_tensors(self.ema.state_dict(), keep)
+            state["ema"] = parallel.full_tensors(self.ema.state_dict(), keep)
         return state
 
     def load_state(self, state: dict[str, dict]) -> None:
@@ -123,7 +123,7 @@ class TrainingStep:
         on_device = {
             name: values if waits_on_host(values) else self._on_device(values) for name, values in batch.items()
         }
-        parts = split({**on_device, "text_lengths": lengths}, count, trim=lengths is not None)
+        parts = split({**on_device, "text_lengths": lengths}, count)
         scalars = [getattr(self.core, name) for name in self.objective.scalars]
         if not self.objective.couples_pairs:
             return self._summed_backward(parts, scalars)
@@ -264,23 +264,22 @@ def waits_on_host(values: Tensor) -> bool:
     return values.nbytes > MOST_ON_DEVICE
 
 
-def split(batch: dict, count: int, trim: bool) -> list[dict]:
+def split(batch: dict, count: int) -> list[dict]:
     """`count` parts of a batch, as views: nothing is copied.
 
-    With `trim`, the texts of each part are cut at its longest, and it has their `text_lengths`. These are the batch's,
-    if it has them as a list, so that no device is waited for; else its mask is counted.
+    With the batch's `text_lengths`, a list, the texts of each part are cut at its longest, and it has theirs: so no
+    device is waited for.
     """
     tensors = {name: values for name, values in batch.items() if name != "text_lengths"}
     parts = [
         dict(zip(tensors, values, strict=True))
         for values in zip(*(values.tensor_split(count) for values in tensors.values()), strict=True)
     ]
-    if trim:
-        lengths = batch.get("text_lengths") or batch["attention_mask"].sum(dim=1).tolist()
-        ends = list(itertools.accumulate(len(part["input_ids"]) for part in parts))
-        for part, start, end in zip(parts, [0, *ends], ends, strict=False):
-            part["text_lengths"] = lengths[start:end]
-            part |= {name: part[name][:, : max(lengths[start:end])] for name in ("input_ids", "attention_mask")}
+    if batch.get("text_lengths"):
+        lengths = iter(batch["text_lengths"])
+        for part in parts:
+            part["text_lengths"] = list(itertools.islice(lengths, len(part["input_ids"])))
+            part |= {name: part[name][:, : max(part["text_lengths"])] for name in ("input_ids", "attention_mask")}
     return parts
 
 

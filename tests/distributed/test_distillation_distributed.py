@@ -166,6 +166,9 @@ def test_rejects_ranks_that_do_not_fit_on_every_rank(world):
         assert "must agree" in errors["dim"]
         assert all(f"rank {r}: embeddings (2, 4)" in errors["dim"] for r in range(world))
         assert all(f"a teacher's of size {3 + r}" in errors["dim"] for r in range(world))
-        assert "must agree on `exchange`" in errors["exchange"]
+        assert (
+            "rank 0: embeddings (2, 4) of 32 bits, without group_id, a teacher's of size 4, gather"
+            in errors["exchange"]
+        )
         assert "global batch is empty" in errors["empty"]
         assert rank == 0 or f"rank {rank} is not a member" in errors["group"]

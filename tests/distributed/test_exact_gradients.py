@@ -174,8 +174,9 @@ def reference(world: int, micro: int | None, loss: str) -> dict[str, torch.Tenso
         as_rank = SimpleNamespace(process_index=rank, device=alone.device, autocast=alone.autocast)
         step = step_of(core, core, as_rank, config, OBJECTIVES.get(loss, Contrastive))
         step._seed(0)
-        pieces = share({name: values for name, values in batch.items() if name != "group_id"}, rank, world)
-        embeds += [step._embed(piece) for piece in training_step.split(pieces, count, trim=True)]
+        pieces = share(batch, rank, world)
+        pieces["text_lengths"] = pieces["attention_mask"].sum(dim=1).tolist()
+        embeds += [step._embed(piece) for piece in training_step.split(pieces, count)]
     images, texts = (torch.cat(parts) for parts in zip(*embeds, strict=True))
     ids = batch["group_id"]
     positives = ids[:, None] == ids

@@ -269,10 +269,11 @@ def test_rejects_ranks_that_do_not_fit_on_every_rank(world):
         assert "rank 0: embeddings (2, 4) of 32 bits" in errors["dim"]
         assert "rank 1: embeddings (2, 5)" in errors["dim"]
         assert "64 bits" in errors["precision"] and "32 bits" in errors["precision"]
-        assert "rank 0: embeddings (2, 4) of 32 bits, with group_id; rank 1" in errors["group_id"]
+        assert "rank 0: embeddings (2, 4) of 32 bits, with group_id, gather" in errors["group_id"]
         assert f"0 pairs on each of {world} ranks" in errors["empty"]
-        assert "rank 0: gather" in errors["exchange"] and "rank 1: ring" in errors["exchange"]
-        assert "of texts False; rank 1: gather, gradient of images False, of texts True" in errors["gradient"]
+        exchanges = [rank.split(", ")[3] for rank in errors["exchange"].split("rank ")[1:]]
+        assert exchanges == [EXCHANGES[rank % 2] for rank in range(world)]
+        assert "of texts False; rank 1: embeddings (2, 4)" in errors["gradient"] and "texts True" in errors["gradient"]
 
 
 def test_subgroup_of_ranks_is_a_batch_of_its_own():

@@ -66,7 +66,7 @@ class _Contrastive(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, images: Tensor, texts: Tensor, scale: Tensor, ids: Tensor | None, batch: GlobalBatch) -> Tensor:
+    def forward(ctx, images, texts, scale, ids: Tensor | None, batch: GlobalBatch) -> Tensor:
         columns, column_ids = batch.gather_columns(texts), batch.gather_columns(ids)
         row_max, column_max = per_row(images, -torch.inf), per_row(columns, -torch.inf)
         row_sum, column_sum = per_row(images, 0), per_row(columns, 0)

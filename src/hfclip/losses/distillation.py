@@ -12,7 +12,6 @@ from .exchange import GlobalBatch, Tensors, as_factor, check_embeds, negotiate_b
 from .tiles import LN_2, add_exponentials, compute_gradients, per_row, refuse_second_derivatives, tiles
 
 
-# Opaque to torch.compile, as the losses of hfclip.
 @torch.compiler.disable
 def distillation_loss(
     student_image: Tensor,
@@ -28,23 +27,14 @@ def distillation_loss(
     """Divergence of the student's similarities from the teacher's over the global batch (arXiv:2311.17049, eq. 2, 3).
 
     For each image the distribution over the texts of all ranks, softmax(scale * cosines), is compared by KL(teacher ||
-    student), and for each text that over the images; the loss is the mean of both over all N pairs. It is computed in
-    float32 (float64 for a float64 student) whatever autocast says, tile by tile as the losses of `hfclip`, whose value,
-    gradients, `group` and `exchange` it has: the same value on every rank, and gradients whose mean over the ranks is
-    the gradient of that value. Batches of different size on different ranks are exact. The teacher gets no gradient.
+    student), and for each text that over the images; the loss is the mean of both over all N pairs. Precision, value,
+    gradients, `group`, `exchange` and errors are those of [`contrastive_loss`]. The teacher gets no gradient.
 
     Args:
         student_image, student_text: `(local_batch, dim)`, unit norm (trusted, not checked).
         student_scale: exp(logit_scale) of the student.
         teacher_image, teacher_text: `(local_batch, teacher_dim)`, unit norm, of the same pairs.
         teacher_scale: exp(logit_scale) of the teacher.
-        group: ranks that share the batch. Default: all of them, or this process alone.
-        exchange: how ranks come by each other's texts and the teacher's. "gather": every rank holds those of all.
-            "ring": a rank holds those of two others at a time. Values agree to rounding.
-
-    Raises:
-        ValueError: embeddings that do not fit together, here or on another rank, a global batch of no pairs, or a rank
-            outside of `group`.
     """
     images, texts = check_embeds(student_image=student_image, student_text=student_text)
     teacher = [e.to(images.dtype) for e in check_embeds(teacher_image=teacher_image, teacher_text=teacher_text)]
@@ -64,16 +54,7 @@ class _Distillation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        images: Tensor,
-        texts: Tensor,
-        scale: Tensor,
-        teacher_images: Tensor,
-        teacher_texts: Tensor,
-        teacher_scale: Tensor,
-        batch: GlobalBatch,
-    ) -> Tensor:
+    def forward(ctx, images, texts, scale, teacher_images, teacher_texts, teacher_scale, batch: GlobalBatch) -> Tensor:
         columns = [batch.gather_columns(texts), batch.gather_columns(teacher_texts)]
         row_sums, column_sums = (
             [per_row(embeds, value) for value in (-torch.inf, 0, -torch.inf, 0)] for embeds in (images, columns[0])

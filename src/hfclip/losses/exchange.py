@@ -21,6 +21,8 @@ from torch import Tensor
 
 
 Tensors = list[Tensor | None]
+BlockFunction = Callable[[int, Tensors, Tensors], None]
+Record = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,7 @@ class GlobalBatch:
         gathered = _all_gather(padded, self.group)
         return torch.cat([gathered[r * longest : r * longest + size] for r, size in enumerate(self.sizes)])
 
-    def for_each_block(
-        self, function: Callable[[int, Tensors, Tensors], None], read: Tensors, carry: Tensors
-    ) -> Tensors:
+    def for_each_block(self, function: BlockFunction, read: Tensors, carry: Tensors) -> Tensors:
         """Calls `function(offset, read, carry)` for every block of columns; row i belongs to its column i + offset.
 
         It adds to `carry` in place. Returns `carry` of the columns this rank began with.
@@ -114,9 +114,7 @@ class Ring(GlobalBatch):
     def gather_columns(self, own: Tensor | None) -> Tensor | None:
         return None if own is None else own.contiguous()
 
-    def for_each_block(
-        self, function: Callable[[int, Tensors, Tensors], None], read: Tensors, carry: Tensors
-    ) -> Tensors:
+    def for_each_block(self, function: BlockFunction, read: Tensors, carry: Tensors) -> Tensors:
         world = len(self.sizes)
         for hop in range(world):
             holder, coming = (self.rank - hop) % world, self.sizes[(self.rank - hop - 1) % world]
@@ -183,23 +181,18 @@ def negotiate_batch(
     return GlobalBatch(None, 0, sizes) if len(sizes) == 1 else EXCHANGES[exchange](group, rank, sizes)
 
 
-def _check_agreement(records: list[tuple[int, ...]]) -> None:
-    if len({record[1:5] for record in records}) > 1:
+def _check_agreement(records: list[Record]) -> None:
+    if len({record[1:] for record in records}) > 1:
         found = "; ".join(
             f"rank {r}: embeddings ({size}, {dim}) of {8 * itemsize} bits, {'with' if ids else 'without'} group_id"
             + (f", a teacher's of size {teacher_dim}" if teacher_dim else "")
-            for r, (size, dim, itemsize, ids, teacher_dim, *_) in enumerate(records)
-        )
-        raise ValueError(f"the ranks of a group must agree on dim, precision and use of group_id, but found {found}.")
-    if len({record[5:] for record in records}) > 1:
-        found = "; ".join(
-            f"rank {r}: {'ring' if ring else 'gather'}, gradient of images {bool(image)}, of texts {bool(text)}"
-            for r, (*_, image, text, ring) in enumerate(records)
+            + f", {'ring' if ring else 'gather'}, gradient of images {bool(image)}, of texts {bool(text)}"
+            for r, (size, dim, itemsize, ids, teacher_dim, image, text, ring) in enumerate(records)
         )
         # A rank that waits for what another does not send would wait for ever.
         raise ValueError(
-            f"the ranks of a group must agree on `exchange` and on which embeddings require a gradient, but found "
-            f"{found}."
+            "the ranks of a group must agree on dim, precision, use of group_id, `exchange` and which embeddings require "
+            f"a gradient, but found {found}."
         )
     if sum(record[0] for record in records) == 0:
         raise ValueError(f"the global batch is empty (0 pairs on each of {len(records)} ranks): expected at least 1.")
@@ -213,9 +206,7 @@ def _all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gathered
 
 
-def _exchange_records(
-    record: tuple[int, ...], device: torch.device, group: dist.ProcessGroup
-) -> list[tuple[int, ...]]:
+def _exchange_records(record: Record, device: torch.device, group: dist.ProcessGroup) -> list[Record]:
     """Each rank's `record`, in rank order. The host has to wait for the answer, since sizes decide shapes.
 
     On its own CUDA stream it waits for the other hosts only, not for the towers queued on the current stream.
@@ -231,17 +222,14 @@ def check_embeds(**embeds: Tensor) -> tuple[Tensor, Tensor]:
     for name, value in embeds.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, found {type(value).__name__}.")
-    (image_name, images), (text_name, texts) = embeds.items()
+    images, texts = embeds.values()
+    found = " and ".join(f"{name} {tuple(value.shape)} of {value.dtype}" for name, value in embeds.items())
     if images.ndim != 2 or images.shape != texts.shape:
         raise ValueError(
-            f"{image_name} is {tuple(images.shape)} and {text_name} {tuple(texts.shape)}: expected the same "
-            "(local_batch, dim) twice, row i of one belonging to row i of the other."
+            f"found {found}: expected the same (local_batch, dim) twice, row i of one of row i of the other."
         )
     if not (images.is_floating_point() and texts.is_floating_point()):
-        raise ValueError(
-            f"{image_name} is of {images.dtype} and {text_name} of {texts.dtype}: expected floating point vectors of "
-            "unit norm."
-        )
+        raise ValueError(f"found {found}: expected floating point vectors of unit norm.")
     dtype = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)
     return images.to(dtype), texts.to(dtype)
 

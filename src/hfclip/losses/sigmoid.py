@@ -27,27 +27,12 @@ def sigmoid_loss(
     """Pairwise sigmoid loss of the global batch (SigLIP, arXiv:2303.15343, equation 1).
 
     The sum over all N x N image-text pairs of -log sigmoid(z (scale <x, y> + bias)), z = 1 for positives and -1
-    otherwise, divided by N. Precision, value, gradients, `scale`, `group`, `exchange` and errors are those of
-    [`contrastive_loss`].
-
-    Args:
-        image_embeds: `(local_batch, dim)`, this rank's images, unit norm (trusted, not checked).
-        text_embeds: `(local_batch, dim)`, unit norm; row i belongs to image i.
-        scale: factor on the cosines, exp(logit_scale).
-        bias: added to every logit, `logit_bias`.
-        group: ranks that share the batch and average their gradients.
-        group_id: `(local_batch,)` int64. Pairs with the same id, on any rank, are positives of each other.
-        exchange: how ranks come by each other's texts.
-
-    Returns:
-        Scalar loss.
+    otherwise, divided by N. `bias` is the model's `logit_bias`; all other arguments, precision, value, gradients and
+    errors are those of [`contrastive_loss`].
     """
     images, texts = check_embeds(image_embeds=image_embeds, text_embeds=text_embeds)
-    scale, bias, ids = (
-        as_factor("scale", scale, images),
-        as_factor("bias", bias, images),
-        check_group_id(group_id, images),
-    )
+    scale, bias = as_factor("scale", scale, images), as_factor("bias", bias, images)
+    ids = check_group_id(group_id, images)
     batch = negotiate_batch(images, texts, ids, exchange, group)
     return _Sigmoid.apply(images, texts, scale, bias, ids, batch)
 
@@ -56,9 +41,7 @@ class _Sigmoid(torch.autograd.Function):
     """The sum of softplus over all logits, those of positives with their sign turned."""
 
     @staticmethod
-    def forward(
-        ctx, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None, batch: GlobalBatch
-    ) -> Tensor:
+    def forward(ctx, images, texts, scale, bias, ids: Tensor | None, batch: GlobalBatch) -> Tensor:
         columns, column_ids = batch.gather_columns(texts), batch.gather_columns(ids)
         row_loss = per_row(images, 0)
 
