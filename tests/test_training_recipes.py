@@ -8,9 +8,10 @@ import yaml
 from hfclip import HFCLIPConfig
 from hfclip.configuration_hfclip import PRESETS
 from training.config import CONFIG_FOLDER, Config, load_yaml
+from training.footprint import Towers
 from training.model import build_architecture
 from training.phases import Phase, Phases
-from training.plan import DEVICES, Run, from_config, make_plan
+from training.plan import DEVICES, PlannedRun, make_plan
 
 
 # recipe: preset, learning rate, image size, joint dimensions (Radford et al. 2021, tables 19 and 20)
@@ -66,7 +67,9 @@ def test_micro_batches_of_the_paper_recipes_fit_80_gb(name):
     config = recipe(name)
     if name == "vit_l_14_336":
         config.model.checkpoint, config.model.preset = None, "ViT-L/14@336px"
-    plan = make_plan(Run(device=DEVICES["a100"], world=8, **from_config(config)))
+    config.run.precision = "bf16"
+    towers = Towers(build_architecture(config))
+    plan = make_plan(PlannedRun(config=config, towers=towers, device=DEVICES["a100"], world=8))
     assert plan.micro_batch == config.optim.micro_batch_size
     assert plan.fits
 

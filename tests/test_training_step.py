@@ -151,7 +151,7 @@ def test_pictures_beyond_what_a_device_should_hold_are_sent_by_micro_batches(mon
 
 def test_micro_batches_are_views_cut_at_their_longest_text():
     whole = batch()
-    lengths = text_lengths(whole, HFCLIPConfig(text_config=TEXT).text_config)
+    lengths = text_lengths(whole, HFCLIPConfig(text_config=TEXT))
     assert lengths == whole["attention_mask"].sum(dim=1).tolist()
     parts = split({**whole, "text_lengths": lengths}, 5)
     assert [len(part["group_id"]) for part in parts] == [3, 3, 2, 2, 2]
@@ -162,7 +162,7 @@ def test_micro_batches_are_views_cut_at_their_longest_text():
 
 
 def test_text_ends_at_its_first_end_token_and_left_padding_gives_no_lengths():
-    whole, config = batch(), HFCLIPConfig(text_config=TEXT).text_config
+    whole, config = batch(), HFCLIPConfig(text_config=TEXT)
     whole["input_ids"][0, 2] = 99
     assert text_lengths(whole, config)[0] == 3
     whole["attention_mask"] = whole["attention_mask"].flip(1)

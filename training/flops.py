@@ -1,181 +1,133 @@
 """How much arithmetic a step needs, and how much this machine can do: the two sides of a run's share of peak.
 
-    HFCLIPConfig -> FLOPs of one image, of one text -> of a batch, forward and backward -> / seconds / measured peak
+    HFCLIPConfig -> its towers run once without memory, under torch's counter -> FLOPs of an image, of a text
+    -> of a batch, forward and backward -> / seconds / measured peak
 
 Counted is what the model needs: matrix products and convolutions, a multiplication and an addition as two. Not counted
-are what computes them again (gradient checkpointing, gradient cache), element-wise work, the loss, a teacher and the
-optimizer; so a share of peak is comparable between settings, and is the "model FLOPs utilization" of arXiv:2204.02311.
+are what computes them again (gradient checkpointing, gradient cache), padding that the tower does not read,
+element-wise work, the loss, a teacher and the optimizer; so a share of peak is comparable between settings, and is the
+"model FLOPs utilization" of arXiv:2204.02311.
 """
 
+import copy
+import logging
+import math
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
 
 from hfclip import HFCLIPConfig
+from hfclip.modeling_hfclip import pooled_by
+
+
+logger = logging.getLogger(__name__)
 
 
 class Flops(NamedTuple):
-    """Forward FLOPs of a tower for one input. The parts differ in what their backward pass costs."""
-
-    first: int
-    """The layer that reads the input itself, for which there is no gradient."""
-    rest: int
-    projection: int
-    """Into the joint space; trained when the tower is frozen. 0 for a tower that ends there itself."""
-
-    @property
-    def forward(self) -> int:
-        return sum(self)
-
-    def training(self, frozen: bool) -> int:
-        """Forward and backward: each product of the forward pass has one for its weights and one for its input."""
-        if frozen:
-            return self.first + self.rest + 2 * self.projection
-        return 2 * self.first + 3 * (self.rest + self.projection)
+    forward: int
+    training: int
+    """Forward and backward."""
 
 
-def tower_flops(
-    config: HFCLIPConfig,
-    *,
-    image_size: int | None = None,
-    patch_dropout: float | None = None,
-    text_tokens: int | None = None,
-    all_positions: bool = False,
-) -> dict[str, int | None]:
-    """Forward FLOPs of one image, "image", and of one text, "text", up to the joint space.
+class ModelFlops:
+    """FLOPs of images and texts up to the joint space, of any towers: measured once for each image size.
+
+    Attention counts whole, as is usual, also where it is causal: kernels differ in what they leave out.
 
     Args:
-        image_size: side in pixels; default the config's.
-        patch_dropout: share of patches left out behind the patch embedding; default the config's, as in training.
-        text_tokens: real tokens of the text, start and end included, since padding costs nothing; default, and always
-            for towers that read their padding, the whole context.
-        all_positions: the last ViT block and the ResNets' attention pool compute every position, as in published
-            figures, and not the one that is read.
-
-    Returns:
-        None in the place of a tower that is not ours.
+        freeze: "none", "vision" or "text", a tower without backward pass. It is in eval mode: all patches count.
     """
-    image = _image_flops(config, image_size, patch_dropout, all_positions)
-    text = _text_flops(config, text_tokens)
-    return {"image": image and image.forward, "text": text and text.forward}
 
+    def __init__(self, config: HFCLIPConfig, freeze: str = "none"):
+        with torch.device("meta"):  # attention written out, since the counter does not know every fused kernel
+            self.model = AutoModel.from_config(copy.deepcopy(config), attn_implementation="eager")
+        if freeze != "none":
+            self.model.freeze(freeze)
+        self.config, self.images, self.runs = self.model.train().config, {}, True
+        self.patch_dropout = getattr(self.config.vision_config, "patch_dropout", 0.0)
 
-def training_flops(
-    config: HFCLIPConfig,
-    *,
-    image_size: int | None = None,
-    patch_dropout: float | None = None,
-    text_tokens: int | None = None,
-    freeze: str = "none",
-) -> dict[str, int | None]:
-    """As `tower_flops`, forward and backward.
+    def of_image(self, image_size: int | None = None, patch_dropout: float | None = None) -> Flops:
+        """FLOPs of one image of `image_size` pixels a side, with a share of its patches dropped; default the config's."""
+        vision = self.config.vision_config
+        size = vision.image_size if image_size is None else image_size
+        key = size, self.patch_dropout if patch_dropout is None else patch_dropout
+        if key not in self.images:
+            _, vision.patch_dropout = key
+            pixels = torch.zeros(2, getattr(vision, "num_channels", 3), size, size, device="meta")
+            self.images[key] = _measure(partial(self.model.encode_image, pixels))
+        return self.images[key]
 
-    `freeze` ("none", "vision", "text") names a tower without backward pass. It is in eval mode: all patches count.
-    """
-    image = _image_flops(config, image_size, 0.0 if freeze == "vision" else patch_dropout, all_positions=False)
-    text = _text_flops(config, text_tokens)
-    return {
-        "image": image and image.training(frozen=freeze == "vision"),
-        "text": text and text.training(frozen=freeze == "text"),
-    }
+    def of_text(self, num_tokens: int) -> Flops:
+        """FLOPs of one text of so many tokens, start and end included."""
+        return self.of_texts(torch.tensor([num_tokens]))
 
+    def of_texts(self, lengths: torch.Tensor) -> Flops:
+        """FLOPs of texts of these lengths together; `lengths` is on the CPU, lest the host wait for a device."""
+        before = lengths.long() - 1
+        terms = (len(lengths), int(before.sum()), int((before * (before - 1) // 2).sum()))
+        return Flops(*(sum(map(math.prod, zip(terms, kind, strict=True))) for kind in self._of_tokens))
 
-def batch_flops(config: HFCLIPConfig, batch: dict[str, torch.Tensor], *, freeze: str = "none") -> int | None:
-    """Forward and backward FLOPs of a batch with `pixel_values` (images, 3, size, size) and `attention_mask`
-    (texts, length), on the CPU lest the host wait for a device; None if a tower is not ours.
-    """
-    num_images, _, _, image_size = batch["pixel_values"].shape
-    lengths = batch["attention_mask"].sum(dim=1)
-    image = _image_flops(config, image_size, 0.0 if freeze == "vision" else None, all_positions=False)
-    text = _text_flops(config, lengths)
-    if image is None or text is None:
+    @cached_property
+    def _of_tokens(self) -> list[tuple[int, int, int]]:
+        """Forward and training FLOPs of a text of n tokens, a + b (n - 1) + c (n - 1)(n - 2) / 2, as (a, b, c).
+
+        Linear layers cost the same for each token, attention for each pair of tokens: three lengths say it all. A tower
+        that reads its padding always computes its whole context.
+        """
+        if self.config.text_reads_padding:
+            return [(flops, 0, 0) for flops in self._measured_text(self.config.text_config.max_position_embeddings)]
+        one, two, three = map(self._measured_text, (1, 2, 3))
+        return [(a, b - a, c - 2 * b + a) for a, b, c in zip(one, two, three, strict=True)]
+
+    def _measured_text(self, length: int) -> Flops:
+        def encode() -> torch.Tensor:  # without a mask, since without memory there are no values to look at
+            outputs = self.model.text_model(input_ids=torch.zeros(2, length, dtype=torch.long, device="meta"))
+            return self.model.text_projection(pooled_by(self.config.text_pooling, outputs).pooler_output)
+
+        return _measure(encode)
+
+    def of_batch(self, batch: dict[str, torch.Tensor], patch_dropout: float | None = None) -> int | None:
+        """Forward and backward FLOPs of `pixel_values` (images, 3, size, size) and `attention_mask` (texts, length).
+
+        None for a tower whose code does not run without values, which is said once.
+        """
+        num_images, _, _, image_size = batch["pixel_values"].shape
+        try:
+            if self.runs:
+                images, texts = (
+                    self.of_image(image_size, patch_dropout),
+                    self.of_texts(batch["attention_mask"].sum(dim=1)),
+                )
+                return num_images * images.training + texts.training
+        except Exception as error:  # whatever the code of others' towers raises: a run goes on without this number
+            logger.warning("FLOPs are not counted: a tower does not run on the meta device (%s).", error)
+            self.runs = False
         return None
-    of_texts = torch.as_tensor(text.training(frozen=freeze == "text")).expand(len(lengths)).sum()
-    return num_images * image.training(frozen=freeze == "vision") + int(of_texts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Towers
-# ---------------------------------------------------------------------------------------------------------------------
+def _measure(encode: Callable[[], torch.Tensor]) -> Flops:
+    """FLOPs for one input of what encodes two; BatchNorm refuses one."""
+    formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, sdpa_kernel(SDPBackend.MATH):
+        embeds = encode()
+        forward = counter.get_total_flops()
+        if embeds.requires_grad:
+            embeds.sum().backward()
+    return Flops(forward // 2, counter.get_total_flops() // 2)
 
 
-def _image_flops(
-    config: HFCLIPConfig, image_size: int | None, patch_dropout: float | None, all_positions: bool
-) -> Flops | None:
-    tower = config.vision_config
-    if tower.model_type not in ("hfclip_vit", "hfclip_resnet"):
-        return None
-    image_size = tower.image_size if image_size is None else image_size
-    if tower.model_type == "hfclip_resnet":
-        return _resnet(tower, image_size, all_positions)
-    patch_dropout = tower.patch_dropout if patch_dropout is None else patch_dropout
-    num_patches = (image_size // tower.patch_size) ** 2
-    num_tokens = 1 + (max(1, round(num_patches * (1 - patch_dropout))) if patch_dropout else num_patches)
-    num_last = num_tokens if all_positions or tower.pooling != "cls" else 1
-    blocks = (tower.num_hidden_layers - 1) * _block(tower, num_tokens, num_tokens)
-    return Flops(
-        first=_matmul(num_patches, tower.num_channels * tower.patch_size**2, tower.hidden_size),
-        rest=blocks + _block(tower, num_tokens, num_last),
-        projection=_matmul(1, tower.hidden_size, config.projection_dim),
-    )
-
-
-def _text_flops(config: HFCLIPConfig, num_tokens: int | torch.Tensor | None) -> Flops | None:
-    """Of a text of so many tokens, or of each of several."""
-    tower = config.text_config
-    if tower.model_type not in ("hfclip_text", "hfclip_bag_of_words"):
-        return None
-    if num_tokens is None or tower.reads_padding:
-        num_tokens = tower.max_position_embeddings
-    projection = _matmul(1, tower.hidden_size, config.projection_dim)
-    if tower.model_type == "hfclip_bag_of_words":  # the mean, a product with weights that have no gradient
-        return Flops(_matmul(1, num_tokens, tower.hidden_size), 0, projection)
-    return Flops(0, tower.num_hidden_layers * _block(tower, num_tokens, num_tokens), projection)
-
-
-def _block(tower: PreTrainedConfig, num_tokens: int | torch.Tensor, num_queries: int | torch.Tensor) -> int:
-    """A transformer block. Causal attention counts whole, as is usual: kernels differ in what they leave out."""
-    width = tower.hidden_size
-    keys_and_values = 2 * _matmul(num_tokens, width, width)
-    queries_and_output = 2 * _matmul(num_queries, width, width)
-    attention = 2 * _matmul(num_queries, width, num_tokens)
-    mlp = 2 * _matmul(num_queries, width, tower.intermediate_size)
-    return keys_and_values + queries_and_output + attention + mlp
-
-
-def _resnet(tower: PreTrainedConfig, image_size: int, all_positions: bool) -> Flops:
-    width, side = tower.stem_width, image_size // 2
-    first = _convolution(side, 3, tower.num_channels, width // 2)
-    rest = _convolution(side, 3, width // 2, width // 2) + _convolution(side, 3, width // 2, width)
-    side, incoming = side // 2, width
-    for stage, depth in enumerate(tower.depths):
-        channels = width * 2**stage
-        for number in range(depth):
-            before, side = side, side // 2 if stage and not number else side  # pooled in front of the third one
-            rest += _convolution(before, 1, incoming, channels) + _convolution(before, 3, channels, channels)
-            rest += _convolution(side, 1, channels, 4 * channels)
-            if not number:
-                rest += _convolution(side, 1, incoming, 4 * channels)  # of the shortcut
-            incoming = 4 * channels
-    num_tokens = side**2 + 1
-    num_queries = num_tokens if all_positions else 1
-    rest += _matmul(2 * num_tokens + num_queries, incoming, incoming)
-    rest += 2 * _matmul(num_queries, incoming, num_tokens) + _matmul(num_queries, incoming, tower.projection_dim)
-    return Flops(first, rest, projection=0)
-
-
-def _matmul(rows: int, inner: int, columns: int) -> int:
-    return 2 * rows * inner * columns
-
-
-def _convolution(side: int, kernel: int, incoming: int, outgoing: int) -> int:
-    """`side`: of the square result, in pixels."""
-    return _matmul(side**2, kernel**2 * incoming, outgoing)
+def _convolution_backward(grad_shape, x_shape, weight_shape, *arguments, out_shape=None, **options) -> int:
+    """For the gradients of input and weight, what the convolution costs itself; torch's formula overlooks groups."""
+    *_, transposed, _, _, output_mask = arguments
+    batch_and_places = x_shape[:1] + x_shape[2:] if transposed else grad_shape[:1] + grad_shape[2:]
+    return 2 * math.prod(batch_and_places) * math.prod(weight_shape) * sum(output_mask[:2])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,11 +147,11 @@ def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2
     images, channels, side = (8, 256, 16) if on_cpu else (64, 256, 56)
     for kind in {torch.float32, dtype}:
         left, right = torch.randn(2, size, size, device=device).to(kind)
-        pictures = torch.randn(images, channels, side, side, device=device).to(kind)
+        pixels = torch.randn(images, channels, side, side, device=device).to(kind)
         weight = torch.randn(channels, channels, 3, 3, device=device).to(kind)
         products = (
-            (_matmul(size, size, size), partial(torch.mm, left, right, out=torch.empty_like(left))),
-            (images * _convolution(side, 3, channels, channels), partial(F.conv2d, pictures, weight, padding=1)),
+            (2 * size**3, partial(torch.mm, left, right, out=torch.empty_like(left))),
+            (2 * images * (3 * side * channels) ** 2, partial(F.conv2d, pixels, weight, padding=1)),
         )
         fastest = max([fastest, *(flops / _shortest(run, device, seconds) for flops, run in products)])
     return fastest

@@ -45,7 +45,7 @@ def build_accelerator(config: Config, resume: str | None = None) -> Accelerator:
     if state.device.type == "cpu":
         make_the_most_of_the_cpu()
     config.run.precision, reason = on_main_process(state, _precision_of_run, config, resume, state.device)
-    _check_settings(config, state, reason)
+    check_settings(config, state.num_processes, state.device.type, reason)
     try:
         accelerator = Accelerator(
             mixed_precision="no" if config.run.precision == "fp32" else config.run.precision,
@@ -68,13 +68,14 @@ def computes_on_cpu() -> bool:
     return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
 
 
-def _check_settings(config: Config, state: PartialState, reason: str = "") -> None:
-    optim, run, processes = config.optim, config.run, state.num_processes
+def check_settings(config: Config, processes: int, device_type: str, reason: str = "") -> None:
+    """Raises UsageError for settings that do not go together on this many processes of a kind of device."""
+    optim, run = config.optim, config.run
     if optim.batch_size < processes:
         raise UsageError(
             f"optim.batch_size: found {optim.batch_size}, expected a pair for each of {processes} processes at least."
         )
-    if run.precision == "fp16" and state.device.type == "cpu":
+    if run.precision == "fp16" and device_type == "cpu":
         # Accelerate would say nothing and compute in float32
         raise UsageError("run.precision: fp16 needs a GPU, found none. Use bf16 or fp32.")
     if run.shard_weights and processes == 1:

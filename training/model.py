@@ -17,15 +17,14 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from hfclip import (
-    HFCLIPBagOfWordsConfig,
     HFCLIPConfig,
     HFCLIPImageProcessor,
     HFCLIPModel,
     HFCLIPProcessor,
     HFCLIPResNetModel,
-    HFCLIPTextConfig,
     HFCLIPTokenizer,
 )
+from hfclip.configuration_hfclip import TOWER_CONFIGS
 from hfclip.data.samples import BadSample, Source
 
 from .config import SECTIONS, Config, ModelConfig, UsageError, load_yaml
@@ -57,7 +56,7 @@ def build_architecture(config: Config) -> HFCLIPConfig:
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise UsageError(f"model: {error}") from error
     if model.patch_dropout is not None:
-        if not hasattr(architecture.vision_config, "patch_dropout"):
+        if not architecture.has_patches:
             raise UsageError(
                 f"model.patch_dropout: a {architecture.vision_config.model_type} tower has no patches to drop."
             )
@@ -103,7 +102,7 @@ def build_processor(
         tokenizer = _tokenizer(config, source)
     except (OSError, ValueError) as error:
         raise UsageError(f"model: no tokenizer or image processor: {error}") from error
-    own = isinstance(text, (HFCLIPTextConfig, HFCLIPBagOfWordsConfig))
+    own = text.model_type in TOWER_CONFIGS
     if own and model.tokenizer == "train":
         words = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         architecture.text_config = type(text)(**{**text.to_dict(), "vocab_size": len(tokenizer), **words})

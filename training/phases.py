@@ -72,11 +72,12 @@ def build_phases(
         UsageError: as `Phases`, and for `patch_dropout` where the image tower has no patches to drop.
     """
     vision = architecture.vision_config
-    stride = getattr(vision, "patch_size", 32)  # the strides of a ResNet multiply to 32
     full = Phase(architecture.image_size, tokenizer.model_max_length, getattr(vision, "patch_dropout", 0.0))
-    if not hasattr(vision, "patch_dropout") and any(entry.get("patch_dropout") for entry in config.data.phases):
+    if not architecture.has_patches and any(entry.get("patch_dropout") for entry in config.data.phases):
         raise UsageError(f"data.phases: a {vision.model_type} tower has no patches to drop. Leave patch_dropout out.")
-    return Phases(config.data.phases, full, stride=stride, steps_per_epoch=steps_per_epoch, total_steps=stop)
+    return Phases(
+        config.data.phases, full, stride=architecture.image_stride, steps_per_epoch=steps_per_epoch, total_steps=stop
+    )
 
 
 def _checked(entry: dict, full: Phase, stride: int, name: str) -> Phase:

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from hfclip import HFCLIPImageProcessor, HFCLIPModel
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from hfclip.grad_cache import cached_backward
 from hfclip.modeling_hfclip_transformer import pooled_positions
 
@@ -29,7 +28,7 @@ from . import optim, parallel
 from .config import Config, OptimConfig, UsageError
 from .data.order import rank_slice
 from .ema import EMA
-from .flops import batch_flops
+from .flops import ModelFlops
 from .objectives import Objective
 from .phases import Phases
 from .report.timing import Stopwatch
@@ -57,6 +56,7 @@ class TrainingStep:
     total_steps: int
     watch: Stopwatch
     phases: Phases
+    flops: ModelFlops
     ema: EMA | None = None
 
     def __call__(self, batch: dict[str, Tensor], step: int) -> dict[str, float]:
@@ -68,9 +68,10 @@ class TrainingStep:
         """
         self._seed(step)
         buffers = [buffer.clone() for buffer in self.core.buffers()]  # of BatchNorm: small
-        with patch_dropout(self.core, self.phases.at(step).patch_dropout):
-            flops = batch_flops(self.core.config, batch, freeze=self.config.model.freeze)
+        dropped = self.phases.at(step).patch_dropout
+        with patch_dropout(self.core, dropped):
             loss = self._backward(batch)
+        flops = self.flops.of_batch(batch, dropped)  # while the device computes
         with self.watch.time("update"):
             if parallel.is_sharded(self.model):
                 parallel.average_scalars(self.core)
@@ -119,7 +120,7 @@ class TrainingStep:
         """
         count = num_micro_batches(self.config.optim, self.accelerator.num_processes)
         # A compiled graph is for one length; lengths given as numbers would make one for each batch.
-        lengths = None if self.config.model.compile else text_lengths(batch, self.core.config.text_config)
+        lengths = None if self.config.model.compile else text_lengths(batch, self.core.config)
         on_device = {
             name: values if waits_on_host(values) else self._on_device(values) for name, values in batch.items()
         }
@@ -212,6 +213,7 @@ def build_step(
         core=core,
         optimizer=accelerator.prepare(optimizer),
         **pixel_statistics(image_processor, accelerator.device),
+        flops=ModelFlops(core.config, config.model.freeze),
         ema=None if config.optim.ema_decay is None else EMA(core, config.optim.ema_decay),
         **others,
     )
@@ -249,13 +251,13 @@ def num_micro_batches(config: OptimConfig, num_ranks: int) -> int:
     return min(math.ceil(max(shares) / size), min(shares))
 
 
-def text_lengths(batch: dict[str, Tensor], config: PreTrainedConfig) -> list[int] | None:
+def text_lengths(batch: dict[str, Tensor], config: HFCLIPConfig) -> list[int] | None:
     """Tokens of each text of a batch on the host that the text tower reads; None for texts padded on the left."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     if not mask[:, 0].all():
         return None
-    if config.model_type == "hfclip_text" and not config.reads_padding:
-        return (1 + pooled_positions(ids, mask, config.eos_token_id)).tolist()
+    if config.packs_texts:
+        return (1 + pooled_positions(ids, mask, config.text_config.eos_token_id)).tolist()
     return mask.sum(dim=1).tolist()
 
 

@@ -192,6 +192,11 @@ class HFCLIPTextConfig(HFCLIPBaseConfig):
         """Whether tokens behind the end of a text change its embedding."""
         return not self.causal or self.pooling != "eos"
 
+    @property
+    def packs_texts(self) -> bool:
+        """Whether nothing needs to be computed after the first end-of-text token."""
+        return not self.reads_padding
+
     def validate_architecture(self):
         self._require_positive("projection_dim", "vocab_size", "max_position_embeddings")
         self._require_transformer(self.vocab_size + self.max_position_embeddings)
@@ -263,6 +268,11 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
     pooling: Literal["cls", "mean", "norm_of_mean"] = "cls"
     initializer_factor: int | float = 1.0
 
+    @property
+    def stride(self) -> int:
+        """Pixels that the side of an image has to be a multiple of."""
+        return self.patch_size
+
     def validate_architecture(self):
         self._require_positive("projection_dim", "num_channels", "image_size", "patch_size")
         num_patches, size_of_patch = (self.image_size // self.patch_size) ** 2, self.num_channels * self.patch_size**2
@@ -294,6 +304,7 @@ class HFCLIPResNetConfig(HFCLIPBaseConfig):
     model_type = "hfclip_resnet"
     base_config_key = "vision_config"
     pooler_is_projected = True
+    stride = 32  # pixels that the side of an image has to be a multiple of
 
     depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
     stem_width: int = 64
@@ -334,10 +345,10 @@ class HFCLIPResNetConfig(HFCLIPBaseConfig):
         self._require_parameters(in_blocks + 3 * self.hidden_size**2)
         self._require(self.stem_width % 2 == 0, f"stem_width={self.stem_width}", "an even number", "RN50 has 64.")
         self._require(
-            self.image_size % 32 == 0,
+            self.image_size % self.stride == 0,
             f"image_size={self.image_size}",
-            "a multiple of the total stride, 32",
-            f"The nearest is {max(1, round(self.image_size / 32)) * 32}.",
+            f"a multiple of the total stride, {self.stride}",
+            f"The nearest is {max(1, round(self.image_size / self.stride)) * self.stride}.",
         )
         self._require(
             self.hidden_size % self.num_attention_heads == 0,
@@ -431,6 +442,30 @@ class HFCLIPConfig(HFCLIPBaseConfig):
     def image_size(self) -> int:
         """Side in pixels of the square images that the image tower was built for."""
         return self.vision_config.image_size
+
+    # Our towers' configs say the following themselves; for those of AutoModel it is settled here.
+
+    @property
+    def image_stride(self) -> int:
+        """Pixels that the side of an image has to be a multiple of."""
+        return getattr(self.vision_config, "stride", None) or getattr(self.vision_config, "patch_size", 32)
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether the image tower can leave out patches in training."""
+        return hasattr(self.vision_config, "patch_dropout")
+
+    @property
+    def text_reads_padding(self) -> bool:
+        """Whether the text tower computes its whole context, also for shorter texts."""
+        # SigLIP's are trained on texts padded to the full context, without a mask: the pooled last position sees it.
+        is_siglip = self.text_config.model_type in ("siglip_text_model", "siglip2_text_model")
+        return getattr(self.text_config, "reads_padding", is_siglip and self.text_pooling == "pooler")
+
+    @property
+    def packs_texts(self) -> bool:
+        """Whether the text tower computes nothing after the first end-of-text token."""
+        return getattr(self.text_config, "packs_texts", False)
 
     def validate_architecture(self):
         self._require_positive("projection_dim")

@@ -34,7 +34,7 @@ def initialize_leaf(module: nn.Module, factor: float) -> None:
         init.kaiming_uniform_(module.weight, a=5**0.5)
 
 
-def check_pixel_values(pixel_values: torch.Tensor, config, stride: int, interpolate: bool | None) -> None:
+def check_pixel_values(pixel_values: torch.Tensor, config, interpolate: bool | None) -> None:
     """Raises ValueError, saying what was found and expected, for images that the tower cannot take."""
     if not isinstance(pixel_values, torch.Tensor):
         found = "nothing" if pixel_values is None else f"a {type(pixel_values).__name__}"
@@ -48,10 +48,10 @@ def check_pixel_values(pixel_values: torch.Tensor, config, stride: int, interpol
             "width), not empty. The image processor makes such tensors."
         )
     height, width = pixel_values.shape[-2:]
-    if height % stride or width % stride or not height or not width:
+    if height % config.stride or width % config.stride or not height or not width:
         raise ValueError(
             f"pixel_values: found images of {height}x{width}, expected a height and width that are multiples of "
-            f"{stride}. Resize or crop them, for instance with the image processor."
+            f"{config.stride}. Resize or crop them, for instance with the image processor."
         )
     if interpolate is False and (height, width) != (config.image_size, config.image_size):
         raise ValueError(

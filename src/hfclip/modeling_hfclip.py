@@ -247,10 +247,6 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             tower.eval()
         return self
 
-    @property
-    def _skips_padding(self) -> bool:
-        return self.config.text_config.model_type == HFCLIPTextConfig.model_type
-
     def _text_outputs(self, input_ids, attention_mask=None, position_ids=None, **kwargs) -> BaseModelOutputWithPooling:
         """The text tower's outputs, with `pooler_output` pooled by the config's rule but not projected."""
         config = self.config.text_config
@@ -262,8 +258,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
                 attention_mask = torch.ones_like(input_ids) if pad is None else (input_ids != pad).long()
             # Foreign towers count positions from the first column: texts have to start there.
             input_ids, attention_mask = without_left_padding(input_ids, attention_mask)
-            if config.model_type in SIGLIP_TEXT_TOWERS and self.config.text_pooling == "pooler":
-                # Trained on texts padded to the full context, without a mask: the pooled last position sees padding.
+            if self.config.text_reads_padding:
                 missing = config.max_position_embeddings - input_ids.shape[1]
                 input_ids, attention_mask = F.pad(input_ids, (0, max(0, missing)), value=config.pad_token_id), None
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
@@ -316,7 +311,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         Padding costs nothing in our text transformer. `text_lengths`: see `HFCLIPTextModel.forward`.
         """
         skipping = {}
-        if self._skips_padding:
+        if self.config.packs_texts:
             skipping = {"skip_padding": True, "text_lengths": text_lengths, "pooled_only": True}
         embeds = self.text_projection(self._text_outputs(input_ids, attention_mask, **skipping).pooler_output)
         return unit_length(embeds) if normalize else embeds

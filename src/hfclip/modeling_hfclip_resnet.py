@@ -204,7 +204,7 @@ class HFCLIPResNetModel(PreTrainedModel):
         Raises:
             ValueError: wrong shape, or a size that is no multiple of 32.
         """
-        check_pixel_values(pixel_values, self.config, stride=32, interpolate=interpolate_pos_encoding)
+        check_pixel_values(pixel_values, self.config, interpolate_pos_encoding)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         # Convolutions are faster with the channels innermost, on CPUs and on GPUs with tensor cores.

@@ -389,7 +389,7 @@ class HFCLIPVisionModel(HFCLIPPreTrainedModel):
         Raises:
             ValueError: wrong shape, or a size that the patch does not divide.
         """
-        check_pixel_values(pixel_values, self.config, self.config.patch_size, interpolate_pos_encoding)
+        check_pixel_values(pixel_values, self.config, interpolate_pos_encoding)
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
         queries = slice(1) if pooled_only and self.config.pooling == "cls" else None
         hidden_states = self.encoder(hidden_states, queries=queries, **kwargs)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
 from transformers.utils.logging import tqdm
 
+from .configuration_hfclip import TOWER_CONFIGS
+
 
 Template = str | Callable[[str], str]
 
@@ -402,7 +404,7 @@ def _check_count(name: str, value: Any) -> None:
 def _check_tokenizer(model: nn.Module, processor: Any) -> None:
     """Our text towers pool where a text ends: with another end token they would pool anywhere, and say nothing."""
     config = model.config.text_config
-    if config.model_type not in ("hfclip_text", "hfclip_bag_of_words"):
+    if config.model_type not in TOWER_CONFIGS:
         return
     found = processor.tokenizer.eos_token_id
     if found != config.eos_token_id:

@@ -101,7 +101,7 @@ class Tracking:
             metrics: `loss`, `grad_norm`, `skipped` and further numbers.
             data_time: seconds that the step waited for its batch.
             counts: of this process, see `COUNTED`.
-            flops: of this process's pairs, by `batch_flops`; None if they are not known.
+            flops: of this process's pairs, by `ModelFlops.of_batch`; None if they are not known.
         """
         self.steps += 1
         self.counts += counts
