@@ -89,6 +89,24 @@ class TestOneDNNLinear:
             by_bias = lambda bias: torch.func.functional_call(fast, {"bias": bias}, x)
             assert torch.func.jvp(by_bias, (plain.bias,), (torch.ones(24),))[1].eq(1).all()
 
+    @torch.no_grad()
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("x", [
+        torch.randn(2, 3, 12, 8), torch.randn(2, 3, 13, 9), torch.randn(3, 12, 8), torch.randn(1, 12, 8, 3).permute(0, 3, 1, 2),
+    ])  # fmt: skip
+    def test_patches_are_embedded_as_by_a_convolution(self, x, bias):
+        plain = nn.Conv2d(3, 5, kernel_size=4, stride=4, bias=bias)
+        (fast,) = optimize_for_inference(nn.Sequential(copy.deepcopy(plain)))
+        assert type(fast) is not nn.Conv2d
+        torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+
+    @pytest.mark.parametrize(
+        "other", [{"padding": 1}, {"groups": 3}, {"dilation": 2}, {"stride": 2}, {"kernel_size": 1}]
+    )
+    def test_other_convolutions_stay_as_they_are(self, other):
+        layer = nn.Conv2d(3, 6, **{"kernel_size": 4, "stride": 4, **other})
+        assert type(optimize_for_inference(nn.Sequential(layer))[0]) is nn.Conv2d
+
     def test_weights_of_other_kinds_stay_as_they_are(self):
         class Quantised(torch.Tensor):
             pass

@@ -23,14 +23,15 @@ LABELS_AT_A_TIME = 256
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
-    """Makes the linear layers of a model compute float32 inference on CPUs with oneDNN's kernel, in place.
+    """Makes linear layers and patch embeddings compute float32 inference on CPUs with oneDNN's product, in place.
 
-    Plain torch takes MKL's there, which is slower on processors that are not Intel's. Both are exact to the order of
-    summation, and read the weights as they are at each call. With gradients, other dtypes, on other devices, under
-    autocast, and in graphs that are traced, compiled or exported, the layers compute what they did before.
+    Plain torch takes MKL's for linear layers, which is slower on processors that are not Intel's, and a convolution for
+    patches, which puts its weights in another order at each call. All are exact to the order of summation, and read the
+    weights as they are at each call. With gradients, other dtypes, on other devices, under autocast, and in graphs that
+    are traced, compiled or exported, the layers compute what they did before.
 
-    Layers of exactly the class `nn.Linear` with plain weights are changed. What looks for that class (quantisation,
-    counters of operations) comes before.
+    Layers of exactly the classes `nn.Linear` and `nn.Conv2d` (whose windows neither overlap nor leave gaps) with plain
+    weights are changed. What looks for these classes (quantisation, counters of operations) comes before.
 
     Returns:
         The same model, in evaluation mode.
@@ -43,33 +44,56 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
             module.__class__ = OneDNNLinear
+        elif type(module) is nn.Conv2d and type(module.weight) is nn.Parameter and _cuts_patches(module):
+            module.__class__ = OneDNNPatchEmbedding
     return model.eval()
+
+
+def _cuts_patches(layer: nn.Conv2d) -> bool:
+    """Whether the windows of a convolution lie side by side, so that it is a linear layer of each."""
+    plain = (layer.padding, layer.dilation, layer.groups) == ((0, 0), (1, 1), 1)
+    return plain and layer.kernel_size == layer.stride and min(layer.stride) > 1
 
 
 class OneDNNLinear(nn.Linear):
     """`nn.Linear` with oneDNN's kernel for what it can do; see `optimize_for_inference`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or not (x.dtype == self.weight.dtype == torch.float32)
-            or not (x.device.type == self.weight.device.type == "cpu")
-            or torch.is_autocast_enabled("cpu")
-            or torch.jit.is_tracing()
-            or type(x) is not Tensor
-            or type(self.weight) not in (nn.Parameter, Tensor)
-            or not x.numel()
-            or x.shape[-1] != self.in_features
-            or self._has_tangents(x)
-        ):
+        if not _can_take(self, x) or x.shape[-1] != self.in_features:
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
-    def _has_tangents(self, x: Tensor) -> bool:
-        """Whether derivatives are computed in forward mode, which the kernel would lose."""
-        values = (x, self.weight) if self.bias is None else (x, self.weight, self.bias)
-        return any(forward_ad.unpack_dual(value).tangent is not None for value in values)
+
+class OneDNNPatchEmbedding(nn.Conv2d):
+    """`nn.Conv2d` of windows side by side as one matrix product; see `optimize_for_inference`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = self.stride
+        fits = x.ndim == 4 and x.shape[1] == self.in_channels and not (x.shape[2] % height or x.shape[3] % width)
+        if not (fits and _can_take(self, x)):
+            return super().forward(x)
+        # (batch, channels, rows * height, columns * width) -> (batch, rows, columns, channels * height * width)
+        patches = x.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        embeds = torch.ops.mkldnn._linear_pointwise(patches, self.weight.flatten(1), self.bias, "none", [], "")
+        return embeds.permute(0, 3, 1, 2)
+
+
+def _can_take(layer: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
+    """Whether oneDNN's kernel computes what this layer would compute of `x`, derivatives and graphs included."""
+    return (
+        type(x) is Tensor
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and x.dtype == layer.weight.dtype == torch.float32
+        and x.device.type == layer.weight.device.type == "cpu"
+        and x.numel() > 0
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not any(
+            forward_ad.unpack_dual(v).tangent is not None for v in (x, layer.weight, layer.bias) if v is not None
+        )
+    )
 
 
 class ZeroShotImageClassificationPipeline(transformers.ZeroShotImageClassificationPipeline):
