@@ -1,5 +1,6 @@
 """Where model, tokenizer and image processor of a run come from, and what does not fit together."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from training_utils import caption, tiny_recipe
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, ViTConfig, ViTModel
 
 from hfclip import HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip.losses import LOSSES, Loss
 from training.config import Config, UsageError
 from training.data.batches import open_data as open_source
 from training.model import build_architecture, build_model, build_processor, resumed_from, suited_to
+from training.objectives.contrastive import Contrastive
 
 
 SCENES = {"train": "scenes", "max_samples": 200}
@@ -127,6 +130,20 @@ def test_sigmoid_loss_gets_siglips_initial_logits(tmp_path):
     assert build(recipe(tmp_path))[0].logit_bias is None
 
 
+def test_loss_needs_no_more_than_a_line_of_the_table(tmp_path, monkeypatch):
+    def matched(images, texts, scale, bias, *, group_id, exchange):
+        return -scale * (images * texts).sum(dim=1).mean() + bias
+
+    monkeypatch.setitem(LOSSES, "matched", Loss(matched, {"logit_scale": 0.5, "logit_bias": -1.0}))
+    config = recipe(tmp_path, optim={"loss": "matched"})
+    model, _ = build(config)
+    objective, embeds = Contrastive(config), 2 * (torch.eye(3),)
+    value = objective.loss(embeds, {name: getattr(model, name) for name in objective.scalars}, {})
+    assert value.item() == pytest.approx(-math.exp(0.5) - 1)
+    value.backward()
+    assert model.logit_scale.grad.item() == pytest.approx(-math.exp(0.5)) and model.logit_bias.grad == 1
+
+
 @pytest.mark.parametrize(
     ("model", "optim", "words"),
     [
@@ -141,6 +158,7 @@ def test_sigmoid_loss_gets_siglips_initial_logits(tmp_path):
         ({"tokenizer": "/no/such/merges.txt.gz"}, {}, ["tokenizer", "/no/such/merges.txt.gz"]),
         ({"patch_dropout": 0.5, "config": {"vision_config": {"model_type": "hfclip_resnet"}}}, {}, ["patch_dropout"]),
         ({"config": {"logit_bias_init_value": -1}}, {}, ["contrastive", "logit_bias", "sigmoid"]),
+        ({}, {"loss": "hinge"}, ["optim.loss", "'hinge'", "one of 'contrastive', 'sigmoid'"]),
     ],
 )
 def test_rejects_models_that_cannot_be_built(model, optim, words, tmp_path):
