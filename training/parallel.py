@@ -110,7 +110,7 @@ def full_optimizer_state(core: HFCLIPModel, optimizer: torch.optim.Optimizer, ke
 
 
 def load_optimizer_state(core: HFCLIPModel, optimizer: torch.optim.Optimizer, state: dict[str, dict]) -> None:
-    """Puts back what `full_optimizer_state` gave; each process takes its part."""
+    """Restores what `full_optimizer_state` gave; each process takes its part."""
     for name, parameter in core.named_parameters():
         if name in state:
             optimizer.state[parameter] = {key: shard_like(value, parameter) for key, value in state[name].items()}

@@ -34,7 +34,7 @@ from .phases import Phases
 from .report.timing import Stopwatch
 
 
-MOST_ON_DEVICE = 2 << 30  # bytes of the pictures of a batch that lie there while it is embedded in micro-batches
+MOST_ON_DEVICE = 2 << 30  # bytes of the images of a batch that lie there while it is embedded in micro-batches
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,7 +94,7 @@ class TrainingStep:
         return state
 
     def load_state(self, state: dict[str, dict]) -> None:
-        """Puts back what `state` gave; each process takes its part.
+        """Restores what `state` gave; each process takes its part.
 
         Raises:
             UsageError: if a moving average is asked for in the middle of a run.
@@ -152,7 +152,7 @@ class TrainingStep:
         return values.to(self.accelerator.device, non_blocking=True)
 
     def _summed_backward(self, parts: list[dict], scalars: list[Tensor]) -> Tensor:
-        """The loss that is a mean over pairs, its gradients summed over the parts and averaged over the processes."""
+        """Backward of a loss that is a mean over pairs: gradients summed over parts, then averaged over processes."""
         total = 0.0
         for part in parts:
             with nullcontext() if part is parts[-1] else parallel.no_sync(self.model):
@@ -172,7 +172,7 @@ class TrainingStep:
             return self.objective.embed(self.model, inputs)
 
     def _loss(self, *tensors: Tensor, inputs: dict) -> Tensor:
-        """The loss of embeddings and scalars; its gradients, averaged over the processes, are exact."""
+        """The objective's loss of embeddings, followed by its scalars."""
         first = len(tensors) - len(self.objective.scalars)
         scalars = dict(zip(self.objective.scalars, tensors[first:], strict=True))
         with self.watch.time("loss"):
@@ -262,7 +262,7 @@ def text_lengths(batch: dict[str, Tensor], config: HFCLIPConfig) -> list[int] | 
 
 
 def waits_on_host(values: Tensor) -> bool:
-    """Whether a tensor of the batch is too large to lie on the device beside a micro-batch: very many pictures."""
+    """Whether a tensor of the batch is too large to lie on the device beside a micro-batch: very many images."""
     return values.nbytes > MOST_ON_DEVICE
 
 

@@ -38,7 +38,7 @@ def cached_backward(
     first_pass: Callable[[], AbstractContextManager] = nullcontext,
     backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> Tensor:
-    """Adds the gradient of `loss` over all micro-batches together to the `grad` of every weight behind it.
+    """Adds the gradient of `loss` over all micro-batches together to the `grad` of every weight it depends on.
 
         def embed(batch):
             output = model(**batch, embeds_only=True)

@@ -1,4 +1,4 @@
-"""What a run minimises. An objective embeds and computes its loss; TrainingStep seeds, goes backwards, clips, updates.
+"""What a run minimises. An objective embeds and computes its loss; TrainingStep does the rest.
 
     contrastive.py     images and texts that find each other, by any loss of `hfclip.losses`
     teacher.py         the same beside a teacher that embeds live, or has stored its embeddings (stored.py)

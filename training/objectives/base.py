@@ -22,7 +22,7 @@ class Objective(ABC):
 
     @abstractmethod
     def embed(self, model: nn.Module, part: dict) -> tuple[Tensor, ...]:
-        """`(size, ...)` each, with normalised `pixel_values`; twice for the gradient cache. `model` may be wrapped."""
+        """Tensors `(size, ...)` of a part with normalised `pixel_values`. The gradient cache calls it twice for each."""
 
     def loss_inputs(self, parts: list[dict]) -> dict:
         """What `loss` reads beside the embeddings of these parts, computed once; `pixel_values` are still uint8."""

@@ -103,5 +103,5 @@ class StoredEmbeddings:
         return {IMAGES: F.normalize(images, dim=1), TEXTS: F.normalize(texts, dim=1)}
 
     def embed(self, part: dict) -> tuple[Tensor, Tensor]:
-        """Those of a part of a batch."""
+        """Embeddings of a part of a batch, images and texts."""
         return part[IMAGES], part[TEXTS]

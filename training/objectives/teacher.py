@@ -71,7 +71,7 @@ class Teacher:
         UsageError: if there is no such model, or its tokenizer would give other ids or its context is shorter.
     """
 
-    targets = None
+    targets = None  # it needs no further columns
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, precision: str):
         self.model, processor = load_teacher(name, device)

@@ -27,8 +27,8 @@ def contrastive_loss(
 
     The mean over all N pairs of the group of (image->text + text->image cross-entropy) / 2, computed in float32
     (float64 for float64 embeddings) whatever autocast says. The value is the same on every rank; gradients averaged
-    over the ranks are those of this value (see `hfclip.losses`). An input that requires no gradient, such as
-    the embeddings of a locked tower, costs none. Second derivatives are refused.
+    over the ranks are those of this value (see `hfclip.losses`). An input that requires no gradient, such as the
+    embeddings of a locked tower, costs none. Second derivatives are refused.
 
     Args:
         image_embeds: `(local_batch, dim)`, this rank's images, unit norm. The norm is trusted, not checked: a check
@@ -39,7 +39,7 @@ def contrastive_loss(
             initialised, else this process alone.
         group_id: `(local_batch,)` int64. Pairs with the same id, on any rank, are positives of each other, e.g. equal
             captions: the target of a row is uniform over its positives. If all ids differ, this is the plain loss.
-        exchange: how ranks come by each other's texts. "gather": every rank holds those of all. "ring": a rank holds
+        exchange: how ranks see each other's texts. "gather": every rank holds those of all. "ring": a rank holds
             those of two others at a time. Values agree to rounding.
 
     Returns:

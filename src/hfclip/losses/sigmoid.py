@@ -38,7 +38,7 @@ def sigmoid_loss(
 
 
 class _Sigmoid(torch.autograd.Function):
-    """The sum of softplus over all logits, those of positives with their sign turned."""
+    """Sum of softplus over all logits, those of positives with their sign flipped."""
 
     @staticmethod
     def forward(ctx, images, texts, scale, bias, ids: Tensor | None, batch: GlobalBatch) -> Tensor:

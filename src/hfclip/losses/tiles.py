@@ -88,6 +88,6 @@ def compute_gradients(
 
 
 def refuse_second_derivatives() -> None:
-    """Said aloud: torch's own `once_differentiable` lets a gradient penalty on the loss pass as zero."""
+    """Raises RuntimeError where torch's own `once_differentiable` lets a gradient penalty on the loss pass as zero."""
     if torch.is_grad_enabled():  # in a backward pass: with create_graph=True
         raise RuntimeError("the losses have no second derivatives: call backward or grad without create_graph=True.")
