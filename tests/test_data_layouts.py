@@ -4,9 +4,11 @@ import csv
 import gzip
 import io
 import json
+import pickle
 import tarfile
 import zipfile
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -201,6 +203,7 @@ READ = {
 
 @pytest.mark.parametrize("layout", READ)
 def test_layout_is_read(layout, tmp_path):
+    """By worker processes, too, to which a source is sent."""
     files, name, options = READ[layout]
     write(tmp_path / "data", files)
     source = open_source(str(tmp_path / "data" / name), cache_dir=tmp_path / "cache", **options)
@@ -210,6 +213,7 @@ def test_layout_is_read(layout, tmp_path):
     by_text = {sample.captions[0]: sample.image for sample in samples}
     if "images in" not in layout:
         assert [by_text[text] for text in TEXTS] == PHOTOS
+    assert pickle.loads(pickle.dumps(source))[2] == samples[2]
     assert len({sample.key for sample in samples}) == 3 or "tars in" in layout
 
 
@@ -307,7 +311,7 @@ LEFT_OUT = {
         {"missing image": (2, "9.jpg")},
     ),
     "images without a row": (
-        {**PAIRS, "9.jpg": PHOTOS[0], "metadata.csv": table(ROWS)},
+        {**IMAGES, "9.jpg": PHOTOS[0], "metadata.csv": table(ROWS)},
         "",
         {"no metadata": (1, "9.jpg")},
     ),
@@ -356,3 +360,74 @@ def test_what_is_not_used_is_counted_with_an_example(layout, tmp_path):
     assert source.skipped == {reason: count for reason, (count, _) in expected.items()}
     assert all(example in source.examples[reason] for reason, (_, example) in expected.items())
     assert all(f"{count} with {reason} (" in source.describe_skipped() for reason, (count, _) in expected.items())
+
+
+CLASSES = {f"{text}/x.jpg": data for text, data in zip(TEXTS, PHOTOS)}
+WITHOUT_CAPTIONS = {
+    "images": (IMAGES, ""),
+    "images of which some have a text": ({**IMAGES, "0.txt": TEXTS[0]}, ""),
+    "tar": ({"x.tar": tar({**IMAGES, "0.txt": TEXTS[0].encode()})}, "x.tar"),
+    "csv": ({**IMAGES, "x.csv": "image\n" + "\n".join(NAMES)}, "x.csv"),
+    "parquet": ({"x.parquet": parquet([{"image": data} for data in PHOTOS])}, "x.parquet"),
+    "zip": ({"x.zip": zipped(IMAGES)}, "x.zip"),
+}
+
+
+@pytest.mark.parametrize("layout", WITHOUT_CAPTIONS)
+def test_images_are_read_without_captions_where_none_are_required(layout, tmp_path):
+    files, name = WITHOUT_CAPTIONS[layout]
+    write(tmp_path / "data", files)
+    source = open_source(str(tmp_path / "data" / name), cache_dir=tmp_path / "cache", require_captions=False)
+    samples = [source[i] for i in range(len(source))]
+    assert [sample.image for sample in samples] == PHOTOS
+    has_text = "0.txt" in str(files) or layout == "tar"
+    assert [sample.captions for sample in samples] == [[TEXTS[0]] if has_text else [], [], []]
+
+
+@pytest.mark.parametrize("layout", ["class folders", "zip", "tar", "saved", "parquet"])
+def test_labels_are_read_and_their_names_are_captions(layout, tmp_path, capsys):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    labels = sorted(TEXTS)
+    rows = {"jpg": PHOTOS, "label": [labels.index(text) for text in TEXTS]}
+    files = {"zip": {"x.zip": zipped(CLASSES)}, "class folders": CLASSES}.get(layout, {})
+    if layout == "tar":
+        samples = dict(enumerate(zip(PHOTOS, rows["label"])))
+        members = {f"{i}.{kind}": d for i, (p, n) in samples.items() for kind, d in (("jpg", p), ("cls", b"%d" % n))}
+        files = {"x.tar": tar(members), "classnames.txt": "\n".join(labels)}
+    table = Dataset.from_dict(rows, Features({"jpg": Value("binary"), "label": ClassLabel(names=labels)}))
+    write(tmp_path / "data", files)
+    if layout == "saved":
+        table.save_to_disk(tmp_path / "data")
+    if layout == "parquet":
+        (tmp_path / "data").mkdir()
+        table.to_parquet(tmp_path / "data" / "x.parquet")
+    source = open_source(str(tmp_path / "data" / ("x.zip" if layout == "zip" else "")), cache_dir=tmp_path / "cache")
+    samples = sorted((source[i] for i in range(3)), key=lambda sample: sample.label)
+    assert source.labels == labels and sorted(source.label(i) for i in range(3)) == [0, 1, 2]
+    assert [(s.captions, s.label) for s in samples] == [([label], i) for i, label in enumerate(labels)]
+    assert [sample.image for sample in samples] == [PHOTOS[TEXTS.index(label)] for label in labels]
+    assert "captions (a blue dog" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.zip", "photos/", "photos", "x.parquet", "tars/"])
+def test_remote_layouts_are_read_through_fsspec(name, tmp_path):
+    write(tmp_path / "photos", PAIRS)
+    write(tmp_path, {"x.csv": table(rows_as("image", "text", "photos/")), "x.zip": zipped(PAIRS)})
+    write(tmp_path, {"x.parquet": parquet(STRUCTS), "tars/a/x.tar": tar(PAIRS)})
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path) + "/", "/data/", recursive=True)
+    try:
+        source = open_source(f"memory://data/{name}", cache_dir=tmp_path / "cache")
+        assert sorted((s.captions, s.image) for s in map(source.__getitem__, range(3))) == sorted(
+            ([text], photo) for text, photo in zip(TEXTS, PHOTOS)
+        )
+    finally:
+        store.rm("/data", recursive=True)
+
+
+def test_heic_is_read_with_the_extra(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="an extra")
+    pillow_heif.register_heif_opener()
+    write(tmp_path, {**{f"{i}.heic": photo(i, "HEIF") for i in range(3)}, "0.txt": "a cat"})
+    assert open_source(str(tmp_path))[0].captions == ["a cat"]

@@ -24,7 +24,7 @@ from PIL import Image
 from training_utils import caption, image_bytes, pairs, tiny_recipe, write_tar
 
 from hfclip import HFCLIPTokenizer
-from hfclip.data.samples import BadSample, caption_id
+from hfclip.data.samples import BadSample, Keys, caption_id
 from hfclip.data.shards import find_shards, patterns_of
 from hfclip.data.tars import files_of
 from hfclip.data.webdataset import ShardSource
@@ -115,7 +115,7 @@ def test_rank_slices_make_the_batch(num_ranks):
 
 
 def test_batches_are_the_same_for_any_ranks_and_workers(tmp_path):
-    source = ShardSource(find_shards(str(shards(tmp_path, 50)), tmp_path), None, tmp_path / "cache")
+    source = ShardSource(find_shards(str(shards(tmp_path, 50)), tmp_path), Keys(), tmp_path / "cache")
     alone = batches(config_of(tmp_path), source, stop=5)
     several = config_of(tmp_path, data={"num_workers": 2})
     split = [batches(several, source, stop=5, rank=rank, num_ranks=3) for rank in range(3)]

@@ -34,6 +34,7 @@ from training_utils import (
 
 from hfclip import HFCLIPTokenizer
 from hfclip.data.counts import count_shards, upload
+from hfclip.data.samples import Keys
 from hfclip.data.webdataset import ShardSource
 from training.config import Config, UsageError
 from training.data.batches import Collate, PairDataset, build_loader
@@ -231,7 +232,7 @@ def test_streamed_samples_are_those_of_local_shards(shards, tmp_path):
     with server(shards) as (address, requests):
         config = config_of(tmp_path, address + URL, shards)
         count_shards(config.data.train, tmp_path / "cache")
-        source, local = opened(config), ShardSource(sorted(shards.glob("*.tar")), None, tmp_path / "cache")
+        source, local = opened(config), ShardSource(sorted(shards.glob("*.tar")), Keys(), tmp_path / "cache")
         requests.clear()
         assert len(source) == len(local) and source.skipped == local.skipped
         assert [source[i] for i in range(len(local))] == [local[i] for i in range(len(local))]

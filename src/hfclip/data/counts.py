@@ -20,14 +20,14 @@ from .shards import (
     CACHE,
     NUM_THREADS,
     check_space,
-    in_threads,
-    look_up_all,
+    list_remote_tars,
     make_folder,
+    map_in_threads,
     patterns_of,
     temporary_file,
 )
 from .stores import fetch, open_store, reason
-from .tars import index_tar, usable
+from .tars import index_tar, select_samples
 
 
 class CountedShard(NamedTuple):
@@ -50,7 +50,7 @@ def count_shards(url: str, cache: Path) -> tuple[Path, list[CountedShard]]:
     known = {shard[:2]: shard for file in (path, partial) for shard in _read(file)}
     make_folder(path.parent)
     try:
-        files, shards = look_up_all(patterns_of(url))
+        files, shards = list_remote_tars(patterns_of(url))
         shards = [shard[:2] for shard in shards]
         todo = [shard for shard in shards if shard not in known]
         largest = sorted((size or 0 for _, size in todo), reverse=True)[:NUM_THREADS]
@@ -58,7 +58,7 @@ def count_shards(url: str, cache: Path) -> tuple[Path, list[CountedShard]]:
         stop = threading.Event()
         with open(partial, "a", encoding="utf-8") as lines:
             lines.write("\n")  # ends the line at which a killed process may have stopped
-            for counted in in_threads(_counter(files, path.parent, lines, stop), todo, "counting samples", stop):
+            for counted in map_in_threads(_counter(files, path.parent, lines, stop), todo, "counting samples", stop):
                 known[counted.path, counted.size] = counted
     except UsageError:
         raise
@@ -90,7 +90,7 @@ def _counter(files: fsspec.AbstractFileSystem, folder: Path, lines, stop: thread
             fetch(files, path, size, temporary, UntilStopped())
             members, damage = index_tar(temporary)
             size = temporary.stat().st_size
-        both = [usable(members, key, damage) for key in (None, "any")]
+        both = [select_samples(members, key, damage) for key in (None, "any")]
         counted = CountedShard(path, size, [len(samples) for samples, _, _ in both], [left for _, left, _ in both])
         with lock:
             lines.write(json.dumps(counted) + "\n")

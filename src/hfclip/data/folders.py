@@ -6,13 +6,13 @@ from typing import Any
 
 from ..errors import UsageError
 from .files import CLASS_NAMES, Files, read_lines
-from .records import IMAGE_KEYS, find_columns, read_records
+from .records import find_columns, read_records
 from .samples import (
-    CAPTION_KEYS,
     HELD_OUT,
     HOW_CAPTIONS_ARE_GIVEN,
     IMAGE_ENDINGS,
     BadSample,
+    Keys,
     Sample,
     Source,
     caption_list,
@@ -66,6 +66,8 @@ class FileSource(Source):
         value = self.about[index]
         if self.labels:
             return [self.labels[value]]
+        if value is None and self.beside:
+            return []
         if not self.beside:
             return caption_list(value)
         data = self._read(value, "caption")
@@ -99,40 +101,39 @@ def ending(name: str) -> str:
     return name.lower().rpartition(".")[2]
 
 
-def open_folder(files: Files, names: list[str], image_key: str | None, caption_key: str | None) -> FileSource:
+def open_folder(files: Files, names: list[str], keys: Keys) -> FileSource:
     """Image files below a folder or in a zip, by what gives their captions.
 
     Args:
         names: of the files that are meant.
 
     Raises:
-        UsageError: if there are no images or no captions.
+        UsageError: if there are no images or, where they are required, no captions.
     """
     images = [name for name in names if ending(name) in IMAGE_ENDINGS]
-    metadata = [name for name in names if posixpath.basename(name) in METADATA]
-    if metadata:
-        source = open_tables(files, metadata, image_key, caption_key, set(images))
-        listed = set(source.images)
-        for name in images:
-            if name not in listed:
-                source.skip("no metadata", name)
+    if metadata := [name for name in names if posixpath.basename(name) in METADATA]:
+        source = open_tables(files, metadata, keys, set(images))
+        _skip_rest(source, names, {*source.images, *metadata}, image="no metadata", text="other format")
         return source
     if not images:
-        kinds = sorted({f".{ending(name)}" for name in names})[:8]
+        kinds = " ".join(sorted({f".{ending(name)}" for name in names})[:8])
         raise UsageError(
-            f"{str(files)!r} holds no images ({len(names)} files, {' '.join(kinds) or 'none'}), expected tars, parquet "
-            f"files or images ({' '.join(IMAGE_ENDINGS)})."
+            f"{str(files)!r} holds no images ({len(names)} files, {kinds}), expected tars, parquet files or images "
+            f"({' '.join(IMAGE_ENDINGS)})."
         )
-    if source := _open_pairs(files, names, images, caption_key):
+    if source := _open_pairs(files, names, images, keys):
         return source
     if tables := [name for name in names if "/" not in name and ending(name) in TABLES]:
-        return open_tables(files, tables, image_key, caption_key)
-    return _open_classes(files, names, images)
+        return open_tables(files, tables, keys)
+    folders = _top_folders(files, names)
+    if len(folders) > 1 and all("/" in name for name in images):
+        return _open_classes(files, names, images, sorted(folders))
+    if keys.required:
+        raise UsageError(f"{str(files)!r}: found {len(images)} images without captions. {HOW_CAPTIONS_ARE_GIVEN}")
+    return FileSource(files, images, [[]] * len(images))
 
 
-def open_tables(
-    files: Files, names: list[str], image_key: str | None, caption_key: str | None, known: set[str] | None = None
-) -> FileSource:
+def open_tables(files: Files, names: list[str], keys: Keys, known: set[str] | None = None) -> FileSource:
     """The rows of tables, whose images are named relative to the table.
 
     Args:
@@ -141,80 +142,77 @@ def open_tables(
     Raises:
         UsageError: for a file that is not read, without the columns, or whose images are URLs.
     """
-    images, captions, skipped = [], [], []
+    source = FileSource(files, [], [])
     for name in names:
-        where = f"{files}/{name}"
+        where, folder = f"{files}/{name}", posixpath.dirname(name)
         try:
             with files.open(name) as data, io.TextIOWrapper(data, "utf-8-sig", "surrogateescape", "") as file:
-                columns, rows = read_records(file, name, (image_key, caption_key, *IMAGE_KEYS, *CAPTION_KEYS))
-                image_column, caption_column = find_columns(columns, image_key, caption_key, where)
+                columns, rows = read_records(file, name, keys)
+                image_column, caption_column = find_columns(columns, keys, where)
                 for row in rows:
                     if isinstance(row, str):
-                        skipped.append(("broken row", f"{name}, {row}"))
+                        source.skip("broken row", f"{name}, {row}")
                         continue
-                    image, caption = row.get(image_column), row.get(caption_column)
-                    path = posixpath.join(posixpath.dirname(name), image) if image and isinstance(image, str) else None
+                    image = row.get(image_column)
+                    path = posixpath.join(folder, image) if image and isinstance(image, str) else None
                     if path is None or known is not None and (path := posixpath.normpath(path)) not in known:
-                        skipped.append(("missing image", f"{name}: {image!r:.80}"))
+                        source.skip("missing image", f"{name}: {image!r:.80}")
                         continue
-                    images.append(path)
-                    captions.append(caption)
+                    source.images.append(path)
+                    source.about.append(row.get(caption_column) if caption_column else [])
         except UsageError:
             raise
         except Exception as error:  # of parsers and stores
             raise UsageError(f"{where!r} cannot be read: {type(error).__name__}: {error}") from error
-    if images and all("://" in image for image in images[:8]):
+    source.length = len(source.images)
+    if source.images and all("://" in image for image in source.images[:8]):
         raise UsageError(
-            f"{where!r} names images by URLs ({images[0]}), expected files. Fetch them once, with img2dataset for "
+            f"{where!r} names images by URLs ({source.images[0]}), expected files. Fetch them once, with img2dataset for "
             "example, and name the folder that it makes."
         )
-    source = FileSource(files, images, captions)
-    for reason, example in skipped:
-        source.skip(reason, example)
     return source
 
 
-def _open_pairs(files: Files, names: list[str], images: list[str], caption_key: str | None) -> FileSource | None:
+def _open_pairs(files: Files, names: list[str], images: list[str], keys: Keys) -> FileSource | None:
     """Images with a .txt or .json of their name beside them; None if there is none of these."""
-    endings = ("json",) if caption_key else ("json", "txt")  # the last one counts
+    endings = ("json",) if keys.caption else ("json", "txt")  # the last one counts
     texts = {name.rpartition(".")[0]: name for kind in endings for name in names if ending(name) == kind}
     partners = [texts.get(name.rpartition(".")[0]) or texts.get(name) for name in images]
     if not any(partners):
         return None
-    pairs = [(image, text) for image, text in zip(images, partners, strict=True) if text]
-    source = FileSource(files, *map(list, zip(*pairs)), beside=True, caption_key=caption_key)
-    for image, text in zip(images, partners, strict=True):
-        if not text:
-            source.skip("missing caption", image)
-    used = {name.rpartition(".")[0] for name in images} | set(images)
-    for name in names:
-        stem, kind = name.rpartition(".")[0], ending(name)
-        if stem not in used or kind not in ("txt", "json", *IMAGE_ENDINGS):
-            source.skip("missing image" if kind in ("txt", "json") else "other format", name)
+    kept = [(image, text) for image, text in zip(images, partners, strict=True) if text or not keys.required]
+    source = FileSource(files, *map(list, zip(*kept)), beside=True, caption_key=keys.caption)
+    stems = {*images, *(image.rpartition(".")[0] for image in images)}
+    used = {name for name in names if ending(name) in ("txt", "json") and name.rpartition(".")[0] in stems}
+    _skip_rest(source, names, used.union(source.images))
     return source
 
 
-def _open_classes(files: Files, names: list[str], images: list[str]) -> FileSource:
+def _open_classes(files: Files, names: list[str], images: list[str], folders: list[str]) -> FileSource:
     """A folder per class, whose names are the captions, too."""
-    folders = _top_folders(files, names)
-    if len(folders) < 2 or any("/" not in name for name in images):
-        raise UsageError(f"{str(files)!r}: found {len(images)} images without captions. {HOW_CAPTIONS_ARE_GIVEN}")
     labels = files.folder and read_lines(files.folder, CLASS_NAMES)
     if labels and len(labels) != len(folders):
         raise UsageError(
             f"{CLASS_NAMES} has {len(labels)} lines but {files} {len(folders)} subfolders: expected as many."
         )
-    numbers = {folder: number for number, folder in enumerate(sorted(folders))}
-    labels = labels or [folder.replace("_", " ") for folder in numbers]
+    labels = labels or [folder.replace("_", " ") for folder in folders]
     say(f"{files}: the names of {len(labels)} class folders are the captions ({', '.join(labels[:3])} ...).")
+    numbers = {folder: number for number, folder in enumerate(folders)}
     source = FileSource(files, images, [numbers[name.partition("/")[0]] for name in images], labels=labels)
-    used = set(images)
-    for folder in sorted(folders - {name.partition("/")[0] for name in images}):
+    for folder in sorted(set(folders) - {name.partition("/")[0] for name in images}):
         source.skip("class without images", folder)
-    for name in names:
-        if name not in used and "/" in name:
-            source.skip("other format", name)
+    _skip_rest(source, [name for name in names if "/" in name], set(images), text="other format")
     return source
+
+
+def _skip_rest(
+    source: Source, names: list[str], used: set[str], image: str = "missing caption", text: str = "missing image"
+) -> None:
+    """Counts the files that are not used, by what they are."""
+    for name in names:
+        if name not in used:
+            kind = ending(name)
+            source.skip(image if kind in IMAGE_ENDINGS else text if kind in ("txt", "json") else "other format", name)
 
 
 def _top_folders(files: Files, names: list[str]) -> set[str]:

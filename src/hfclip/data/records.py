@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 
 from ..errors import UsageError
-from .samples import CAPTION_KEYS
+from .samples import CAPTION_KEYS, Keys
 
 
 IMAGE_KEYS = (
@@ -28,12 +28,12 @@ SEPARATORS = (",", "\t", ";", "|")
 Row = dict | str  # of a broken one, where it is
 
 
-def read_records(file: io.TextIOWrapper, name: str, keys: tuple[str | None, ...]) -> tuple[list[str], Iterator[Row]]:
+def read_records(file: io.TextIOWrapper, name: str, keys: Keys) -> tuple[list[str], Iterator[Row]]:
     """The columns of a table and its rows; of a row that is broken, where it is.
 
     Args:
         name: of the file, whose ending says what it is.
-        keys: names of columns that are looked for, by which the separator of a csv file is told.
+        keys: which columns are looked for, by which the separator of a csv file is told.
     """
     kind = name.lower().rpartition(".")[2]
     if kind == "parquet":
@@ -48,10 +48,10 @@ def read_records(file: io.TextIOWrapper, name: str, keys: tuple[str | None, ...]
     return list(first), itertools.chain([first] if first else [], rows)
 
 
-def _read_csv(file: io.TextIOWrapper, keys: tuple[str | None, ...]) -> tuple[list[str], Iterator[Row]]:
-    header = file.readline()
+def _read_csv(file: io.TextIOWrapper, keys: Keys) -> tuple[list[str], Iterator[Row]]:
+    header, looked_for = file.readline(), {keys.image, keys.caption, *IMAGE_KEYS, *CAPTION_KEYS}
     readings = {separator: next(csv.reader([header], delimiter=separator), []) for separator in SEPARATORS}
-    separator = max(SEPARATORS, key=lambda sign: (len(set(readings[sign]) & set(keys)), len(readings[sign])))
+    separator = max(SEPARATORS, key=lambda sign: (len(looked_for.intersection(readings[sign])), len(readings[sign])))
     columns = readings[separator]
     return columns, _csv_rows(csv.reader(file, delimiter=separator), columns)
 
@@ -82,17 +82,19 @@ def _read_lines(file: io.TextIOWrapper) -> Iterator[Row]:
             yield row if isinstance(row, dict) else f"line {number}: {line:.40}"
 
 
-def find_column(columns: list[str], asked: str | None, usual: tuple[str, ...], setting: str, name: str) -> str:
-    """The column that is asked for, or the first of the usual ones that is there. Raises UsageError."""
-    column = asked or next((key for key in usual if key in columns), None)
-    if column not in columns:
-        raise UsageError(
-            f"{name!r}: found the columns {columns}, expected {asked or ' or '.join(usual)}; set {setting} to the one "
-            f"that holds the {'captions' if setting == 'caption_key' else 'images'}."
-        )
-    return column
+def find_columns(columns: list[str], keys: Keys, name: str) -> tuple[str, str | None]:
+    """The columns of images and of captions: those that are asked for, else the first of the usual ones.
 
-
-def find_columns(columns: list[str], image_key: str | None, caption_key: str | None, name: str) -> tuple[str, str]:
-    image_key = find_column(columns, image_key, IMAGE_KEYS, "image_key", name)
-    return image_key, find_column(columns, caption_key, CAPTION_KEYS, "caption_key", name)
+    Raises:
+        UsageError: if there is none; for captions, if they are required.
+    """
+    found = []
+    for setting, asked, usual in (("image_key", keys.image, IMAGE_KEYS), ("caption_key", keys.caption, CAPTION_KEYS)):
+        column = asked or next((key for key in usual if key in columns), None)
+        if column not in columns and (column or setting == "image_key" or keys.required):
+            raise UsageError(
+                f"{name!r}: found the columns {columns}, expected {asked or ' or '.join(usual)}; set {setting} to the "
+                f"one that holds the {'captions' if setting == 'caption_key' else 'images'}."
+            )
+        found.append(column)
+    return found[0], found[1]

@@ -63,7 +63,7 @@ INVISIBLE = ("Cc", "Cf", "Mn", "Zl", "Zp", "Zs")  # in Unicode: control, format,
 
 
 class Sample(NamedTuple):
-    """An image as it is stored, with its captions."""
+    """An image as it is stored, with its captions, of which there may be none if they are not required."""
 
     image: bytes | Image.Image
     captions: list[str]
@@ -71,6 +71,15 @@ class Sample(NamedTuple):
     """Its name within the source."""
     label: int | None = None
     """The index of its class in `Source.labels`."""
+
+
+class Keys(NamedTuple):
+    """Under which names a source has its images and captions; None: the usual ones."""
+
+    image: str | None = None
+    caption: str | None = None
+    required: bool = True
+    """Whether samples without captions are left out."""
 
 
 class BadSample(Exception):

@@ -30,7 +30,7 @@ NUM_THREADS = 16  # that fetch and index shards: they wait for networks and disk
 SECONDS_TO_END = 5  # for those that are told to
 
 
-def in_threads(function: Callable, tars: Sequence, description: str, stop: threading.Event | None = None) -> list:
+def map_in_threads(function: Callable, tars: Sequence, description: str, stop: threading.Event | None = None) -> list:
     """The results of `function`, in order. The first exception, or Ctrl-C, ends all: what has not begun never does, and
     what is under way is told to end by `stop`, and not waited for if it does not."""
     stop, results, done, todo = stop or threading.Event(), [None] * len(tars), queue.SimpleQueue(), queue.SimpleQueue()
@@ -205,7 +205,7 @@ def _fetch_shards(urls: list[str], cache: Path) -> list[Path]:
             was fetched until then stays.
     """
     try:
-        files, shards = look_up_all(urls)
+        files, shards = list_remote_tars(urls)
         found = [(shard, _local_name(files, shard.path, cache)) for shard in shards]
         missing = [(shard, local) for shard, local in found if not _is_fetched(shard, local)]
         if missing:
@@ -219,7 +219,7 @@ def _fetch_shards(urls: list[str], cache: Path) -> list[Path]:
         raise UsageError(f"{urls[0]!r} cannot be fetched: {reason(error)}") from error
 
 
-def look_up_all(urls: list[str]) -> tuple[fsspec.AbstractFileSystem, list[RemoteFile]]:
+def list_remote_tars(urls: list[str]) -> tuple[fsspec.AbstractFileSystem, list[RemoteFile]]:
     """The store, and the tars in it that URLs without braces name; none if they name something else."""
     if len(protocols := set(map(_protocol, urls))) > 1:
         raise UsageError(f"{urls[0]!r}: found URLs of {' and '.join(sorted(protocols))}, expected those of one store.")
@@ -227,7 +227,7 @@ def look_up_all(urls: list[str]) -> tuple[fsspec.AbstractFileSystem, list[Remote
     if 0 < len(others) < len(urls):
         raise UsageError(f"{others[0]!r} names no tars, but {urls[0]!r} does. Give data of one kind.")
     paths = [] if others else [path for url in urls for path in paths_of(files, url)]
-    return files, in_threads(partial(look_up, files), paths, "looking up shards")
+    return files, map_in_threads(partial(look_up, files), paths, "looking up shards")
 
 
 def _local_name(files: fsspec.AbstractFileSystem, path: str, cache: Path) -> Path:
@@ -278,7 +278,7 @@ def _fetch_all(files: fsspec.AbstractFileSystem, shards: list[tuple[RemoteFile, 
     stop = threading.Event()
     total = sum(shard.size or 0 for shard, _ in shards) or None
     with tqdm(total=total, desc="bytes", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        in_threads(lambda shard: _fetch(files, *shard, _Progress(bar, stop)), shards, "fetching shards", stop)
+        map_in_threads(lambda shard: _fetch(files, *shard, _Progress(bar, stop)), shards, "fetching shards", stop)
 
 
 class _Progress(fsspec.Callback):

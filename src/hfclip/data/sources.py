@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..image_processing_hfclip import open_image
 from .files import Files
 from .folders import SPLITS, TABLES, choose_split, ending, open_folder, open_tables
-from .samples import HOW_CAPTIONS_ARE_GIVEN, IMAGE_ENDINGS, BadSample, Sample, Source, decoding, not_blank
+from .samples import HOW_CAPTIONS_ARE_GIVEN, IMAGE_ENDINGS, BadSample, Keys, Sample, Source, decoding, not_blank
 from .scenes import Scenes
 from .shards import CACHE, COMPRESSED, find_shards, patterns_of, refuse_compressed
 from .stores import reason
@@ -35,6 +35,7 @@ def open_source(
     split: str | None = None,
     image_key: str | None = None,
     caption_key: str | None = None,
+    require_captions: bool = True,
     max_samples: int | None = None,
     image_size: int = 224,
     cache_dir: str | os.PathLike = CACHE,
@@ -49,7 +50,8 @@ def open_source(
         image_key: column of the images in a table. None: the usual names, whichever is there.
         caption_key: column of the captions, or their key in .json members of tars. None: .txt members, else the usual
             names.
-        max_samples: uses only the first so many samples; of a mixture, those of each source.
+        require_captions: leaves out samples without captions. If not, such a sample has an empty list of them.
+        max_samples: uses only this number of samples, the first ones; of a mixture, those of each source.
         image_size: side in pixels of the built-in scenes.
         cache_dir: where remote files and the indices of tars are kept.
         disk: gigabytes of remote tars that are kept at a time (`StreamSource`). None: all are fetched first.
@@ -57,35 +59,36 @@ def open_source(
     Raises:
         UsageError: where nothing usable is found, or a weight is not a number above 0.
     """
-    options = dict(image_key=image_key, caption_key=caption_key, max_samples=max_samples, cache_dir=cache_dir)
-    cache = Path(cache_dir).expanduser()
+    cache, keys = Path(cache_dir).expanduser(), Keys(image_key, caption_key, require_captions)
     if isinstance(name, Mapping):
         if disk is not None:
             raise UsageError("disk: found a mixture, expected one URL of tars. Unset it, or name one source.")
         _check_weights(name)
-        sources = {str(key): open_source(str(key), split=split, image_size=image_size, **options) for key in name}
+        options = dict(zip(("image_key", "caption_key", "require_captions"), keys, strict=True))
+        options |= dict(split=split, max_samples=max_samples, image_size=image_size, cache_dir=cache_dir)
+        sources = {str(key): open_source(str(key), **options) for key in name}
         return MixtureSource(sources, list(name.values()))
     if name == "scenes" and disk is None:
         return SceneSource(split or "test", image_size, max_samples or NUM_SCENES)
     if disk is not None:
         source = StreamSource(name, caption_key, cache, int(disk * 1e9))
     else:
-        source = _open(name, split, image_key, caption_key, cache)
+        source = _open(name, split, keys, cache)
     if len(source) == 0:
         raise UsageError(
             f"{name!r} holds no usable pair of image and caption. Left out: {source.describe_skipped() or 'nothing'}. "
             f"{HOW_CAPTIONS_ARE_GIVEN}"
         )
     if disk is None:
-        _check_some(name, source)
+        _check_some(name, source, require_captions)
     source.length = min(source.length, max_samples or source.length)
     return source
 
 
-def _open(name: str, split: str | None, image_key: str | None, caption_key: str | None, cache: Path) -> Source:
+def _open(name: str, split: str | None, keys: Keys, cache: Path) -> Source:
     """What is read in place, by the kind of what is there."""
     if shards := find_shards(name, cache):
-        return ShardSource(shards, caption_key, cache)
+        return ShardSource(shards, keys, cache)
     places = list(itertools.chain(*map(_matching, patterns_of(name))))
     kinds = sorted({_kind_of(place) for place in places})
     if len(kinds) > 1 or len(places) > 1 and kinds[0] not in (*TABLES, "parquet"):
@@ -95,15 +98,15 @@ def _open(name: str, split: str | None, image_key: str | None, caption_key: str 
         )
     kind, place = kinds[0], places[0]
     if kind == "hub":
-        return open_hub(place, split, image_key, caption_key)
+        return open_hub(place, split, keys)
     if kind == "parquet":
-        return open_parquet(places, image_key, caption_key)
+        return open_parquet(places, keys)
     if kind in TABLES:
-        root = posixpath.dirname(place) if len(places) == 1 else os.path.commonpath(map(posixpath.dirname, places))
-        names = [posixpath.relpath(table, root) if root else table for table in places]
-        return open_tables(Files(root), names, image_key, caption_key)
+        root = os.path.commonprefix([posixpath.dirname(table) + "/" for table in places]).rpartition("/")[0]
+        root = root if posixpath.dirname(place) else "."
+        return open_tables(Files(root), [table.removeprefix(f"{root}/") for table in places], keys)
     try:
-        return _open_folder(Files(place), split, image_key, caption_key, cache)
+        return _open_folder(Files(place), split, keys, cache)
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise UsageError(f"{name!r} cannot be read: {reason(error)}") from error
 
@@ -118,49 +121,43 @@ def _matching(pattern: str) -> list[str]:
 def _kind_of(place: str) -> str:
     """What is there: a table by its ending, "zip", "folder" or "hub". Raises UsageError where nothing is."""
     kind, is_url = ending(place), "://" in place
-    if (
-        is_url
-        and (kind in (*TABLES, "zip") or place.endswith("/"))
-        or os.path.isfile(place)
-        and kind in (*TABLES, "zip")
-    ):
-        return kind if kind in (*TABLES, "zip") else "folder"
-    if os.path.isdir(place):
+    if os.path.isdir(place) or is_url and kind not in (*TABLES, "zip"):
         return "folder"
+    if (is_url or os.path.exists(place)) and kind in (*TABLES, "zip"):
+        return kind
     if os.path.exists(place):
-        hint = "Name the folder that holds it." if kind in IMAGE_ENDINGS else ""
-        raise UsageError(f"{place!r} is a file that is not read, expected one of {', '.join(READ)}. {hint}".rstrip())
+        hint = " Name the folder that holds it." if kind in IMAGE_ENDINGS else ""
+        raise UsageError(f"{place!r} is a file that is not read, expected one of {', '.join(READ)}.{hint}")
     # "owner/name" may be on the Hub; but not if "owner" is a folder here.
     looks_local = place.startswith((".", "/", "~")) or place.count("/") > 1 or os.path.isdir(os.path.dirname(place))
-    if not is_url and (looks_local or kind in (*TABLES, "zip")):
+    if looks_local or kind in (*TABLES, "zip"):
         raise UsageError(f"{place!r}: found neither a file nor a folder there.")
     return "hub"
 
 
-def _open_folder(
-    files: Files, split: str | None, image_key: str | None, caption_key: str | None, cache: Path
-) -> Source:
+def _open_folder(files: Files, split: str | None, keys: Keys, cache: Path) -> Source:
+    """What a folder or zip holds."""
     base, _, part = (split or "").partition("[")
     names = files.names()
     if not names:
         raise UsageError(f"{str(files)!r} is empty, expected tars, parquet files, or images with captions.")
     if files.folder is not None and "README.md" in names and _tells_files(files.read("README.md")):
-        return open_hub(files.place, split, image_key, caption_key)
+        return open_hub(files.place, split, keys)
     files, names = choose_split(files, names, base or None)
     kinds = {ending(name) for name in names}
     if "tar" in kinds:
         shards = [f"{files}/{name}" for name in names if ending(name) == "tar"]
         if files.is_zip:
             raise UsageError(f"{str(files)!r} holds tars in a zip file. Unpack it: `unzip {files.place}`.")
-        return ShardSource(find_shards("::".join(shards), cache), caption_key, cache)
+        return ShardSource(find_shards("::".join(shards), cache), keys, cache)
     if kinds & set(COMPRESSED) and not kinds & set(IMAGE_ENDINGS):
         for name in names:
             refuse_compressed(f"{files}/{name}")
     if "arrow" in kinds and files.folder is not None and "state.json" in map(posixpath.basename, names):
-        return open_saved(str(files), base or None, image_key, caption_key)
+        return open_saved(str(files), base or None, keys)
     if "parquet" in kinds and not kinds & set(IMAGE_ENDINGS) and files.folder is not None:
-        return open_parquet_folder(str(files), split, image_key, caption_key)
-    source = open_folder(files, names, image_key, caption_key)
+        return open_parquet_folder(str(files), split, keys)
+    source = open_folder(files, names, keys)
     return source.cut(split, base if posixpath.basename(files.below) in SPLITS else "train") if part else source
 
 
@@ -169,13 +166,13 @@ def _tells_files(card: bytes) -> bool:
     return card.startswith(b"---") and b"data_files:" in card.split(b"\n---")[0]
 
 
-def _check_some(name: str, source: Source) -> None:
+def _check_some(name: str, source: Source, require_captions: bool) -> None:
     """Refuses a source of which no sample is usable, judged by a few, with the reason of the first one."""
     problems = []
     for index in range(0, len(source), max(len(source) // NUM_PROBED, 1))[:NUM_PROBED]:
         try:
             sample = source[index]
-            if not not_blank(sample.captions):
+            if require_captions and not not_blank(sample.captions):
                 raise BadSample("empty caption")
             with decoding(sample.image):
                 open_image(sample.image)

@@ -63,7 +63,7 @@ def paths_of(files: fsspec.AbstractFileSystem, url: str) -> list[str]:
     path = files._strip_protocol(url + "*.tar" if url.endswith("/") else url)
     if not glob.has_magic(path):
         return [path]
-    found = persist(lambda: sorted(files.glob(path)), url)
+    found = retry(lambda: sorted(files.glob(path)), url)
     if not found and not url.endswith("/"):
         raise FileNotFoundError(f"nothing there matches {url}")
     return found
@@ -84,7 +84,7 @@ def look_up(files: fsspec.AbstractFileSystem, path: str) -> RemoteFile:
             raise _as_meant(error) from error
         return RemoteFile(path, info.get("size"), str(info.get("ETag") or info.get("Last-Modified") or ""))
 
-    return persist(once, path)
+    return retry(once, path)
 
 
 def _as_meant(error: FileNotFoundError) -> Exception:
@@ -95,12 +95,12 @@ def _as_meant(error: FileNotFoundError) -> Exception:
     return PermissionError(str(error.__cause__)) if status in (401, 403) else error.__cause__
 
 
-def persist(action: Callable[[], Result], path: str) -> Result:
+def retry(action: Callable[[], Result], path: str) -> Result:
     """The result of `action`, called until it gets through, after longer and longer waits.
 
     Raises:
         FileNotFoundError, PermissionError, InterruptedError, UsageError: at once.
-        OSError: after so many attempts.
+        OSError: after `ATTEMPTS` attempts.
     """
     for attempt in range(1, ATTEMPTS):
         try:
@@ -133,7 +133,7 @@ def fetch(
     Raises:
         FileNotFoundError, PermissionError, InterruptedError: at once.
         ChangedFile: if it has another size than `size`.
-        OSError: after so many attempts.
+        OSError: after `ATTEMPTS` attempts.
     """
     local.touch()
     attempts = attempts or ATTEMPTS

@@ -19,7 +19,7 @@ from .counts import command, read_counts
 from .samples import Source
 from .shards import locked, make_folder, patterns_of
 from .stores import ChangedFile, fetch, open_store, reason
-from .tars import MEMBERS, index_tar, usable
+from .tars import MEMBERS, index_tar, select_samples
 from .webdataset import ShardSource
 
 
@@ -246,7 +246,7 @@ class StreamSource(ShardSource):
         shard = self._shard_of(index)
         rows = self.rows.pop(shard, None)
         if rows is None:
-            rows, _, _ = usable(self.cache.members(shard), self.key, set())
+            rows, _, _ = select_samples(self.cache.members(shard), self.key, set())
             if len(rows) != self.counts[shard]:
                 raise UsageError(
                     f"{self.shards[shard]} has {len(rows)} usable pairs, but had {self.counts[shard]} when they were "

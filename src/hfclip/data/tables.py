@@ -9,9 +9,9 @@ from typing import Any
 import fsspec
 
 from ..errors import UsageError
-from .records import IMAGE_KEYS, find_column
-from .samples import CAPTION_KEYS, HELD_OUT, BadSample, Sample, Source, caption_list, say
-from .shards import in_threads
+from .records import find_columns
+from .samples import HELD_OUT, BadSample, Keys, Sample, Source, caption_list, say
+from .shards import map_in_threads
 from .stores import reason
 
 
@@ -22,21 +22,19 @@ class TableSource(Source):
         folder: where the paths in it begin.
     """
 
-    def __init__(self, table, image_key: str | None, caption_key: str | None, name: str, folder: str = ""):
+    def __init__(self, table, keys: Keys, name: str, folder: str = ""):
         from datasets import ClassLabel, Image
 
         super().__init__()
-        columns, self.folder = table.column_names, folder
+        self.folder = folder
         self.label_key = next((key for key, kind in table.features.items() if isinstance(kind, ClassLabel)), None)
         self.labels = self.label_key and [label.replace("_", " ") for label in table.features[self.label_key].names]
-        self.image_key = find_column(columns, image_key, IMAGE_KEYS, "image_key", name)
-        self.caption_key = self.label_key
-        if caption_key or self.label_key is None or set(columns) & set(CAPTION_KEYS):
-            self.caption_key = find_column(columns, caption_key, CAPTION_KEYS, "caption_key", name)
-        else:
+        keys = keys._replace(required=keys.required and not self.labels)
+        self.image_key, self.caption_key = find_columns(table.column_names, keys, name)
+        if self.labels and self.caption_key is None:
             say(f"{name}: the names of the classes in {self.label_key!r} are the captions ({self.labels[0]} ...).")
-        self.texts = table.select_columns(list({self.caption_key, self.label_key} - {None}))
-        self.table = table.select_columns([self.image_key, *self.texts.column_names])
+        texts = [key for key in (self.caption_key, self.label_key) if key]
+        self.texts, self.table = table.select_columns(texts), table.select_columns([self.image_key, *texts])
         if isinstance(table.features[self.image_key], Image):
             self.table = self.table.cast_column(self.image_key, Image(decode=False))
         self.length = len(table)
@@ -65,10 +63,10 @@ class TableSource(Source):
         return number if number is not None and number >= 0 else None
 
     def _captions(self, row: dict) -> list[str]:
-        if self.caption_key != self.label_key:
+        if self.caption_key:
             return caption_list(row[self.caption_key])
         number = self._label(row)
-        return caption_list(number if number is None else self.labels[number])
+        return [] if number is None else [self.labels[number]]
 
     def _read(self, path: str) -> bytes:
         if "://" in path:
@@ -88,7 +86,7 @@ def _row(table, index: int) -> dict[str, Any]:
         raise BadSample("unreadable caption") from error
 
 
-def open_parquet(paths: list[str], image_key: str | None, caption_key: str | None) -> TableSource:
+def open_parquet(paths: list[str], keys: Keys) -> TableSource:
     """The rows of parquet files; files that are damaged or lack the columns are left out and counted.
 
     Raises:
@@ -96,13 +94,12 @@ def open_parquet(paths: list[str], image_key: str | None, caption_key: str | Non
     """
     from datasets import load_dataset
 
-    found = dict(zip(paths, in_threads(_columns_in, paths, "reading headers"), strict=True))
+    found = dict(zip(paths, map_in_threads(_columns_in, paths, "reading headers"), strict=True))
     tables = {path: columns for path, columns in found.items() if isinstance(columns, list)}
     if not tables:
         raise UsageError(f"{paths[0]!r} cannot be read as a parquet file: {reason(found[paths[0]])}")
     first = next(iter(tables.values()))
-    needed = {find_column(first, image_key, IMAGE_KEYS, "image_key", next(iter(tables)))}
-    needed |= {caption_key} & set(first) or set([key for key in CAPTION_KEYS if key in first][:1])
+    needed = {*find_columns(first, keys._replace(required=False), next(iter(tables)))} - {None}
     good = [path for path, columns in tables.items() if needed <= set(columns)]
     shared = [column for column in first if all(column in tables[path] for path in good)]
     options = {} if all(tables[path] == first for path in good) else {"columns": shared}
@@ -111,11 +108,11 @@ def open_parquet(paths: list[str], image_key: str | None, caption_key: str | Non
     except Exception as error:  # of datasets and pyarrow
         whole = [path for path in good if _is_whole(path)]
         if 0 < len(whole) < len(good):
-            source, good = open_parquet(whole, image_key, caption_key), whole
+            source, good = open_parquet(whole, keys), whole
         else:
             raise UsageError(f"{paths[0]!r} cannot be loaded: {reason(error.__cause__ or error)}") from error
     else:
-        source = TableSource(table, image_key, caption_key, paths[0], posixpath.dirname(paths[0]))
+        source = TableSource(table, keys, paths[0], posixpath.dirname(paths[0]))
     for path in set(paths) - set(good):
         source.skip("other columns" if path in tables and not needed <= set(tables[path]) else "damaged file", path)
     return source
@@ -141,16 +138,16 @@ def _is_whole(path: str) -> bool:
         return False
 
 
-def open_parquet_folder(path: str, split: str | None, image_key: str | None, caption_key: str | None) -> TableSource:
+def open_parquet_folder(path: str, split: str | None, keys: Keys) -> TableSource:
     """The parquet files of a split, which `datasets` tells by their names."""
     from datasets import load_dataset_builder
 
     with _loading(path, split):
         files = load_dataset_builder(path).config.data_files
-    return open_parquet([str(file) for file in files[_split_of(path, list(files), split)]], image_key, caption_key)
+    return open_parquet([str(file) for file in files[_split_of(path, list(files), split)]], keys)
 
 
-def open_saved(path: str, split: str | None, image_key: str | None, caption_key: str | None) -> TableSource:
+def open_saved(path: str, split: str | None, keys: Keys) -> TableSource:
     """What `Dataset.save_to_disk` has written."""
     from datasets import DatasetDict, load_from_disk
 
@@ -158,16 +155,16 @@ def open_saved(path: str, split: str | None, image_key: str | None, caption_key:
         table = load_from_disk(path)
         if isinstance(table, DatasetDict):
             table = table[_split_of(path, list(table), split)]
-    return TableSource(table, image_key, caption_key, path)
+    return TableSource(table, keys, path)
 
 
-def open_hub(name: str, split: str | None, image_key: str | None, caption_key: str | None) -> TableSource:
+def open_hub(name: str, split: str | None, keys: Keys) -> TableSource:
     """A data set on the Hub."""
     from datasets import get_dataset_split_names, load_dataset
 
     with _loading(name, split):
         table = load_dataset(name, split=split or _split_of(name, get_dataset_split_names(name), None))
-    return TableSource(table, image_key, caption_key, name)
+    return TableSource(table, keys, name)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def files_of(file: BinaryIO, damage: set[str]) -> Iterator[tuple[str, int, int]]
 
 
 def _lost(file: BinaryIO, offset: int, damage: set[str]) -> int | None:
-    """Where to go on behind a header whose contents are not all there; None if nothing follows."""
+    """Where to go on after a header whose contents are not all there; None if nothing follows."""
     following = _next_header(file, offset)
     damage.add("truncated shard" if following is None else "damaged shard")
     return following
@@ -126,7 +126,7 @@ def _octal(field: bytes) -> int:
 
 
 def _extension(kind: bytes, data: bytes | None) -> dict:
-    """What a header in front of a file says of it: `path`, `size`, `sparse`; `broken` if it is not to be understood."""
+    """What a header before a file says of it: `path`, `size`, `sparse`; `broken` if it is not to be understood."""
     if data is None:
         return {"broken": True}
     if kind in LONG:
@@ -251,20 +251,22 @@ def _members(row: dict) -> tuple[int, ...]:
     return *(number for place in places for number in place), row.get("label", -1), row.get("other", (-1, -1))[0]
 
 
-def usable(
-    members: np.ndarray, key: str | None, damage: set[str], labels: bool = False
+def select_samples(
+    members: np.ndarray, key: str | None, damage: set[str], labels: bool = False, required: bool = True
 ) -> tuple[np.ndarray, Counter, dict[str, int]]:
     """The `SAMPLE` of those that have an image and a caption; what is left out by reason, and where an example lies.
 
     Args:
         key: `caption_key`. With one, only .json members count; without, .txt members come first.
         labels: Samples may have a label instead of a caption.
+        required: Samples have to have a caption.
     """
     no_image = members["image_offset"] < 0
     is_json = (members["text_offset"] < 0) | (key is not None)
     no_caption = np.where(is_json, members["json_offset"], members["text_offset"]) < 0
     if labels:
         no_caption &= members["label"] < 0
+    no_caption &= required
     others = no_image & (members["text_offset"] < 0) & (members["json_offset"] < 0) & (members["label"] == -1)
     left_out, examples = Counter(dict.fromkeys(damage, 1)), {}
     reasons = {"missing image": no_image & ~others, "missing caption": no_caption & ~others, "unknown format": others}

@@ -9,9 +9,9 @@ import numpy as np
 
 from ..errors import UsageError
 from .files import CLASS_NAMES, read_lines
-from .samples import BadSample, Sample, Source, json_captions, say, text_captions
-from .shards import in_threads, make_folder
-from .tars import BLOCK, SAMPLE, load_index, name_in, usable
+from .samples import BadSample, Keys, Sample, Source, json_captions, say, text_captions
+from .shards import make_folder, map_in_threads
+from .tars import BLOCK, SAMPLE, load_index, name_in, select_samples
 
 
 # Bytes that no image and no caption has: what says so is not read into memory.
@@ -31,12 +31,12 @@ class ShardSource(Source):
     class is the caption of a sample without another.
     """
 
-    def __init__(self, shards: list[Path], caption_key: str | None, cache: Path):
+    def __init__(self, shards: list[Path], keys: Keys, cache: Path):
         super().__init__()
-        self.shards, self.key = shards, caption_key
+        self.shards, self.key, self.required = shards, keys.caption, keys.required
         self.labels = read_lines(shards[0].parent, CLASS_NAMES)
         folder = _index_folder(cache)
-        found = in_threads(lambda shard: self._samples_of(shard, folder), shards, "indexing shards")
+        found = map_in_threads(lambda shard: self._samples_of(shard, folder), shards, "indexing shards")
         for _, left_out, examples in found:
             for reason, count in left_out.items():
                 self.skip(reason, examples.get(reason), count)
@@ -45,6 +45,8 @@ class ShardSource(Source):
         self.index = np.concatenate([np.empty(0, SAMPLE), *(samples for samples, _, _ in found)])
         self.starts = np.cumsum([0, *(len(samples) for samples, _, _ in found)])
         self.length = len(self.index)
+        if self.labels and (self.index["caption_offset"] < 0).any():
+            say(f"{shards[0].parent}: the names of {len(self.labels)} classes are captions ({self.labels[0]} ...).")
         self._check_key()
 
     def _check_key(self) -> None:
@@ -71,6 +73,8 @@ class ShardSource(Source):
         if row["caption_offset"] >= 0:
             data = self._read(index, "caption")
             return json_captions(data, self.key) if row["is_json"] else text_captions(data)
+        if not self.labels or row["label"] < 0:
+            return []
         if row["label"] >= len(self.labels):
             raise BadSample("unreadable caption") from IndexError(
                 f"found class {row['label']}, expected 0 to {len(self.labels) - 1}, a line of {CLASS_NAMES}"
@@ -113,7 +117,9 @@ class ShardSource(Source):
         """The `SAMPLE` of each usable sample of a tar; what was left out, with examples."""
         try:
             members, damage = load_index(shard, folder)
-            samples, left_out, places = usable(members, self.key, damage, labels=self.labels is not None)
+            samples, left_out, places = select_samples(
+                members, self.key, damage, self.labels is not None, self.required
+            )
             examples = {reason: f"{shard.name}/{_name_at(shard, place)}" for reason, place in places.items()}
         except OSError as error:
             raise UsageError(f"{shard} cannot be read: {error.strerror or error}.") from error
