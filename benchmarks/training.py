@@ -43,8 +43,8 @@ from hfclip.data.scenes import Scenes, describe
 from training.config import Config
 from training.data.batches import Collate, PairDataset, build_loader
 from training.data.batches import open_data as open_source
-from training.machine import autocast_for, make_the_most_of_the_cpu, settled_precision
-from training.model import suited_to
+from training.machine import autocast_for, settled_precision, tune_cpu
+from training.model import adapt_to_device
 from training.objectives.contrastive import Contrastive
 from training.phases import Phase, Phases
 from training.report.timing import Stopwatch
@@ -82,14 +82,14 @@ def here() -> str:
 
 def build(architecture: HFCLIPConfig, config: Config) -> TrainingStep:
     """hfclip's step as the trainer makes it."""
-    make_the_most_of_the_cpu()
+    tune_cpu()
     precision = here()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision="no" if precision == "fp32" else precision
     )
     config.run.precision = precision
     torch.manual_seed(0)
-    core = suited_to(accelerator, HFCLIPModel(architecture).train(), config)
+    core = adapt_to_device(accelerator, HFCLIPModel(architecture).train(), config)
     full = Phase(architecture.image_size, architecture.text_config.max_position_embeddings, 0.0)
     return build_step(
         core,

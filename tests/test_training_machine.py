@@ -17,9 +17,9 @@ from training.cores import cores_of_this_process, cpu_quota, threads_are_given, 
 from training.machine import (
     build_accelerator,
     computes_bfloat16,
-    make_the_most_of_the_cpu,
     num_workers,
     settled_precision,
+    tune_cpu,
 )
 
 
@@ -215,6 +215,6 @@ def test_threads_without_a_launcher_are_what_the_environment_says(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert not threads_are_given()
     threads = torch.get_num_threads()
-    make_the_most_of_the_cpu()
+    tune_cpu()
     assert torch.get_num_threads() == usable_cores()
     torch.set_num_threads(threads)

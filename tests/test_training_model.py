@@ -17,7 +17,7 @@ from hfclip import HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTok
 from hfclip.losses import LOSSES, Loss
 from training.config import Config, UsageError
 from training.data.batches import open_data as open_source
-from training.model import build_architecture, build_model, build_processor, resumed_from, suited_to
+from training.model import adapt_to_device, build_architecture, build_model, build_processor, resumed_from
 from training.objectives.contrastive import Contrastive
 
 
@@ -64,7 +64,7 @@ def test_model_is_built_without_warnings(tmp_path, caplog):
     transformers.utils.logging.get_logger().addHandler(caplog.handler)
     try:
         model, _ = build(config)
-        model = suited_to(Accelerator(cpu=True), model, config)
+        model = adapt_to_device(Accelerator(cpu=True), model, config)
     finally:
         transformers.utils.logging.get_logger().removeHandler(caplog.handler)
     assert not [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

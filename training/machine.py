@@ -43,7 +43,7 @@ def build_accelerator(config: Config, resume: str | None = None) -> Accelerator:
     # Others wait while one process fetches the data: hence the hours.
     state = PartialState(cpu=computes_on_cpu(), timeout=timedelta(hours=2))
     if state.device.type == "cpu":
-        make_the_most_of_the_cpu()
+        tune_cpu()
     config.run.precision, reason = on_main_process(state, _precision_of_run, config, resume, state.device)
     check_settings(config, state.num_processes, state.device.type, reason)
     try:
@@ -176,7 +176,7 @@ def _seconds(run: Callable[[], torch.Tensor]) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_the_most_of_the_cpu() -> None:
+def tune_cpu() -> None:
     """A thread on each core for the processes of this machine, unless the user says otherwise by OMP_NUM_THREADS; and no
     memory given back to the system between two layers.
     """

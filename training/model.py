@@ -21,7 +21,6 @@ from hfclip import (
     HFCLIPImageProcessor,
     HFCLIPModel,
     HFCLIPProcessor,
-    HFCLIPResNetModel,
     HFCLIPTokenizer,
 )
 from hfclip.configuration_hfclip import TOWER_CONFIGS
@@ -213,13 +212,13 @@ def _load(path: str, architecture: HFCLIPConfig) -> HFCLIPModel:
     return model
 
 
-def suited_to(accelerator: Accelerator, model: HFCLIPModel, config: Config) -> HFCLIPModel:
-    """The same model, made to compute well on this device and in this number of processes."""
+def adapt_to_device(accelerator: Accelerator, model: HFCLIPModel, config: Config) -> HFCLIPModel:
+    """The same model, changed to compute well on this device and in this number of processes."""
     device, several = accelerator.device.type, accelerator.num_processes > 1
     if device == "cpu" and config.run.precision == "bf16":
         # torch's fused attention has a slow bfloat16 backward on CPUs: written out, a step takes half the time.
         for tower in (model.vision_model, model.text_model):
-            if tower._supports_sdpa and not isinstance(tower, HFCLIPResNetModel):  # convolutions would warn
+            if tower._supports_sdpa:
                 tower.set_attn_implementation("eager")
     if several and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         if device == "cuda":

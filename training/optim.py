@@ -6,8 +6,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from hfclip.modeling_hfclip_resnet import HFCLIPResNetModel
-from hfclip.modeling_hfclip_transformer import HFCLIPBagOfWordsModel
+from hfclip.modeling_hfclip import blocks_of
 
 from .config import OptimConfig, UsageError
 from .low_precision import LowPrecisionAdamW, text_matrices
@@ -45,16 +44,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 def _levels(tower: nn.Module) -> list[list[nn.Parameter]]:
     """The parameters of a tower, from its embeddings up to its last block and what follows that."""
-    parameters = list(tower.parameters())
-    if isinstance(tower, HFCLIPBagOfWordsModel):
+    parameters, blocks = list(tower.parameters()), blocks_of(tower)
+    if blocks == []:
         return [parameters]
-    if isinstance(tower, HFCLIPResNetModel):
-        blocks = [tower.layer1, tower.layer2, tower.layer3, tower.layer4, tower.attnpool]
-    else:
-        # The one with most parameters: lists inside of a block hold fewer.
-        lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
-        blocks = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=None)
-    if not blocks:
+    if blocks is None:
         raise UsageError(
             f"optim.layer_decay: found no list of blocks in the {tower.config.model_type} tower, expected one. Set "
             "it to 1, or freeze that tower."

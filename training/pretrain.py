@@ -53,7 +53,7 @@ from training.data.batches import Collate, PairDataset, build_loader, open_data
 from training.data.loading import Batches
 from training.evaluation import Evaluator
 from training.machine import build_accelerator, num_workers, on_main_process
-from training.model import build_architecture, build_model, build_processor, describe, resumed_from, suited_to
+from training.model import adapt_to_device, build_architecture, build_model, build_processor, describe, resumed_from
 from training.objectives import build_objective
 from training.phases import build_phases
 from training.report.publish import check_token, example_labels, print_summary, publish, write_card
@@ -149,7 +149,7 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
     with accelerator.local_main_process_first():
         evaluator = Evaluator(config, accelerator, processor, architecture.image_size)
 
-    core = suited_to(accelerator, build_model(origin, architecture), config)
+    core = adapt_to_device(accelerator, build_model(origin, architecture), config)
     step, loader = build_step_and_loader(core, config, accelerator, processor, dataset, start, stop)
     if resumed:
         step.load_state(checkpoint.load_states(resumed))

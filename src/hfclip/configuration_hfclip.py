@@ -167,6 +167,7 @@ class HFCLIPTextConfig(HFCLIPBaseConfig):
     """
 
     model_type = "hfclip_text"
+    kind = "transformer"
     base_config_key = "text_config"
     pooler_is_projected = False
 
@@ -214,6 +215,7 @@ class HFCLIPBagOfWordsConfig(HFCLIPBaseConfig):
     """Bag-of-words (CBOW) text tower: the mean of the token embeddings (baseline of the paper's figure 2)."""
 
     model_type = "hfclip_bag_of_words"
+    kind = "bag of words"
     base_config_key = "text_config"
     pooler_is_projected = False
     reads_padding = False
@@ -249,6 +251,7 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
     """
 
     model_type = "hfclip_vit"
+    kind = "ViT"
     base_config_key = "vision_config"
     pooler_is_projected = False
 
@@ -302,6 +305,8 @@ class HFCLIPResNetConfig(HFCLIPBaseConfig):
     """
 
     model_type = "hfclip_resnet"
+    kind = "ModifiedResNet with attention pooling"
+    facts = ("image_size", "depths", "stem_width")  # that describe it; other towers by all fields that a card knows
     base_config_key = "vision_config"
     pooler_is_projected = True
     stride = 32  # pixels that the side of an image has to be a multiple of

@@ -91,6 +91,15 @@ def build_tower(config) -> PreTrainedModel:
     return tower
 
 
+def blocks_of(tower: PreTrainedModel) -> list[nn.Module] | None:
+    """A tower's blocks from the input up, as its `blocks()` says, or the items of its largest list of modules; or None."""
+    if hasattr(type(tower), "blocks"):
+        return tower.blocks()
+    lists = [list(module) for module in tower.modules() if isinstance(module, nn.ModuleList)]
+    # Lists inside of a block hold fewer parameters.
+    return max(lists, key=lambda found: sum(p.numel() for block in found for p in block.parameters()), default=None)
+
+
 def tower_width(config, rule: str = "pooler") -> int:
     """Size of a tower's pooled output."""
     if getattr(config, "pooler_is_projected", False):

@@ -171,6 +171,13 @@ class HFCLIPResNetModel(PreTrainedModel):
         else:
             initialize_leaf(module, factor)
 
+    def set_attn_implementation(self, *args, **kwargs) -> None:
+        """Nothing to set: the attention pool has a kernel of its own."""
+
+    def blocks(self) -> list[nn.Module]:
+        """What is trained at rates of its own under a layer-wise decay, from the input up: the stages and the pool."""
+        return [self.layer1, self.layer2, self.layer3, self.layer4, self.attnpool]
+
     def stem(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, 3, height, width) -> (batch, stem_width, height / 4, width / 4)"""
         hidden_states = pixel_values

@@ -664,6 +664,10 @@ class HFCLIPBagOfWordsModel(HFCLIPPreTrainedModel):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
+    def blocks(self) -> list[nn.Module]:
+        """None: all parameters are on one level."""
+        return []
+
     @can_return_tuple
     def forward(
         self,

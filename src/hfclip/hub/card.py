@@ -173,12 +173,6 @@ def _name_line(name: str) -> str:
 
 def _describe(config: Any) -> str:
     """One line about a tower, from what its config has."""
-    kind = {
-        "hfclip_vit": "ViT",
-        "hfclip_resnet": "ModifiedResNet with attention pooling",
-        "hfclip_text": "transformer",
-        "hfclip_bag_of_words": "bag of words",
-    }.get(config.model_type, config.model_type)
     facts = {
         "patch_size": "patches of {0} x {0} pixels",
         "image_size": "images of {0} x {0} pixels",
@@ -190,12 +184,10 @@ def _describe(config: Any) -> str:
         "max_position_embeddings": "{0} tokens",
         "vocab_size": "vocabulary of {0:,}",
     }
-    if config.model_type == "hfclip_resnet":
-        del facts["num_hidden_layers"], facts["hidden_size"], facts["num_attention_heads"]
-    # Towers of AutoModel may have some of these as lists, or not at all.
-    values = {field: getattr(config, field, None) for field in facts}
-    said = [text.format(values[field]) for field, text in facts.items() if isinstance(values[field], (int, list))]
-    return ", ".join([kind, *said])
+    # Towers of AutoModel have no `kind`, and may have some of these fields as lists, or not at all.
+    values = {field: getattr(config, field, None) for field in getattr(config, "facts", facts)}
+    said = [text.format(values[field]) for field, text in facts.items() if isinstance(values.get(field), (int, list))]
+    return ", ".join([getattr(config, "kind", config.model_type), *said])
 
 
 def _parameters(module: Any) -> str:
