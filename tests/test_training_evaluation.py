@@ -1,17 +1,21 @@
 """The trainer's evaluations: held-out pairs with damage, scenes, and a model left as it was."""
 
 import json
+import multiprocessing
+import time
 
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.utils.data import DataLoader
 from training_utils import caption, image_bytes, pairs, tiny_recipe, write_tar
 
 from hfclip.evaluation.retrieval import retrieval_recall
 from training.config import Config, UsageError
 from training.data.batches import open_data as open_source
+from training.data.loading import Batches, raise_if_a_reader_is_killed
 from training.evaluation import Evaluator
 from training.model import build_architecture, build_model, build_processor
 
@@ -145,3 +149,20 @@ def test_rejects_labelled_images_of_which_none_can_be_read(tmp_path):
         UsageError, match="eval.zero_shot: .*none of 2 samples.* can be used. The first one: not an im"
     ):
         built(tmp_path, zero_shot=str(tmp_path / "classes"))
+
+
+def large(batch: list) -> bytes:
+    return bytes(1 << 20)
+
+
+def test_killed_reader_ends_the_evaluation_that_waits_for_it():
+    """Of a batch that it was sending, half has come; without a word to the contrary the other half is waited for."""
+    with Batches(DataLoader(range(2), num_workers=1)):  # a run's, which takes torch's own handler off
+        others = multiprocessing.active_children()
+        with pytest.raises(UsageError, match="was killed by SIGKILL.*num_workers"), raise_if_a_reader_is_killed():
+            batches = iter(DataLoader(range(64), num_workers=2, collate_fn=large))
+            next(batches)
+            time.sleep(0.5)  # until a reader has filled the pipe
+            for reader in set(multiprocessing.active_children()) - set(others):
+                reader.kill()
+            list(batches)

@@ -50,7 +50,7 @@ from torch.utils.data import DataLoader
 from hfclip import HFCLIPModel, HFCLIPProcessor
 from training import optim, parallel
 from training.data.batches import Collate, PairDataset, build_loader, open_data
-from training.data.loading import Batches
+from training.data.loading import Batches, raise_if_a_reader_is_killed
 from training.evaluation import Evaluator
 from training.machine import build_accelerator, num_workers, on_main_process
 from training.model import adapt_to_device, build_architecture, build_model, build_processor, describe, resumed_from
@@ -366,7 +366,8 @@ def evaluate(run: Run, done: int) -> dict[str, float]:
 
 
 def measure(run: Run, done: int, model: HFCLIPModel) -> dict[str, float]:
-    results = run.evaluator(model)
+    with raise_if_a_reader_is_killed():
+        results = run.evaluator(model)
     run.tracking.evaluation(done, results)
     return results
 

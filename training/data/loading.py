@@ -14,10 +14,12 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.reduction import DupFd
 
 import numpy as np
+import psutil
 import torch
 from torch.utils.data import DataLoader
 
@@ -25,6 +27,10 @@ from hfclip.errors import UsageError
 
 
 ALIGNMENT = 64  # bytes, of arrays in a memory file
+OUT_OF_MEMORY = (
+    "SIGKILL is mostly the system's when memory runs out. Lower data.num_workers or optim.batch_size, or give the run "
+    "more memory, and resume."
+)
 
 
 class HandingOver:
@@ -133,12 +139,41 @@ class Batches:
                 how = f"ended with status {worker.exitcode}"
                 if worker.exitcode < 0:
                     how = f"was killed by {signal.Signals(-worker.exitcode).name}"
-                return (
-                    f"Process {worker.pid}, one of {len(self.workers)} that read data, {how}. SIGKILL is mostly the "
-                    "system's when memory runs out. Lower data.num_workers or optim.batch_size, or give the run more "
-                    "memory, and resume."
-                )
+                return f"Process {worker.pid}, one of {len(self.workers)} that read data, {how}. {OUT_OF_MEMORY}"
         return None
+
+
+@contextmanager
+def raise_if_a_reader_is_killed() -> Iterator[None]:
+    """Ends an evaluation whose reader is killed: it may have sent half a batch, and the rest is waited for for ever.
+
+    Raises:
+        UsageError: wherever the main thread is.
+    """
+    killed: list[str] = []
+
+    def look(number, frame) -> None:
+        for child in psutil.Process().children():
+            ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended and ended.si_code != os.CLD_EXITED and ended.si_status != signal.SIGTERM:  # loaders end theirs by
+                name = signal.Signals(ended.si_status).name
+                killed.append(
+                    f"Process {child.pid}, which read data to evaluate, was killed by {name}. {OUT_OF_MEMORY}"
+                )
+                raise UsageError(killed[0])
+
+    if not hasattr(os, "waitid"):  # macOS, before Python 3.13
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, look)
+    try:
+        yield
+    except RuntimeError as error:  # into which a loader turns what interrupts it
+        if killed:
+            raise UsageError(killed[0]) from error
+        raise
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _kill(processes: Iterable[multiprocessing.Process]) -> None:

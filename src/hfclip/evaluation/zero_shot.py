@@ -86,7 +86,8 @@ def zero_shot_accuracy(
     columns = torch.tensor([distinct.index(label) for label in labels], device=classifier.model.device)
     # One row a class: its images, and of those the hits at 1 and at each k. Integers, so sums have no order.
     counts = torch.zeros(len(labels), 2 + len(top_k), dtype=torch.int64, device=columns.device)
-    for batch in tqdm(loader, desc="Zero-shot accuracy", disable=None if rank == 0 else True):
+    batches = iter(loader)  # here, since tqdm would ask for a second iterator, with workers of its own
+    for batch in tqdm(batches, desc="Zero-shot accuracy", total=len(loader), disable=None if rank == 0 else True):
         if batch is None:
             continue
         pixel_values, targets = map(torch.from_numpy, batch)
