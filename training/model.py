@@ -25,10 +25,10 @@ from hfclip import (
 )
 from hfclip.configuration_hfclip import TOWER_CONFIGS
 from hfclip.data.samples import BadSample, Source
+from hfclip.losses import LOSSES
 
 from .config import SECTIONS, Config, ModelConfig, UsageError, load_yaml
 from .low_precision import halve_text_weights
-from .objectives.contrastive import fit_scalars
 
 
 MAX_TOKENIZER_SAMPLES = 500_000
@@ -64,8 +64,29 @@ def build_architecture(config: Config) -> HFCLIPConfig:
         raise UsageError(
             f"model: the {architecture.vision_config.model_type} tower's config has no image_size; add it."
         )
-    fit_scalars(architecture, config)
+    _fit_scalars(architecture, config)
     return architecture
+
+
+def _fit_scalars(architecture: HFCLIPConfig, config: Config) -> None:
+    """Gives a new model the learnable scalars that its loss reads.
+
+    Raises:
+        UsageError: for an unknown loss, a checkpoint without its scalars, or scalars that it would leave untrained.
+    """
+    name = config.optim.loss
+    if name not in LOSSES:
+        raise UsageError(f"optim.loss: found {name!r}, expected one of {', '.join(map(repr, LOSSES))}.")
+    known = {scalar for loss in LOSSES.values() for scalar in loss.scalars}
+    present = {scalar for scalar in known if getattr(architecture, f"{scalar}_init_value") is not None}
+    needed = LOSSES[name].scalars
+    fitting = " or ".join(other for other, loss in LOSSES.items() if present == set(loss.scalars))
+    for scalar in sorted(present - set(needed)):
+        raise UsageError(f"optim.loss: {name} leaves the model's {scalar} untrained. Use {fitting}.")
+    for scalar in sorted(set(needed) - present):
+        if config.model.checkpoint is not None:
+            raise UsageError(f"optim.loss: {name} needs a {scalar}, which this checkpoint has not. Use {fitting}.")
+        architecture.update({f"{other}_init_value": value for other, value in needed.items()})
 
 
 def _architecture(model: ModelConfig) -> HFCLIPConfig:
@@ -177,7 +198,7 @@ def build_model(config: Config, architecture: HFCLIPConfig) -> HFCLIPModel:
     set_seed(config.run.seed)  # the same initial weights on every rank, and in every run with this seed
     try:
         if config.model.checkpoint is not None:
-            model = _load(config.model.checkpoint, architecture)
+            model = load_model(config.model.checkpoint, config=architecture)
         elif config.model.vision_checkpoint is not None:
             logits = {key: getattr(architecture, key) for key in ("logit_scale_init_value", "logit_bias_init_value")}
             towers = (config.model.vision_checkpoint, config.model.text_checkpoint)
@@ -201,14 +222,16 @@ def checkpoint_activations(model: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
-def _load(path: str, architecture: HFCLIPConfig) -> HFCLIPModel:
-    # float32 whatever the file holds: left alone, transformers would train a half-precision file in half precision.
-    model, report = HFCLIPModel.from_pretrained(
-        path, config=architecture, dtype=torch.float32, output_loading_info=True
-    )
+def load_model(name: str, **options) -> HFCLIPModel:
+    """The model of a folder or of the Hub in float32, whatever it is stored in.
+
+    Raises:
+        UsageError: if weights are missing.
+    """
+    model, report = HFCLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise UsageError(f"{path} lacks {len(missing)} weights of the model, first {missing[0]!r}.")
+        raise UsageError(f"{name} lacks {len(missing)} weights of the model, first {missing[0]!r}.")
     return model
 
 

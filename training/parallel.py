@@ -89,24 +89,19 @@ def full_state_dict(core: HFCLIPModel, keep: bool) -> dict[str, Tensor]:
     return full_tensors(core.state_dict(), keep)
 
 
-def full_tensors(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def full_tensors(values: dict, keep: bool) -> dict:
     state = {}
-    for name, tensor in tensors.items():
-        tensor = full_tensor(tensor.detach())
+    for name, value in values.items():
+        value = full_tensor(value.detach()) if isinstance(value, Tensor) else value
         if keep:
-            state[name] = tensor.cpu()
+            state[name] = value.cpu() if isinstance(value, Tensor) else value
     return state
 
 
 def full_optimizer_state(core: HFCLIPModel, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, dict]:
     """What the optimizer knows of each weight, by the weight's name, on the CPU; as `full_state_dict`."""
-    state = {}
-    for name, parameter in core.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            value = full_tensor(value) if isinstance(value, Tensor) else value
-            if keep:
-                state.setdefault(name, {})[key] = value.cpu() if isinstance(value, Tensor) else value
-    return state
+    known = {name: optimizer.state[p] for name, p in core.named_parameters() if optimizer.state.get(p)}
+    return {name: full_tensors(values, keep) for name, values in known.items()}
 
 
 def load_optimizer_state(core: HFCLIPModel, optimizer: torch.optim.Optimizer, state: dict[str, dict]) -> None:

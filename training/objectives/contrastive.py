@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from hfclip import HFCLIPConfig
-from hfclip.errors import UsageError
 from hfclip.losses import LOSSES
 
 from ..config import Config
@@ -38,24 +36,3 @@ class Contrastive(Objective):
 
     def loss_of_factors(self, embeds: tuple[Tensor, ...], factors: list[Tensor], inputs: dict) -> Tensor:
         return self.function(*embeds, *factors, group_id=inputs.get("group_id"), exchange=self.exchange)
-
-
-def fit_scalars(architecture: HFCLIPConfig, config: Config) -> None:
-    """Gives a new model the learnable scalars that its loss reads.
-
-    Raises:
-        UsageError: for an unknown loss, a checkpoint without its scalars, or scalars that it would leave untrained.
-    """
-    name = config.optim.loss
-    if name not in LOSSES:
-        raise UsageError(f"optim.loss: found {name!r}, expected one of {', '.join(map(repr, LOSSES))}.")
-    known = {scalar for loss in LOSSES.values() for scalar in loss.scalars}
-    present = {scalar for scalar in known if getattr(architecture, f"{scalar}_init_value") is not None}
-    needed = LOSSES[name].scalars
-    fitting = " or ".join(other for other, loss in LOSSES.items() if present == set(loss.scalars))
-    for scalar in sorted(present - set(needed)):
-        raise UsageError(f"optim.loss: {name} leaves the model's {scalar} untrained. Use {fitting}.")
-    for scalar in sorted(set(needed) - present):
-        if config.model.checkpoint is not None:
-            raise UsageError(f"optim.loss: {name} needs a {scalar}, which this checkpoint has not. Use {fitting}.")
-        architecture.update({f"{other}_init_value": value for other, value in needed.items()})

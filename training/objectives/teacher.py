@@ -18,6 +18,7 @@ from hfclip.losses import distillation_loss
 
 from ..config import Config
 from ..machine import autocast_for
+from ..model import load_model
 from .contrastive import Contrastive
 from .stored import StoredEmbeddings
 
@@ -123,13 +124,9 @@ def load_teacher(name: str, device: torch.device) -> tuple[HFCLIPModel, HFCLIPPr
         UsageError: if there is no such model, or weights are missing.
     """
     try:
-        model, report = HFCLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        processor = HFCLIPProcessor.from_pretrained(name)
+        model, processor = load_model(name), HFCLIPProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UsageError(f"Teacher {name!r}: {error}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise UsageError(f"Teacher {name!r} lacks {len(missing)} weights of the model, first {missing[0]!r}.")
     return model.requires_grad_(False).eval().to(device), processor
 
 
