@@ -65,7 +65,7 @@ class ModelFlops:
         return self.images[key]
 
     def of_text(self, num_tokens: int) -> Flops:
-        """FLOPs of one text of so many tokens, start and end included."""
+        """FLOPs of one text of `num_tokens`, start and end included."""
         return self.of_texts(torch.tensor([num_tokens]))
 
     def of_texts(self, lengths: torch.Tensor) -> Flops:
@@ -101,11 +101,8 @@ class ModelFlops:
         num_images, _, _, image_size = batch["pixel_values"].shape
         try:
             if self.runs:
-                images, texts = (
-                    self.of_image(image_size, patch_dropout),
-                    self.of_texts(batch["attention_mask"].sum(dim=1)),
-                )
-                return num_images * images.training + texts.training
+                of_image = self.of_image(image_size, patch_dropout).training
+                return num_images * of_image + self.of_texts(batch["attention_mask"].sum(dim=1)).training
         except Exception as error:  # whatever the code of others' towers raises: a run goes on without this number
             logger.warning("FLOPs are not counted: a tower does not run on the meta device (%s).", error)
             self.runs = False

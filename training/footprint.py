@@ -15,25 +15,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hfclip import HFCLIPConfig, HFCLIPModel
 
 from .flops import ModelFlops
-from .low_precision import text_matrices
+from .low_precision import halve_text_weights
 from .model import checkpoint_activations
 from .parallel import fsdp_units, loss_scalars
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters."""
+    """Parameters of a model: `total` and `trained` are their numbers, the others bytes."""
 
     total: int
     trained: int
-    matrices: int
-    """Of linear layers and convolutions, which autocast copies to half precision."""
-    text: int
-    """Of the text tower's linear layers and token embedding, which `optim.text_weights` halves."""
-    tokens: int
-    """Of the token embedding."""
-    unit: int
-    """Of the largest part that FSDP2 puts together at a time."""
+    weights: int
+    gradients: int
+    copies: int  # in half precision, which autocast makes of linear layers and convolutions
+    unit: int  # the largest part that FSDP2 puts together at a time
 
 
 @dataclass(frozen=True)
@@ -48,12 +44,14 @@ class Kept:
 class Towers:
     """What the towers of a model cost, measured without memory and without arithmetic."""
 
-    def __init__(self, architecture: HFCLIPConfig, freeze: str = "none"):
-        self.architecture, self.freeze, self._kept = architecture, freeze, {}
+    def __init__(self, architecture: HFCLIPConfig, freeze: str = "none", text_weights: str = "float32"):
+        self.architecture, self.freeze, self.text_weights, self._kept = architecture, freeze, text_weights, {}
 
     def _on_meta(self) -> HFCLIPModel:
         with torch.device("meta"):
             model = HFCLIPModel(self.architecture)
+        if self.text_weights == "bfloat16":
+            halve_text_weights(model)
         if self.freeze != "none":
             model.freeze(self.freeze)
         return model.train()
@@ -65,16 +63,18 @@ class Towers:
     @cached_property
     def parameters(self) -> Parameters:
         model = self._on_meta()
-        blocks = fsdp_units(model)
-        inside = {id(p) for block in blocks for p in block.parameters()} | {id(p) for p in loss_scalars(model)}
-        rest = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+        parameters, units = list(model.parameters()), [list(unit.parameters()) for unit in fsdp_units(model)]
+        inside = {id(p) for unit in [*units, loss_scalars(model)] for p in unit}
+        units.append([p for p in parameters if id(p) not in inside])
+        trained = [p for p in parameters if p.requires_grad]
+        matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
         return Parameters(
-            total=_numel(model.parameters()),
-            trained=_numel(p for p in model.parameters() if p.requires_grad),
-            matrices=_numel(m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))),
-            text=_numel(module.weight for module in text_matrices(model)),
-            tokens=model.get_input_embeddings().weight.numel(),
-            unit=max([rest, *(_numel(block.parameters()) for block in blocks)]),
+            total=sum(p.numel() for p in parameters),
+            trained=sum(p.numel() for p in trained),
+            weights=sum(p.nbytes for p in parameters),
+            gradients=sum(p.nbytes for p in trained),
+            copies=sum(p.nbytes // 2 for p in matrices if p.dtype == torch.float32),
+            unit=max(sum(p.nbytes for p in unit) for unit in units),
         )
 
     def kept(self, half: bool, checkpointing: bool, text_tokens: int) -> Kept:
@@ -93,10 +93,6 @@ class Towers:
             # With checkpointing, one block at a time is computed again.
             self._kept[key] = Kept(sum(part.total for part in parts) + block * checkpointing, block)
         return self._kept[key]
-
-
-def _numel(parameters) -> int:
-    return sum(parameter.numel() for parameter in parameters)
 
 
 def _encode_images(model: HFCLIPModel, number: int) -> Tensor:

@@ -118,17 +118,6 @@ class PlannedRun:
         return optim.steps or int(self.pairs * optim.epochs // optim.batch_size)
 
     @property
-    def halved_text(self) -> int:
-        """Parameters that are bfloat16."""
-        return self.towers.parameters.text if self.config.optim.text_weights == "bfloat16" else 0
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Of all gradients of one process."""
-        trained_text = 0 if self.config.model.freeze == "text" else self.halved_text
-        return FULL * self.towers.parameters.trained - HALF * trained_text
-
-    @property
     def activation_bytes(self) -> float:
         """Of one pair of a micro-batch; the gradients in the block of the backward pass are as large as what it kept."""
         kept = self.towers.kept(self.half, self.config.model.gradient_checkpointing, self.text_tokens)
@@ -145,18 +134,17 @@ def model_bytes(run: PlannedRun, cached: bool) -> dict[str, float]:
     count, optim, sharded = run.towers.parameters, run.config.optim, run.config.run.shard_weights
     split = run.world if sharded else 1
     sizes = {
-        "weights": (FULL * count.total - HALF * run.halved_text) / split,
+        "weights": count.weights / split,
         # Until their last micro-batch is through, gradients are whole on each process.
-        "gradients": run.gradient_bytes if cached else run.gradient_bytes / split,
+        "gradients": count.gradients / (1 if cached else split),
         "moments": count.trained * 2 * (HALF if optim.moments == "bfloat16" else FULL) / split,
     }
     if optim.ema_decay is not None:
         sizes["moving average"] = FULL * count.trained / split
     if sharded:
-        sizes["weights put together"] = 2 * FULL * count.unit  # a unit, and the next one
-    if run.half:  # autocast makes them in the forward pass, for the backward pass too
-        halved = count.text - count.tokens if run.halved_text else 0
-        sizes["half-precision copies"] = HALF * (count.matrices - halved)
+        sizes["weights put together"] = 2 * count.unit  # a unit, and the next one
+    if run.half:  # made in the forward pass, for the backward pass too
+        sizes["half-precision copies"] = count.copies
     return sizes
 
 
@@ -207,10 +195,10 @@ def step_seconds(run: PlannedRun, num_micro: int, phase: dict | None = None) -> 
     embeddings = others * trips * FULL * optim.batch_size * dim / link
     if sharded:
         rounds = 3 * num_micro if cached else 2
-        weights = others * (rounds * FULL * count.total + run.gradient_bytes) / link
+        weights = others * (rounds * count.weights + count.gradients) / link
         hidden = min(weights, towers)
     else:
-        weights = 2 * others * run.gradient_bytes / link
+        weights = 2 * others * count.gradients / link
         # Buckets travel during the backward pass of the last micro-batch, about two thirds of its time.
         hidden = min(weights, towers / num_micro * 2 / 3)
     data = run.local / (max(run.workers, 1) * run.decode)
@@ -443,7 +431,7 @@ def parse_run(argv: list[str]) -> tuple[PlannedRun, float | None]:
     if config.data.max_samples is not None:
         given["pairs"] = config.data.max_samples
     check_settings(config, given.get("world", 1), "cuda")
-    towers = Towers(build_architecture(config), config.model.freeze)
+    towers = Towers(build_architecture(config), config.model.freeze, config.optim.text_weights)
     return PlannedRun(config=config, towers=towers, device=device, **given), actual_days
 
 
