@@ -41,7 +41,9 @@ class MixerConfig(HFCLIPBaseConfig):
         return 2 * self.patch_size
 
     def validate_architecture(self):
-        self._require_positive("hidden_size", "num_hidden_layers")
+        self._require(
+            self.image_size % self.stride == 0, f"image_size={self.image_size}", "a multiple of 16", "Take 32."
+        )
 
 
 class MixerBlock(GradientCheckpointingLayer):

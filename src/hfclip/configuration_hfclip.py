@@ -64,12 +64,6 @@ class HFCLIPBaseConfig(PreTrainedConfig):
         if not holds:
             raise ValueError(f"{type(self).__name__}: found {found}, expected {expected}. {remedy}")
 
-    def _require_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            remedy = f"Leave it out to get {getattr(type(self), name)}."
-            self._require(value > 0, f"{name}={value}", "a positive number", remedy)
-
     def _require_finite(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
@@ -102,7 +96,6 @@ class HFCLIPBaseConfig(PreTrainedConfig):
         )
 
     def _require_transformer(self, num_embeddings: int) -> None:
-        self._require_positive("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         self._require_eps()
         self._require_initializer_factor()
         in_blocks = self.num_hidden_layers * 2 * (2 * self.hidden_size + self.intermediate_size)
@@ -199,7 +192,6 @@ class HFCLIPTextConfig(HFCLIPBaseConfig):
         return not self.reads_padding
 
     def validate_architecture(self):
-        self._require_positive("projection_dim", "vocab_size", "max_position_embeddings")
         self._require_transformer(self.vocab_size + self.max_position_embeddings)
         self._require_ids()
         self._require(
@@ -231,7 +223,6 @@ class HFCLIPBagOfWordsConfig(HFCLIPBaseConfig):
     eos_token_id: int = 49407
 
     def validate_architecture(self):
-        self._require_positive("hidden_size", "projection_dim", "vocab_size", "max_position_embeddings")
         self._require_eps()
         self._require_initializer_factor()
         self._require_parameters((self.vocab_size + self.max_position_embeddings) * self.hidden_size)
@@ -277,7 +268,6 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
         return self.patch_size
 
     def validate_architecture(self):
-        self._require_positive("projection_dim", "num_channels", "image_size", "patch_size")
         num_patches, size_of_patch = (self.image_size // self.patch_size) ** 2, self.num_channels * self.patch_size**2
         self._require_transformer(num_patches + size_of_patch)
         self._require(
@@ -337,7 +327,6 @@ class HFCLIPResNetConfig(HFCLIPBaseConfig):
         return len(self.depths)
 
     def validate_architecture(self):
-        self._require_positive("stem_width", "projection_dim", "num_attention_heads", "num_channels", "image_size")
         self._require(
             len(self.depths) == 4 and min(self.depths) > 0,
             f"depths={self.depths}",
@@ -473,7 +462,6 @@ class HFCLIPConfig(HFCLIPBaseConfig):
         return getattr(self.text_config, "packs_texts", False)
 
     def validate_architecture(self):
-        self._require_positive("projection_dim")
         self._require_finite("logit_scale_init_value", "logit_bias_init_value")
         self._require_initializer_factor()
         expected_key = {"text_config": self.text_config, "vision_config": self.vision_config}
