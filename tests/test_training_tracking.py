@@ -25,7 +25,7 @@ from training.config import Config, UsageError
 from training.data.batches import COUNTED
 from training.flops import ModelFlops, _measure, measured_peak
 from training.report.curves import draw_curves, draw_losses, read_metrics
-from training.report.timing import WARM_UP, Stopwatch, Trace
+from training.report.timing import WARM_UP, Stopwatch, trace
 from training.report.tracking import Tracking
 
 
@@ -223,11 +223,11 @@ def test_stopwatch_measures_the_device_without_waiting_for_it():
 def run_traced(folder: Path, num_steps: int, length: int) -> list[str]:
     """What a run of `length` steps says that traces `num_steps` of them."""
     said, stopwatch = [], Stopwatch(CPU)
-    with Trace(num_steps, folder, said.append) as trace:
+    with trace(num_steps, folder, said.append) as step_ended:
         for _ in range(length):
             with stopwatch.time("forward"):
                 torch.rand(8, 8) @ torch.rand(8, 8)
-            trace.step()
+            step_ended()
     return said
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 if not __package__:  # run as a script, Python looks for modules in this folder; they are named from the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from training.report.curves import METRICS_FILE, PICTURE, draw_losses, draw_run
+from training.report.curves import CURVES_FILE, METRICS_FILE, draw_losses, draw_run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draws curves of runs from their metrics.jsonl.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument(
-        "--out", type=Path, help=f"draws the losses of all runs here, a .png. Default: each run's {PICTURE}"
+        "--out", type=Path, help=f"draws the losses of all runs here, a .png. Default: each run's {CURVES_FILE}"
     )
     arguments = parser.parse_args()
     for folder in arguments.runs:

@@ -57,7 +57,7 @@ from training.model import adapt_to_device, build_architecture, build_model, bui
 from training.objectives import build_objective
 from training.phases import build_phases
 from training.report.publish import check_token, example_labels, print_summary, publish, write_card
-from training.report.timing import Stopwatch, Trace
+from training.report.timing import Stopwatch, trace
 from training.report.tracking import Tracking, check_trackers
 from training.state.heartbeat import Heartbeat
 from training.state.stopping import Stopping
@@ -242,13 +242,13 @@ def train(run: Run) -> int:
     settings, per_epoch = run.config.run, run.dataset.steps_per_epoch
     save_every = per_epoch if settings.save_every is None else settings.save_every
     eval_every = per_epoch if run.config.eval.every is None else run.config.eval.every
-    traced = settings.profile if run.accelerator.is_main_process else 0
+    traced = (settings.profile if run.accelerator.is_main_process else 0, run.folder / "profile", run.tracking.say)
     if 0 < run.start < run.stop and eval_every and run.start % eval_every == 0:
         if not on_main_process(run.accelerator, run.tracking.has_evaluation, run.start):
             evaluate(run, run.start)  # the run was killed between saving and this
     run.tracking.start()
     bad_in_a_row, waiting_since = 0, time.perf_counter()
-    with Trace(traced, run.folder / "profile", run.tracking.say) as trace, Batches(run.loader) as batches:
+    with trace(*traced) as step_ended, Batches(run.loader) as batches:
         for step in range(run.start, run.stop):
             batch = next_batch(run, batches, step)
             if batch is None:
@@ -273,7 +273,7 @@ def train(run: Run) -> int:
                 if eval_every and done % eval_every == 0:
                     evaluate(run, done)
             with run.tracking.paused():
-                trace.step()
+                step_ended()
             waiting_since = time.perf_counter()
     return run.stop
 
@@ -387,14 +387,13 @@ def finish(run: Run, done: int) -> dict[str, float] | None:
 
     Returns what was measured; None for an interrupted run.
     """
+    say = run.accelerator.print
     for message in run.lost:
-        run.accelerator.print(f"WARNING: not all pairs were used: {message}")
+        say(f"WARNING: not all pairs were used: {message}")
     if done < run.stop:
         run.tracking.bar.close()
         keep_settings(run)
-        run.accelerator.print(
-            f"Stopped after step {done} of {run.stop}. Go on with:\n    {resuming.resume_command(run.config)}"
-        )
+        say(f"Stopped after step {done} of {run.stop}. Go on with:\n    {resuming.command(run.config)}")
         return None
     if done > run.saved:
         save(run, done)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-METRICS_FILE, PICTURE = "metrics.jsonl", "curves.png"
+METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 PANELS = {
     "loss": "loss",
     "grad_norm": "gradient norm",
@@ -37,13 +37,13 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def draw_curves(run_folder: Path, say: Callable[[str], None] = tqdm.write) -> Path | None:
-    """Draws the `curves.png` of a run that goes on whatever happens: what hinders the picture (matplotlib is not
+    """Draws the `curves.png` of a run that goes on whatever happens: what hinders the image (matplotlib is not
     installed, the disk is full) is told to `say`, once, and None returned.
     """
     try:
         return draw_run(run_folder)
     except Exception as error:
-        _say_once(say, f"No {PICTURE}: {error}")
+        _say_once(say, f"No {CURVES_FILE}: {error}")
         return None
 
 
@@ -56,7 +56,7 @@ def draw_run(run_folder: Path) -> Path | None:
     """Draws loss, gradient norm, logit scale, learning rate, speed and evaluations over the steps of a run.
 
     Returns:
-        The picture, `curves.png` in the run's folder, or None if there is no step to draw yet.
+        The image, `curves.png` in the run's folder, or None if there is no step to draw yet.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -75,7 +75,7 @@ def draw_run(run_folder: Path) -> Path | None:
     axes[4].set_ylim(bottom=0)
     _draw_evaluations(axes[-1], lines)
     figure.suptitle(run_folder.resolve().name)
-    return _save(figure, run_folder / PICTURE)
+    return _save(figure, run_folder / CURVES_FILE)
 
 
 def draw_losses(run_folders: list[Path], out: Path) -> Path:
@@ -98,7 +98,7 @@ def draw_losses(run_folders: list[Path], out: Path) -> Path:
 
 
 def _figure(width: float, height: float) -> "Figure":
-    """An empty picture, `width` x `height` inches. Of its own: pyplot's would stay in memory, and look for a screen."""
+    """An empty figure, `width` x `height` inches. Of its own: pyplot's would stay in memory, and look for a screen."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -137,7 +137,7 @@ def _draw_evaluations(panel: "Axes", lines: list[dict]) -> None:
 
 
 def _save(figure: "Figure", path: Path) -> Path:
-    """Written beside and renamed: who looks at it sees the picture before or this one."""
+    """Written beside and renamed: who looks at it sees the image before or this one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     figure.savefig(beside, format="png")
     beside.replace(path)

@@ -1,7 +1,7 @@
 """Where the time of a step goes: a stopwatch over its phases in every run, and a profiler's trace of a few steps.
 
-with stopwatch.time("forward"): ...  -> seconds a phase, summed until they are read
-trace.step() after each step         -> profile/trace.json.gz, profile/operators.txt
+with stopwatch.time("forward"): ...            -> seconds per phase, summed until they are read
+with trace(5, ...) as step: step() after each  -> profile/trace.json.gz, profile/operators.txt
 """
 
 import time
@@ -14,7 +14,7 @@ import torch
 from torch import profiler
 
 
-WARM_UP = 3  # steps in front of the traced ones: compiling, allocating, choosing kernels
+WARM_UP = 3  # steps before the traced ones: compiling, allocating, choosing kernels
 
 
 class Stopwatch:
@@ -68,55 +68,30 @@ class Stopwatch:
         return seconds
 
 
-class Trace:
-    """Traces `num_steps` steps, after three to warm up, into `folder`; with 0 it does nothing.
-
-        with Trace(num_steps, folder, say) as trace:
-            for batch in loader:
-                ...
-                trace.step()
+@contextmanager
+def trace(num_steps: int, folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Traces `num_steps` steps, after three to warm up, into `folder`, and gives what to call after each step.
 
     Writes trace.json.gz, for https://ui.perfetto.dev or chrome://tracing, and operators.txt, a table of the operators
-    that took the most time. A run that ends within the traced steps leaves those that it did.
-
-    Args:
-        say: is told where the trace lies.
+    that took the most time. A run that ends within the traced steps leaves those that it did. `say` is told of it.
     """
+    if num_steps == 0:
+        yield lambda: None
+        return
 
-    def __init__(self, num_steps: int, folder: Path, say: Callable[[str], None]):
-        self.num_steps, self.folder, self.say, self.profiler = num_steps, folder, say, None
-        self.written = False
-
-    def __enter__(self) -> "Trace":
-        if self.num_steps:
-            # The last step to warm up is traced and thrown away: starting to trace takes time itself.
-            schedule = profiler.schedule(wait=WARM_UP - 1, warmup=1, active=self.num_steps, repeat=1)
-            self.profiler = profiler.profile(schedule=schedule, on_trace_ready=self._write)
-            self.profiler.start()
-        return self
-
-    def step(self) -> None:
-        """A step of the run has ended."""
-        if self.profiler is not None:
-            self.profiler.step()
-            if self.profiler.step_num == WARM_UP + self.num_steps:
-                self._stop()
-
-    def __exit__(self, *exception) -> None:
-        if self.profiler is not None:
-            self._stop()
-            if not self.written:
-                self.say(f"No step was traced: the run ended within the {WARM_UP} steps to warm up.")
-
-    def _stop(self) -> None:
-        self.profiler.stop()
-        self.profiler = None
-
-    def _write(self, profile: profiler.profile) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        profile.export_chrome_trace(str(self.folder / "trace.json.gz"))
+    def write(profile: profiler.profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(folder / "trace.json.gz"))
         spent_on = "self_cpu_time_total" if profile.use_device is None else "self_device_time_total"
         operators = profile.key_averages().table(sort_by=spent_on, row_limit=40, max_name_column_width=80)
-        (self.folder / "operators.txt").write_text(operators, encoding="utf-8")
-        self.written = True
-        self.say(f"Traced steps in {self.folder}: operators.txt, trace.json.gz (for https://ui.perfetto.dev)")
+        (folder / "operators.txt").write_text(operators, encoding="utf-8")
+        written.append(folder)
+        say(f"Traced steps in {folder}: operators.txt, trace.json.gz (for https://ui.perfetto.dev)")
+
+    written: list[Path] = []
+    # The last step to warm up is traced and thrown away: starting to trace takes time itself.
+    schedule = profiler.schedule(wait=WARM_UP - 1, warmup=1, active=num_steps, repeat=1)
+    with profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
+        yield profile.step
+    if not written:
+        say(f"No step was traced: the run ended within the {WARM_UP} steps to warm up.")

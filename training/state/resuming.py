@@ -228,7 +228,7 @@ def changes_of_processes(core: "HFCLIPModel", before: int | None, now: int) -> l
     return [f"{now} processes and were {before}: each draws its own dropout, and sees its own pairs in BatchNorm"]
 
 
-def resume_command(config: Config) -> str:
+def command(config: Config) -> str:
     """Returns what goes on with the run when it is pasted: the same launcher, and what no file keeps."""
     words = [*prefix(), "--config", str(Path(config.run.output_dir) / CONFIG_FILE), "--resume", "auto"]
     masked = config.masked()
