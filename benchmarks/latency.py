@@ -70,7 +70,7 @@ def to_openclip(model: HFCLIPModel) -> torch.nn.Module:
     import open_clip
     from open_clip.model import CLIP
 
-    from conversion.key_maps import to_openai
+    from conversion.key_maps import openai_items
 
     text, vision = model.config.text_config, model.config.vision_config
     theirs = CLIP(
@@ -91,7 +91,7 @@ def to_openclip(model: HFCLIPModel) -> torch.nn.Module:
         ),
         quick_gelu=True,
     )
-    theirs.load_state_dict(to_openai(model.state_dict()))
+    theirs.load_state_dict(dict(openai_items(model.state_dict())))
     return theirs
 
 

@@ -10,23 +10,22 @@ file before memory is taken for it.
 
 import hashlib
 import json
-import math
 import os
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .pickles import MAX_TENSORS, CheckpointError, Dtype, Entry, Span, Storage, flatten, interpret
+from .pickles import CheckpointError, Dtype, Entry, Span, Storage, flatten, interpret
+from .safetensors_files import read_safetensors
 
 
 # Far above any CLIP, far below what exhausts a machine.
@@ -57,12 +56,6 @@ LOOKALIKES = (
         "where you trust it, load it in torch with weights_only=True and save it again with torch.save(weights, path)",
     ),
 )
-SAFETENSORS_DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-}
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
@@ -127,29 +120,43 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         other. Shows a bar for files above 100 MB."""
         if self._sha256 is not None:
             return self._sha256
-        digests = []
         size = sum(file.stat().st_size for file in self._files)
         with tqdm(total=size, desc="SHA-256", unit="B", unit_scale=True, disable=size <= 100 * 10**6) as bar:
-            for path in self._files:
-                digest = hashlib.sha256()
-                with errors_of(path), path.open("rb") as file:
-                    while piece := file.read(PIECE):
-                        digest.update(piece)
-                        bar.update(len(piece))
-                digests.append(digest.hexdigest())
-        several = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+            digests = sorted(sha256_of(path, bar.update) for path in self._files)
+        several = hashlib.sha256("".join(digests).encode()).hexdigest()
         self._sha256 = digests[0] if len(digests) == 1 else several
         return self._sha256
 
 
-class View(Mapping[str, torch.Tensor]):
-    """Some tensors of a mapping under other names, read when asked for: `names` maps the new names to the old."""
+def sha256_of(path: Path, report: Callable[[int], object] = lambda count: None) -> str:
+    """SHA-256 of a file in hexadecimal; `report` is told the bytes of each piece."""
+    digest = hashlib.sha256()
+    with errors_of(path), path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            report(len(piece))
+    return digest.hexdigest()
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
-        self.tensors, self.names = tensors, names
+
+class View(Mapping[str, torch.Tensor]):
+    """Some tensors of a mapping under other names, read when asked for.
+
+    Args:
+        names: the new names -> the old; None keeps all.
+        dtype: in which tensors of floating point are given; None is their own.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        names: Mapping[str, str] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.tensors, self.dtype = tensors, dtype
+        self.names = {name: name for name in tensors} if names is None else names
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.tensors[self.names[name]]
+        return rounded(self.tensors[self.names[name]], self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -164,6 +171,11 @@ class View(Mapping[str, torch.Tensor]):
         """Shapes and dtypes of a checkpoint's tensors; nothing is read."""
         shape, dtype = self.tensors.shape, self.tensors.dtype
         return {new: torch.empty(shape(old), dtype=dtype(old), device="meta") for new, old in self.names.items()}
+
+
+def rounded(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """`tensor` in `dtype` if it is floating point; as it is for None."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -191,7 +203,7 @@ def open_file(path: Path) -> Checkpoint:
 
 @contextmanager
 def errors_of(place: Path | str) -> Iterator[None]:
-    """Says in front of an error which file it is about."""
+    """Names the place that an error is about."""
     try:
         yield
     except CheckpointError as error:
@@ -376,34 +388,7 @@ class Archive:
         return Span(self.path, entry.header_offset + 30 + name_size + extra_size, entry.file_size, entry.CRC)
 
 
-# safetensors
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Places of the tensors, and the metadata. The library judges the file; the bytes are then read directly, because
-    its tensors are views of a memory map."""
-    try:
-        with safe_open(path, framework="np"):
-            pass
-    except SafetensorError as error:
-        raise CheckpointError(f"no complete safetensors file ({error}); download or copy it again.") from error
-    with path.open("rb") as file:
-        header_size = struct.unpack("<Q", file.read(8))[0]
-        header = json.loads(file.read(header_size))
-    values = header.pop("__metadata__", None) or {}
-    if not 0 < len(header) <= MAX_TENSORS:
-        raise CheckpointError(f"{len(header)} tensors in it; expected 1 to {MAX_TENSORS}.")
-    entries = {}
-    for name, record in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if record["dtype"] not in SAFETENSORS_DTYPES:
-            raise CheckpointError(f"tensor {name!r} has dtype {record['dtype']}, which torch cannot hold.")
-        begin, end = record["data_offsets"]
-        shape = tuple(record["shape"])
-        # (a, b, c) -> (b * c, c, 1)
-        stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        span = Span(path, 8 + header_size + begin, end - begin)
-        entries[name] = Entry(span, SAFETENSORS_DTYPES[record["dtype"]], shape, stride)
-    return entries, values
+# Shards
 
 
 def open_shards(index: Path) -> Checkpoint:

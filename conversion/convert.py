@@ -9,7 +9,6 @@ Anything that fails on the way leaves no folder behind.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -26,24 +25,25 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import hfclip
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer, errors
+from hfclip import HFCLIPConfig, HFCLIPModel, HFCLIPProcessor, errors
 from hfclip.configuration_hfclip import TOWER_CONFIGS
+from hfclip.errors import UsageError, as_usage_error
 from hfclip.hub import check_target, end_on_interrupt, model_card, push
+from hfclip.hub.card import describe
+from hfclip.hub.check import mismatches, read_json
 
-from .checkpoints import Checkpoint, View, open_checkpoint
-from .errors import UsageError, refusals
-from .folder import WrittenWeights, new_folder, num_bytes, require_free, write_weights
-from .proof import Rounded, compare, differences, features_of, fixed_inputs, rounded, show, streamed
+from .checkpoints import Checkpoint, View, open_checkpoint, rounded, sha256_of
+from .folder import new_folder, require_free
+from .proof import compare, compute_features, differences, fixed_inputs, show, streamed
 from .reference import Recorder, unread
-from .whose import advice
+from .safetensors_files import num_bytes, write_weights
+from .whose import advice, require_own
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"  # has the vocabulary of OpenAI's nine models
-OPENAI_VOCABULARY = 49408
 
 
 Items = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]]
@@ -73,7 +73,7 @@ class Conversion:
 
 
 def convert(plan: Conversion, out: Path, options: argparse.Namespace) -> None:
-    """Does it. See the module's docstring.
+    """Writes the planned conversion to `out` and proves it.
 
     Raises:
         UsageError: tensors missing, left over or of the wrong shape; a result that differs from its source; an output
@@ -89,9 +89,9 @@ def convert(plan: Conversion, out: Path, options: argparse.Namespace) -> None:
         if plan.processor is not None:
             plan.processor.save_pretrained(folder)
         files = write_weights(folder, layout, plan.items(plan.weights))
-        provenance = record(plan, layout, files, prove(plan, files, dtype))
+        provenance = record(plan, layout, files, prove(plan, folder, dtype))
         (folder / "conversion.json").write_text(json.dumps(provenance, indent=2) + "\n")
-        (folder / "README.md").write_text(card_of(plan, out, options.push_to_hub, provenance), encoding="utf-8")
+        (folder / "README.md").write_text(build_card(plan, out, options.push_to_hub, provenance), encoding="utf-8")
     for note in plan.notes:
         say(f"NOTE: {note}")
     say(f"Written: {out}")
@@ -99,19 +99,15 @@ def convert(plan: Conversion, out: Path, options: argparse.Namespace) -> None:
         publish(out, options)
 
 
-def prove(plan: Conversion, files: list[Path], dtype: torch.dtype | None) -> dict[str, dict[str, float]]:
-    """Compares what source and result compute, and returns the differences by name.
-
-    Raises:
-        UsageError: above `TOLERANCE`, a value that is not finite, or a tensor of the source that took part in nothing.
-    """
+def prove(plan: Conversion, folder: Path, dtype: torch.dtype | None) -> dict[str, dict[str, float]]:
+    """Compares what source and result compute, and returns the differences by name."""
     say("Comparing with the source ...")
     inputs = fixed_inputs(plan.config)
     source = Recorder(plan.weights)
-    expected = plan.features(source if dtype is None else Rounded(source, dtype), *inputs)
+    expected = plan.features(View(source, dtype=dtype), *inputs)
     if idle := unread(source):
         raise UsageError(f"{len(idle)} tensors of the source take part in nothing, such as {idle[:3]}.")
-    found = features_of(streamed(plan.model_class, plan.config, WrittenWeights(files)), *inputs)
+    found = compute_features(streamed(plan.model_class, plan.config, open_checkpoint(folder)), *inputs)
     if dtype is not None:
         show("What rounding changes", differences(found, plan.features(plan.weights, *inputs)))
     return compare(found, expected)
@@ -135,14 +131,10 @@ def say(line: str) -> None:
 
 
 def on_meta(model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model without weights.
-
-    Raises:
-        UsageError: a tower of transformers that cannot be built from its settings; ours refuse theirs before.
-    """
+    """The model without weights."""
     towers = [getattr(config, f"{name}_config", config) for name in ("text", "vision")]
     is_ours = all(tower.model_type in TOWER_CONFIGS for tower in towers)
-    with nullcontext() if is_ours else refusals("A tower cannot be built"), torch.device("meta"):
+    with nullcontext() if is_ours else as_usage_error("A tower cannot be built"), torch.device("meta"):
         model = model_class(config)
     return model if dtype is None else model.to(dtype)
 
@@ -150,43 +142,26 @@ def on_meta(model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype 
 def check_fit(layout: Mapping[str, Tensor], model: PreTrainedModel) -> None:
     """Raises UsageError unless `layout` is exactly the model's state dict, names and shapes."""
     expected = model.state_dict()
-    missing, surplus = sorted(expected.keys() - layout.keys()), sorted(layout.keys() - expected.keys())
-    common = expected.keys() & layout.keys()
-    wrong = [name for name in common if expected[name].shape != layout[name].shape]
-    no_floats = [
-        name for name in common if expected[name].is_floating_point() and not layout[name].is_floating_point()
+    found_shapes, shapes = ({n: list(t.shape) for n, t in tensors.items()} for tensors in (layout, expected))
+    problems = mismatches(found_shapes, shapes)
+    integers = [
+        n for n, t in layout.items() if n in expected and expected[n].is_floating_point() > t.is_floating_point()
     ]
-    problems = [f"{len(names)} {what}, such as {names[:3]}" for what, names in (("missing", missing), ("left over", surplus), ("of whole numbers", sorted(no_floats))) if names]  # fmt: skip
-    problems += [
-        f"{name!r} is {tuple(layout[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in sorted(wrong)[:3]
-    ]
+    problems += [f"{len(integers)} of whole numbers, such as {integers[0]}"] if integers else []
     if problems:
         raise UsageError(f"The tensors do not fit the architecture that they tell: {'; '.join(problems)}.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        UsageError: no such file, no JSON, or no object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: found no readable JSON file ({error}), expected one of settings.") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: found {type(content).__name__}, expected an object of settings.")
-    return content
+def open_source(own: str, source: Path) -> Checkpoint:
+    """The checkpoint at `source`, refused with the right program where it is certainly not `own`, a key of `PROGRAMS`."""
+    require_own(own, source)
+    checkpoint = open_checkpoint(source)
+    require_own(own, source, checkpoint)
+    return checkpoint
 
 
 def open_model(folder: Path) -> tuple[HFCLIPConfig, View]:
-    """Config and weights of a whole HFCLIPModel, or of transformers' CLIPModel.
-
-    Raises:
-        UsageError: another model, a quantised one, or one whose weights do not fit its config; from_pretrained would
-            draw them at random.
-    """
+    """Config and weights of a whole HFCLIPModel, or of transformers' CLIPModel."""
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"{folder}: found no config.json, expected the folder of a model.{advice(folder)}")
@@ -197,7 +172,7 @@ def open_model(folder: Path) -> tuple[HFCLIPConfig, View]:
         raise UsageError(
             f"{folder}: found quantised weights, expected plain ones. Start from the model as it was before."
         )
-    with refusals(path):
+    with as_usage_error(path):
         config = HFCLIPConfig.from_pretrained(folder)
         model = on_meta(HFCLIPModel, config)
     checkpoint = open_checkpoint(folder)
@@ -206,20 +181,7 @@ def open_model(folder: Path) -> tuple[HFCLIPConfig, View]:
     return config, weights
 
 
-def describe(config: Any) -> str:
-    """One line."""
-    if not isinstance(config, HFCLIPConfig):
-        return f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}"
-    vision, text = config.vision_config, config.text_config
-    return (
-        f"{vision.model_type} at {vision.image_size} px and {text.model_type} of {text.vocab_size} tokens, "
-        f"{config.projection_dim} joint dimensions"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Record
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def record(
@@ -243,7 +205,7 @@ def record(
     }
 
 
-def card_of(plan: Conversion, out: Path, repo_id: str | None, provenance: dict[str, Any]) -> str:
+def build_card(plan: Conversion, out: Path, repo_id: str | None, provenance: dict[str, Any]) -> str:
     """The model card, with the part of the record that its reader wants."""
     worst = max(values["relative"] for values in provenance["differences"].values())
     source = provenance["source"]
@@ -263,80 +225,7 @@ def card_of(plan: Conversion, out: Path, repo_id: str | None, provenance: dict[s
     )
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while piece := file.read(2**20):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processors
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def openai_processor(config: HFCLIPConfig, merges: str | None) -> tuple[Any, list[str]]:
-    """Image processor at the model's resolution with OpenAI's tokenizer, and notes for the user.
-
-    The merges come from a file, or from the Hub. A model with another vocabulary is written without a tokenizer.
-
-    Raises:
-        UsageError: merges that are not available, or that are another vocabulary's.
-    """
-    text = config.text_config
-    image_processor = HFCLIPImageProcessor(size=config.image_size)
-    if merges is None and text.vocab_size != OPENAI_VOCABULARY:
-        return image_processor, [
-            f"no tokenizer was written: OpenAI's has 49,408 tokens, this model {text.vocab_size}."
-        ]
-    try:
-        if merges is not None:
-            tokenizer = HFCLIPTokenizer.from_openai_bpe(merges)
-        else:
-            tokenizer = HFCLIPTokenizer.from_pretrained(OPENAI_TOKENIZER)
-    except (OSError, ValueError) as error:  # ValueError: without network, a folder without files
-        if merges is not None:
-            raise UsageError(f"--merges: {error}") from error
-        raise UsageError(
-            "No tokenizer: OpenAI's cannot be fetched from the Hub, and without it the model cannot be used. Pass --merges "
-            "bpe_simple_vocab_16e6.txt.gz (it lies in OpenAI's repository, folder clip)."
-        ) from error
-    if len(tokenizer) != text.vocab_size:
-        raise UsageError(
-            f"--merges: found {len(tokenizer)} tokens, expected the model's {text.vocab_size}. Pass the merges that it "
-            "was trained with, or leave --merges out."
-        )
-    tokenizer.model_max_length = text.max_position_embeddings
-    return HFCLIPProcessor(image_processor, tokenizer), []
-
-
-def open_processor(folder: Path) -> tuple[HFCLIPImageProcessor | None, Any]:
-    """A model folder's image processor and tokenizer; None for what it has not."""
-    image_processor = tokenizer = None
-    with refusals(folder):
-        if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-            image_processor = HFCLIPImageProcessor.from_pretrained(folder)
-        if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return image_processor, tokenizer
-
-
-def save_processor(image_processor: HFCLIPImageProcessor | None, tokenizer: Any, folder: Path) -> None:
-    """Writes both, or the one that is there."""
-    if image_processor is not None and tokenizer is not None:
-        HFCLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
-    elif image_processor is not None or tokenizer is not None:
-        (image_processor or tokenizer).save_pretrained(folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def as_path(text: str) -> Path:
@@ -344,11 +233,22 @@ def as_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def parser_of(description: str, out_help: str = "the folder to write") -> argparse.ArgumentParser:
+def add_paths(
+    parser: argparse.ArgumentParser,
+    source: str = "a folder of an HFCLIPModel (or of transformers' CLIPModel)",
+    out: str = "the folder to write",
+) -> argparse.ArgumentParser:
+    """Adds what every program here takes: where it reads and where it writes."""
+    parser.add_argument("source", type=as_path, help=source)
+    parser.add_argument("out", type=as_path, help=out)
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    return parser
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
     """The arguments that all converters have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=as_path, help="the checkpoint: a file, or a folder that holds one")
-    parser.add_argument("out", type=as_path, help=out_help)
+    add_paths(parser, source="the checkpoint: a file, or a folder that holds one")
     parser.add_argument(
         "--dtype",
         choices=["keep", *DTYPES],
@@ -356,7 +256,6 @@ def parser_of(description: str, out_help: str = "the folder to write") -> argpar
         help="precision of the stored weights. `keep` (default) stores each tensor as the source does and loses "
         "nothing; models load in float32 either way unless a dtype is asked for here or there",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     hub = parser.add_argument_group("Hub", "sign in with `hf auth login` first")
     hub.add_argument("--push-to-hub", metavar="REPO", help="publish the result, e.g. me/clip-rn50")
     hub.add_argument("--private", action="store_true", default=None, help="create the repository as a private one")
@@ -364,12 +263,8 @@ def parser_of(description: str, out_help: str = "the folder to write") -> argpar
     return parser
 
 
-def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line of a converter, refused before any work where it cannot end well.
-
-    Raises:
-        UsageError: an output that is not free (see `require_free`), or settings of the Hub that make no sense.
-    """
+def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line of a converter, refused before any work where it cannot end well."""
     options = parser.parse_args()
     if options.push_to_hub is not None:
         check_target(options.push_to_hub, options.revision)

@@ -14,15 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from conversion.checkpoints import Checkpoint, View, open_checkpoint
-from conversion.convert import Conversion, convert, openai_processor, options_of, parser_of, run, say
-from conversion.errors import UsageError
+from conversion.checkpoints import Checkpoint, View
+from conversion.convert import Conversion, build_parser, convert, open_source, parse_options, run, say
 from conversion.key_maps import CONSTANTS, hfclip_items, openai_config
-from conversion.reference import Settings, image_features, text_features
-from conversion.whose import require_own
-from hfclip import HFCLIPModel
+from conversion.processors import join, openai_tokenizer
+from conversion.reference_settings import openai_features
+from hfclip import HFCLIPImageProcessor, HFCLIPModel
+from hfclip.errors import UsageError
 
 
 # SHA-256 of the published files, as they stand in their addresses in OpenAI's clip.py.
@@ -40,17 +38,15 @@ PUBLISHED = {
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = build_parser(__doc__)
     parser.add_argument(
         "--merges", metavar="FILE", help="OpenAI's bpe_simple_vocab_16e6.txt.gz (default: from the Hub)"
     )
     parser.add_argument(
         "--any-hash", action="store_true", help="accept a file under a published name with another SHA-256"
     )
-    options = options_of(parser)
-    require_own("openai", options.source)
-    checkpoint = open_checkpoint(options.source)
-    require_own("openai", options.source, checkpoint)
+    options = parse_options(parser)
+    checkpoint = open_source("openai", options.source)
     conversion = plan(checkpoint, options.merges)
     if not check_hash(checkpoint, options.any_hash):
         conversion.notes.append(
@@ -61,11 +57,7 @@ def main() -> None:
 
 
 def check_hash(checkpoint: Checkpoint, any_hash: bool) -> bool:
-    """Says and returns whether the file is one that OpenAI published.
-
-    Raises:
-        UsageError: it bears the name of one and is another, unless `any_hash`.
-    """
+    """Says and returns whether the file is one that OpenAI published."""
     name, found = Path(checkpoint.path).name, checkpoint.sha256()
     known = {digest: published for published, digest in PUBLISHED.items()}
     if found in known:
@@ -85,25 +77,17 @@ def plan(checkpoint: Checkpoint, merges: str | None) -> Conversion:
     names = {name: name for name in checkpoint if name.rpartition(".")[2] not in CONSTANTS}
     weights = View(checkpoint, names)
     config = openai_config(weights.on_meta())
-    processor, notes = openai_processor(config, merges)
+    tokenizer, notes = openai_tokenizer(config, merges)
     return Conversion(
         checkpoint=checkpoint,
         weights=weights,
         items=hfclip_items,
         model_class=HFCLIPModel,
         config=config,
-        features=features,
-        processor=processor,
+        features=openai_features,
+        processor=join(HFCLIPImageProcessor(size=config.image_size), tokenizer),
         notes=notes,
     )
-
-
-def features(weights, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    settings = Settings()
-    return {
-        "image_features": image_features(weights, pixel_values, settings, dtype=torch.float64),
-        "text_features": text_features(weights, input_ids, settings, dtype=torch.float64),
-    }
 
 
 if __name__ == "__main__":

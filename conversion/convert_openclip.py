@@ -28,26 +28,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import AutoTokenizer
 
-from conversion.checkpoints import Checkpoint, View, open_checkpoint
-from conversion.convert import Conversion, convert, openai_processor, options_of, parser_of, read_json, run, say
-from conversion.errors import UsageError, refusals
+from conversion.checkpoints import Checkpoint, View
+from conversion.convert import Conversion, build_parser, convert, open_source, parse_options, run, say
 from conversion.foreign_towers import SIGLIP_PREPROCESS, foreign_plan, is_foreign
 from conversion.key_maps import CONSTANTS, hfclip_items, openclip_config, require_kinds
 from conversion.openclip_shapes import ASK, model_name, name_of_run, settings_from_shapes
-from conversion.reference import Settings, image_features, text_features
-from conversion.whose import require_own
+from conversion.processors import TOKENIZER_FILES, has_any, join, openai_tokenizer
+from conversion.reference_settings import compute_source_features, openclip_settings
+from conversion.whose import OPENCLIP_CONFIG
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
-
-
-CONFIG = "open_clip_config.json"
+from hfclip.errors import UsageError, as_usage_error
+from hfclip.hub.check import read_json
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = build_parser(__doc__)
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help=f"the architecture, where the source is no folder with {CONFIG}: OpenCLIP's name, or its JSON file "
+        help=f"the architecture, where the source is no folder with {OPENCLIP_CONFIG}: OpenCLIP's name, or its JSON file "
         "(default: told by shapes)",
     )
     parser.add_argument("--weights", metavar="NAME", help="which weights of a training checkpoint, e.g. state_dict")
@@ -58,11 +57,8 @@ def main() -> None:
     parser.add_argument(
         "--text-model", metavar="NAME", help="config of a text tower of transformers: a folder or a Hub name"
     )
-    options = options_of(parser)
-    require_own("openclip", options.source)
-    checkpoint = open_checkpoint(options.source)
-    require_own("openclip", options.source, checkpoint)
-    convert(plan(checkpoint, options), options.out, options)
+    options = parse_options(parser)
+    convert(plan(open_source("openclip", options.source), options), options.out, options)
 
 
 def plan(checkpoint: Checkpoint, options) -> Conversion:
@@ -87,11 +83,8 @@ def find_settings(checkpoint: Checkpoint, weights: View, options) -> tuple[dict[
     """`model_cfg` and `preprocess_cfg` of a checkpoint, and notes on what was assumed.
 
     They come from a JSON file where there is one, else from shapes and from what `--model`, or the run, is named.
-
-    Raises:
-        UsageError: a file that is no description of a dual encoder, or weights whose shapes tell too little.
     """
-    path = options.source / CONFIG if options.model is None else Path(options.model)
+    path = options.source / OPENCLIP_CONFIG if options.model is None else Path(options.model)
     name = options.model and model_name(options.model)
     if name and not path.is_file() and (spec := importlib.util.find_spec("open_clip")):
         path = Path(spec.origin).parent / "model_configs" / f"{name}.json"
@@ -118,16 +111,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 def architecture(weights: dict[str, torch.Tensor], model_cfg: dict[str, Any], options) -> tuple:
     """Config, items and features of `Conversion`, and notes; `weights` are on the meta device."""
     if is_foreign(model_cfg):
-        return foreign_plan(weights, model_cfg, reference_settings(model_cfg, weights), options.text_model)
-    return openclip_config(weights, model_cfg), hfclip_items, partial(features, model_cfg), []
+        return foreign_plan(weights, model_cfg, openclip_settings(model_cfg), options.text_model)
+    config = openclip_config(weights, model_cfg)
+    return config, hfclip_items, partial(compute_source_features, *openclip_settings(model_cfg)), []
 
 
 def weight_names(checkpoint: Checkpoint, chosen: str | None) -> dict[str, str]:
-    """OpenCLIP's names of one model's tensors -> the checkpoint's.
-
-    Raises:
-        UsageError: no model among the tensors, several without a choice, or none of the chosen name.
-    """
+    """OpenCLIP's names of one model's tensors -> the checkpoint's."""
     prefixes = [name.removesuffix("logit_scale") for name in checkpoint if name.endswith("logit_scale")]
     prefixes = [prefix for prefix in prefixes if any(name.startswith(f"{prefix}visual.") for name in checkpoint)]
     if not prefixes:
@@ -151,61 +141,20 @@ def weight_names(checkpoint: Checkpoint, chosen: str | None) -> dict[str, str]:
     return {new: old for new, old in names.items() if new not in CONSTANTS and not new.endswith(".position_ids")}
 
 
-def features(model_cfg: dict[str, Any], weights, pixel_values, input_ids) -> dict[str, torch.Tensor]:
-    vision, text = reference_settings(model_cfg, weights)
-    return {
-        "image_features": image_features(weights, pixel_values, vision, dtype=torch.float64),
-        "text_features": text_features(weights, input_ids, text, dtype=torch.float64),
-    }
-
-
-def reference_settings(model_cfg: dict[str, Any], weights) -> tuple[Settings, Settings]:
-    """OpenCLIP's settings as `reference` takes them: for the image tower and for the text tower."""
-    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    head_width = vision.get("head_width", 64)
-    width = vision.get("width", 64 if isinstance(vision.get("layers"), list) else 768)
-    channels = width * 32 if isinstance(vision.get("layers"), list) else width
-    pool_type = text.get("pool_type", "argmax")
-    return (
-        Settings(
-            vision_heads=channels // head_width,
-            activation=_activation(model_cfg, vision),
-            vision_pooling=vision.get("pool_type", "tok"),
-            norm_before_pooling=not vision.get("final_ln_after_pool", False),
-            layer_norm_eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
-        ),
-        Settings(
-            text_heads=text.get("heads", 8),
-            activation=_activation(model_cfg, text),
-            causal=not text.get("no_causal_mask", False),
-            text_pooling=pool_type,
-            eos_token_id=text.get("eos_id", 2) if pool_type == "eos" else None,
-            layer_norm_eps=(text.get("norm_kwargs") or {}).get("eps", 1e-5),
-        ),
-    )
-
-
-def _activation(model_cfg: dict[str, Any], tower_cfg: dict[str, Any]) -> str:
-    if model_cfg.get("quick_gelu"):
-        return "quick_gelu"
-    return "gelu_tanh" if (tower_cfg.get("act_kwargs") or {}).get("approximate") == "tanh" else "gelu"
-
-
 def build_processor(config: HFCLIPConfig, settings: dict[str, Any], options) -> tuple[Any, list[str]]:
     """Image processor by `preprocess_cfg`, and the checkpoint's tokenizer; notes for the user."""
     text_cfg = settings["model_cfg"]["text_cfg"]
     preprocess = settings.get("preprocess_cfg") or {}
     if not preprocess and config.vision_config.model_type == "siglip_vision_model":
         preprocess = SIGLIP_PREPROCESS  # OpenCLIP has it beside the name of the weights, not in the architecture
-    with refusals("preprocess_cfg"):
+    with as_usage_error("preprocess_cfg"):
         image_processor = build_image_processor(config.image_size, preprocess)
     name = options.tokenizer or text_cfg.get("hf_tokenizer_name")
     folder = options.source if options.source.is_dir() else None
-    has_tokenizer = folder and any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "tokenizer_config.json"))  # fmt: skip
+    has_tokenizer = folder is not None and has_any(folder, TOKENIZER_FILES)
     if not name and not has_tokenizer:
-        processor, notes = openai_processor(config, options.merges)
-        tokenizer = getattr(processor, "tokenizer", None)
-        return (image_processor if tokenizer is None else HFCLIPProcessor(image_processor, tokenizer)), notes
+        tokenizer, notes = openai_tokenizer(config, options.merges)
+        return join(image_processor, tokenizer), notes
     try:
         if options.tokenizer or not has_tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(hub_name(name, options.tokenizer), trust_remote_code=False)
@@ -252,11 +201,7 @@ def fit_tokenizer(tokenizer, config: HFCLIPConfig, text_cfg: dict[str, Any]) -> 
 
 
 def build_image_processor(image_size: int, preprocess: dict[str, Any]) -> HFCLIPImageProcessor:
-    """OpenCLIP's evaluation transform.
-
-    Raises:
-        UsageError: an interpolation or a way to resize that has no counterpart.
-    """
+    """OpenCLIP's evaluation transform."""
     mode, interpolation = preprocess.get("resize_mode", "shortest"), preprocess.get("interpolation", "bicubic")
     resample = {"bicubic": 3, "bilinear": 2, "random": 3}.get(interpolation)
     if mode not in ("shortest", "squash") or resample is None:

@@ -15,7 +15,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,25 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer, PreTrainedConfig
 
 from conversion.checkpoints import View, open_checkpoint
-from conversion.convert import as_path, open_model, open_processor, run, save_processor, say
-from conversion.convert_openai import features as openai_features
-from conversion.convert_openclip import CONFIG
-from conversion.convert_openclip import features as openclip_features
-from conversion.convert_transformers import defaults_of
-from conversion.convert_transformers import features as transformers_features
-from conversion.errors import UsageError
-from conversion.folder import WrittenWeights, new_folder, partial_folder, require_free, write_weights
+from conversion.convert import add_paths, open_model, run, say
+from conversion.folder import new_folder, partial_folder, require_free
 from conversion.key_maps import openai_config, openai_items, openclip_config
-from conversion.proof import compare, features_of, fixed_inputs, streamed
+from conversion.processors import join, open_processor
+from conversion.proof import compare, compute_features, fixed_inputs, streamed
+from conversion.reference_settings import (
+    compute_source_features,
+    openai_features,
+    openclip_settings,
+    transformers_features,
+)
+from conversion.safetensors_files import write_weights
+from conversion.whose import OPENCLIP_CONFIG
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from hfclip.configuration_hfclip import TRANSFORMERS_MODEL_TYPES
+from hfclip.errors import UsageError
 
 
 ONNX_TOLERANCE = 1e-4  # relative, of float32 against float32
@@ -47,10 +51,8 @@ OF_TRAINING = {"initializer_factor", "attention_dropout", "patch_dropout", "zero
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=as_path, help="a folder of an HFCLIPModel (or of transformers' CLIPModel)")
-    parser.add_argument("out", type=as_path, help="the folder to write; for `openai` the file, .pt or .safetensors")
+    add_paths(parser, out="the folder to write; for `openai` the file, .pt or .safetensors")
     parser.add_argument("--to", required=True, choices=sorted(EXPORTS), help="for whom")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     options = parser.parse_args()
     require_free(options.out, options.source, options.overwrite, is_file=options.to == "openai")
     EXPORTS[options.to](options, *open_model(options.source))
@@ -64,9 +66,9 @@ def to_openai(options: argparse.Namespace, config: HFCLIPConfig, weights: View) 
     require_same(config, openai_config(layout), "openai/CLIP")
     with partial_folder(options.out) as folder:
         require_free(options.out, options.source, options.overwrite, is_file=True)
-        (written,) = write_weights(folder, layout, openai_items(weights), max_shard_bytes=math.inf)
+        (written,) = write_weights(folder, layout, openai_items(weights), max_shard_bytes=sys.maxsize)
         if options.out.suffix == ".pt":
-            torch.save(dict(WrittenWeights([written])), folder / "weights.pt")
+            torch.save(dict(open_checkpoint(written)), folder / "weights.pt")
             written = folder / "weights.pt"
         prove(config, weights, openai_features(open_checkpoint(written), *fixed_inputs(config)))
         written.replace(options.out)
@@ -75,15 +77,16 @@ def to_openai(options: argparse.Namespace, config: HFCLIPConfig, weights: View) 
 
 def to_openclip(options: argparse.Namespace, config: HFCLIPConfig, weights: View) -> None:
     """A folder as OpenCLIP keeps them on the Hub."""
-    layout, model_cfg = dict(openai_items(weights.on_meta())), openclip_settings(config)
+    layout, model_cfg = dict(openai_items(weights.on_meta())), openclip_model_cfg(config)
     require_same(config, openclip_config(layout, model_cfg), "OpenCLIP")
     with new_folder(options.out, options.source, options.overwrite) as folder:
-        (written,) = write_weights(folder, layout, openai_items(weights), max_shard_bytes=math.inf)
-        prove(config, weights, openclip_features(model_cfg, WrittenWeights([written]), *fixed_inputs(config)))
+        (written,) = write_weights(folder, layout, openai_items(weights), max_shard_bytes=sys.maxsize)
+        settings = openclip_settings(model_cfg)
+        prove(config, weights, compute_source_features(*settings, open_checkpoint(written), *fixed_inputs(config)))
         written.rename(folder / "open_clip_model.safetensors")
         image_processor, tokenizer = open_processor(options.source)
         settings = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_settings(image_processor)}
-        (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / OPENCLIP_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         if tokenizer is not None:
             as_clip_tokenizer(tokenizer).save_pretrained(folder)
     say(f"Written: {options.out}")
@@ -97,10 +100,10 @@ def to_transformers(options: argparse.Namespace, config: HFCLIPConfig, weights: 
     )
     if config.logit_bias_init_value is not None:
         raise UsageError("transformers' CLIPModel has no logit_bias, which this model was trained with.")
-    towers = {key: defaults_of(key) | getattr(theirs, key).to_dict() for key in ("text_config", "vision_config")}
+    features = transformers_features(theirs.vision_config.to_dict(), theirs.text_config.to_dict())
     with new_folder(options.out, options.source, options.overwrite) as folder:
-        written = write_weights(folder, weights.on_meta(), weights.items())
-        prove(config, weights, transformers_features(towers, WrittenWeights(written), *fixed_inputs(config)))
+        write_weights(folder, weights.on_meta(), weights.items())
+        prove(config, weights, features(open_checkpoint(folder), *fixed_inputs(config)))
         theirs.save_pretrained(folder)
         image_processor, tokenizer = open_processor(options.source)
         if tokenizer is not None:
@@ -120,7 +123,8 @@ def to_onnx(options: argparse.Namespace, config: HFCLIPConfig, weights: View) ->
     model = HFCLIPModel.from_pretrained(options.source, dtype=torch.float32).eval()
     with new_folder(options.out, options.source, options.overwrite) as folder:
         (folder / "onnx").mkdir()
-        for tower, inputs in zip((ImageTower(model).eval(), TextTower(model).eval()), fixed_inputs(config)):
+        for is_text, inputs in enumerate(fixed_inputs(config)):
+            tower = Tower(model, bool(is_text)).eval()
             path = folder / "onnx" / f"{tower.file}.onnx"
             export_tower(tower, torch.cat([inputs, inputs]), path)
             prove_tower(tower, inputs, path)
@@ -131,16 +135,15 @@ def to_onnx(options: argparse.Namespace, config: HFCLIPConfig, weights: View) ->
         for part in (config, config.text_config, config.vision_config):
             vars(part).pop("auto_map", None)
         config.to_json_file(folder / "config.json")
-        save_processor(*open_processor(options.source), folder)
+        if (processor := join(*open_processor(options.source))) is not None:
+            processor.save_pretrained(folder)
     say(f"Written: {options.out}")
 
 
 EXPORTS = {"openai": to_openai, "openclip": to_openclip, "transformers": to_transformers, "onnx": to_onnx}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What the other library can express
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def require_same(config: HFCLIPConfig, reread: HFCLIPConfig, library: str) -> None:
@@ -148,13 +151,9 @@ def require_same(config: HFCLIPConfig, reread: HFCLIPConfig, library: str) -> No
     differences = []
     for part in ("vision_config", "text_config"):
         ours, theirs = getattr(config, part), getattr(reread, part)
-        fields = {"model_type", *getattr(type(ours), "__dataclass_fields__", {})} - OF_TRAINING
-        if not getattr(ours, "reads_padding", False):
-            fields -= {"pad_token_id"}
-        fields = {name for name in fields if name in ours.to_dict() and not name.startswith("_")} & _architectural(
-            ours
-        )
-        for name in sorted(fields):
+        fields = type(ours).__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys() - OF_TRAINING
+        fields -= set() if getattr(ours, "reads_padding", False) else {"pad_token_id"}
+        for name in ("model_type", *sorted(fields)):
             found, expected = getattr(ours, name), getattr(theirs, name, None)
             if found != expected:
                 differences.append(f"{part}.{name} is {found}, and {library} would have {expected}")
@@ -162,13 +161,7 @@ def require_same(config: HFCLIPConfig, reread: HFCLIPConfig, library: str) -> No
         raise UsageError(f"Cannot export: {'; '.join(differences)}.")
 
 
-def _architectural(config: Any) -> set[str]:
-    """Fields of the class itself, without those of every transformers config."""
-    inherited = set(getattr(type(config).__mro__[1], "__dataclass_fields__", {}))
-    return ({*type(config).__dataclass_fields__} - inherited) | {"model_type"}
-
-
-def openclip_settings(config: HFCLIPConfig) -> dict[str, Any]:
+def openclip_model_cfg(config: HFCLIPConfig) -> dict[str, Any]:
     """OpenCLIP's `model_cfg` for an architecture of ours."""
     vision, text = config.vision_config, config.text_config
     if vision.model_type == "hfclip_resnet":
@@ -256,11 +249,7 @@ def as_clip_tokenizer(tokenizer: Any) -> CLIPTokenizer:
 
 
 def image_settings(processor: Any) -> dict[str, Any]:
-    """What other libraries' image processors are told.
-
-    Raises:
-        UsageError: a step that is left out, or another scale of the pixels.
-    """
+    """What other libraries' image processors are told."""
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
     unusual = [f"{step}=False" for step in steps if getattr(processor, step, True) is False]
     if abs(processor.rescale_factor - 1 / 255) > 1e-9:
@@ -291,56 +280,44 @@ def preprocess_settings(image_processor: HFCLIPImageProcessor | None) -> dict[st
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Proof
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def prove(config: HFCLIPConfig, weights: Mapping[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
     """Raises UsageError unless the export computes what the model does."""
     model = streamed(HFCLIPModel, config, weights)
-    compare(found, features_of(model, *fixed_inputs(config)))
+    compare(found, compute_features(model, *fixed_inputs(config)))
 
 
-class ImageTower(torch.nn.Module):
-    """pixel_values (batch, channels, side, side) -> image_embeds (batch, projection_dim), not normalised"""
+class Tower(torch.nn.Module):
+    """Images or texts -> embeddings (batch, projection_dim), not normalised."""
 
-    file, input_name, output_name = "vision_model", "pixel_values", "image_embeds"
-
-    def __init__(self, model: HFCLIPModel):
+    def __init__(self, model: HFCLIPModel, is_text: bool):
         super().__init__()
-        self.model = model
+        self.model, self.is_text = model, is_text
+        names = (
+            ("text_model", "input_ids", "text_embeds") if is_text else ("vision_model", "pixel_values", "image_embeds")
+        )
+        self.file, self.input_name, self.output_name = names
+        self.takes_any_length = is_text and not getattr(model.config.text_config, "reads_padding", False)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.encode_image(pixel_values, normalize=False)
-
-
-class TextTower(torch.nn.Module):
-    """input_ids (batch, length) -> text_embeds (batch, projection_dim), not normalised"""
-
-    file, input_name, output_name = "text_model", "input_ids", "text_embeds"
-
-    def __init__(self, model: HFCLIPModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model.encode_text(input_ids, normalize=False)
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return (self.model.encode_text if self.is_text else self.model.encode_image)(inputs, normalize=False)
 
 
-def export_tower(tower: ImageTower | TextTower, inputs: torch.Tensor, path: Path) -> None:
+def export_tower(tower: Tower, inputs: torch.Tensor, path: Path) -> None:
+    """Writes a tower that takes any batch and, where it does not read its padding, any length of texts."""
     dynamic = {0: torch.export.Dim("batch", min=1)}
-    if isinstance(tower, TextTower) and not getattr(tower.model.config.text_config, "reads_padding", False):
+    if tower.takes_any_length:
         dynamic[1] = torch.export.Dim("length", min=2, max=inputs.shape[1])
-        inputs = inputs[
-            :-3, : inputs.shape[1] // 2 + 1
-        ]  # an example of the largest size would be taken for a constant
+        # An example of the largest size would be taken for a constant.
+        inputs = inputs[:-3, : inputs.shape[1] // 2 + 1]
     try:
         program = torch.onnx.export(
             tower,
             (inputs,),
             dynamo=True,
-            dynamic_shapes={tower.input_name: dynamic},
+            dynamic_shapes=(dynamic,),
             input_names=[tower.input_name],
             output_names=[tower.output_name],
             verbose=False,
@@ -354,30 +331,17 @@ def export_tower(tower: ImageTower | TextTower, inputs: torch.Tensor, path: Path
 
 
 @torch.no_grad()
-def prove_tower(tower: ImageTower | TextTower, inputs: torch.Tensor, path: Path) -> None:
+def prove_tower(tower: Tower, inputs: torch.Tensor, path: Path) -> None:
     """Runs the file on batches and lengths other than the one it was recorded with."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    for batch in variants(tower, inputs):
+    shorter = max(3, inputs.shape[1] // 4) if tower.takes_any_length else None  # the first texts end early
+    others = inputs[:1, :shorter] if tower.is_text else torch.cat([inputs, -inputs, inputs / 2])
+    for batch in (inputs, others):
         (found,) = session.run(None, {tower.input_name: batch.numpy()})
-        shape = "x".join(map(str, batch.shape))
-        compare(
-            {f"{tower.file} {shape}": torch.from_numpy(found)}, {f"{tower.file} {shape}": tower(batch)}, ONNX_TOLERANCE
-        )
-
-
-def variants(tower: ImageTower | TextTower, inputs: torch.Tensor) -> Iterable[torch.Tensor]:
-    if isinstance(tower, TextTower):
-        # The first texts end early.
-        yield from (
-            inputs,
-            inputs[:1, : max(3, inputs.shape[1] // 4)]
-            if not getattr(tower.model.config.text_config, "reads_padding", False)
-            else inputs[:1],
-        )
-    else:
-        yield from (inputs, torch.cat([inputs, -inputs, inputs / 2]))
+        name = f"{tower.file} {'x'.join(map(str, batch.shape))}"
+        compare({name: torch.from_numpy(found)}, {name: tower(batch)}, ONNX_TOLERANCE)
 
 
 if __name__ == "__main__":

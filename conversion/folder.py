@@ -1,46 +1,20 @@
-"""Model folders written tensor by tensor, which appear whole or not at all.
+"""Folders that appear whole or not at all: written beside `OUT`, renamed to `OUT`, refused where they cannot be."""
 
-    tensors, one at a time -> safetensors files (sharded when large) in a folder beside `OUT` -> rename to `OUT`
-
-A conversion never holds more than a tensor or two of the model, so it fits in little memory whatever the model's size.
-"""
-
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
-from tqdm import tqdm
 
-from .errors import UsageError
-
-
-MAX_SHARD_BYTES = 5_000_000_000
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from hfclip.errors import UsageError
 
 
 @contextmanager
 def new_folder(path: Path, source: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        UsageError: `path` is not free (see `require_free`), or written by another process.
-    """
+    """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not."""
     path = Path(os.path.realpath(path))  # a link stays, what it points at is replaced
     with partial_folder(path) as partial:
         require_free(path, source, overwrite)
@@ -57,11 +31,7 @@ def new_folder(path: Path, source: Path, overwrite: bool = False) -> Iterator[Pa
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path`, empty and for this process alone, until the block ends. What a killed run left there goes first.
-
-    Raises:
-        UsageError: another process is at it.
-    """
+    """A folder beside `path`, empty and for this process alone, until the block ends. What a killed run left there goes first."""
     path = Path(os.path.realpath(path))
     if not path.name:
         raise UsageError(f"{path} cannot be written. Choose the name of a new folder.")
@@ -131,11 +101,6 @@ def is_model_folder(path: Path) -> bool:
     return has_config and all(item.name == "onnx" for item in path.iterdir() if item.is_dir())
 
 
-def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Size of (meta) tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
 def require_space(folder: Path, needed: int) -> None:
     """Raises UsageError if the disk that holds `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
@@ -144,126 +109,3 @@ def require_space(folder: Path, needed: int) -> None:
             f"{folder} needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free. Make room, or choose a "
             "folder on another disk."
         )
-
-
-def write_weights(
-    folder: Path,
-    layout: Mapping[str, torch.Tensor],
-    items: Iterable[tuple[str, torch.Tensor]],
-    max_shard_bytes: float = MAX_SHARD_BYTES,
-) -> list[Path]:
-    """Writes `items` as they come into `model.safetensors`, or into shards with an index.
-
-    Args:
-        layout: name -> meta tensor of the dtype and shape that will come.
-        items: the tensors, in any order. Written in the layout's dtype.
-
-    Returns:
-        The weight files.
-
-    Raises:
-        UsageError: values that are not finite; too little space.
-        ValueError: a tensor that is not in the layout or of another shape, or one that never came.
-    """
-    total = num_bytes(layout)
-    require_space(folder, total + 10_000_000)
-    shards = _shards(layout, max_shard_bytes)
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-        weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    files = [open(folder / name, "wb") for name in names]
-    try:
-        places = {}
-        for file, shard in zip(files, shards):
-            places |= {name: (file, offset) for name, offset in _write_header(file, layout, shard).items()}
-        bar = tqdm(total=total, desc="writing weights", unit="B", unit_scale=True, disable=None)
-        for name, tensor in items:
-            if name not in places or tensor.shape != layout[name].shape:
-                raise ValueError(f"Found a tensor {name!r} of shape {tuple(tensor.shape)} that nothing expects.")
-            file, offset = places.pop(name)
-            file.seek(offset)
-            stored = tensor.detach().to(layout[name].dtype)
-            require_finite(name, tensor, stored)
-            data = stored.contiguous().reshape(-1).view(torch.uint8).numpy()
-            file.write(memoryview(data))
-            bar.update(data.nbytes)
-        bar.close()
-        if places:
-            raise ValueError(f"{len(places)} tensors never came, such as {next(iter(places))!r}.")
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        for file in files:
-            file.close()
-    return [folder / name for name in names]
-
-
-def require_finite(name: str, tensor: torch.Tensor, stored: torch.Tensor) -> None:
-    """Raises UsageError if a tensor, as it is stored, has values that are not finite."""
-    if stored.isfinite().all():
-        return
-    if tensor.isfinite().all():
-        raise UsageError(
-            f"{name!r} reaches {tensor.abs().max():.3g}, more than {stored.dtype} holds. Choose another --dtype."
-        )
-    raise UsageError(
-        f"{name!r} has {int((~tensor.isfinite()).sum())} values that are not finite (NaN or infinite): the training "
-        "went wrong, or the file is damaged. Choose another checkpoint."
-    )
-
-
-def _shards(layout: Mapping[str, torch.Tensor], max_shard_bytes: float) -> list[list[str]]:
-    shards, size = [[]], 0
-    for name, tensor in layout.items():
-        added = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + added > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += added
-    return shards
-
-
-def _write_header(file, layout: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, int]:
-    """Writes the head of a safetensors file and returns where in the file each tensor goes."""
-    # Large items first keeps each tensor aligned to its item size.
-    names = sorted(names, key=lambda name: (-layout[name].element_size(), name))
-    header, places, end = {"__metadata__": {"format": "pt"}}, {}, 0
-    for name in names:
-        tensor = layout[name]
-        if tensor.dtype not in DTYPE_NAMES:
-            raise UsageError(f"{name!r} is of {tensor.dtype}, which safetensors files do not hold here.")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        places[name] = start
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    file.write(len(encoded).to_bytes(8, "little") + encoded)
-    file.truncate(8 + len(encoded) + end)  # tensors without elements write nothing
-    return {name: 8 + len(encoded) + start for name, start in places.items()}
-
-
-class WrittenWeights(Mapping):
-    """The tensors of written weight files, each read when it is asked for."""
-
-    def __init__(self, files: Iterable[Path]):
-        self.files = {}
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                self.files |= dict.fromkeys(file.keys(), path)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        # Opened anew each time: a file kept open stays mapped, and all that was ever read counts as memory in use.
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name).clone()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)

@@ -28,10 +28,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from hfclip import HFCLIPConfig
+from hfclip.errors import UsageError, as_usage_error
 from hfclip.limits_hfclip import refuse_absurd
 
 from .checkpoints import View
-from .errors import UsageError, refusals
 from .key_maps import (
     CONVERTIBLE,
     UNCHANGED,
@@ -131,7 +131,7 @@ def foreign_plan(
     else:
         text_tower = siglip_text_tower(words, model_cfg, settings[1])
     image_tower = timm_tower(image, model_cfg) if is_timm else own_image_tower(image, model_cfg, settings[0])
-    with refusals("The architecture"):
+    with as_usage_error("The architecture"):
         config = HFCLIPConfig(
             text_config=text_tower.config,
             vision_config=image_tower.config,
@@ -141,7 +141,7 @@ def foreign_plan(
             logit_bias_init_value=-10.0 if "logit_bias" in weights else None,
         )
     towers = (image_tower, text_tower)
-    return config, partial(items_of, *towers), partial(features_of, *towers), image_tower.notes + text_tower.notes
+    return config, partial(items_of, *towers), partial(compute_features, *towers), image_tower.notes + text_tower.notes
 
 
 def halves(weights: Tensors) -> tuple[View, View]:
@@ -160,7 +160,9 @@ def items_of(image_tower: Tower, text_tower: Tower, weights: Tensors) -> Iterato
             yield name, weights[name].reshape(())  # OpenCLIP may train them in a list of one
 
 
-def features_of(image_tower: Tower, text_tower: Tower, weights: Tensors, pixel_values, input_ids) -> dict[str, Tensor]:
+def compute_features(
+    image_tower: Tower, text_tower: Tower, weights: Tensors, pixel_values, input_ids
+) -> dict[str, Tensor]:
     image, words = halves(weights)
     return {
         "image_features": image_tower.features(image, pixel_values),
@@ -189,11 +191,7 @@ def own_text_tower(weights: Tensors, model_cfg: dict[str, Any], settings: Settin
 
 
 def siglip_text_tower(weights: Tensors, model_cfg: dict[str, Any], settings: Settings) -> Tower:
-    """OpenCLIP's text tower of SigLIP: no mask, pooled at the last position, a projection with a bias or none.
-
-    Raises:
-        UsageError: a mask or another pooling; transformers' SigLIP has neither.
-    """
+    """OpenCLIP's text tower of SigLIP: no mask, pooled at the last position, a projection with a bias or none."""
     fields = openclip_text_fields(model_cfg)
     if fields["causal"] or fields["pooling"] != "last":
         raise UsageError(
@@ -239,11 +237,7 @@ def is_siglip(vision: dict[str, Any]) -> bool:
 
 
 def siglip_image_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
-    """timm's SigLIP ViT with attention pooling.
-
-    Raises:
-        UsageError: names or sizes that are not those of the model.
-    """
+    """timm's SigLIP ViT with attention pooling."""
     name = model_cfg["vision_cfg"]["timm_model_name"]
     width, num_heads, activation = siglip_kind(name)
     trunk = {key.removeprefix("visual.trunk."): tensor.shape for key, tensor in weights.items()}
@@ -340,9 +334,6 @@ def timm_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
     """A tower of timm: `siglip_vision_model` where it is one, the timm model itself where not.
 
     The source is then computed by timm as well, with the source's own tensors, set up as OpenCLIP does.
-
-    Raises:
-        UsageError: timm does not know the model.
     """
     vision = model_cfg["vision_cfg"]
     name, pool = vision["timm_model_name"], vision.get("timm_pool", "avg")
@@ -424,9 +415,6 @@ def hugging_face_tower(weights: Tensors, model_cfg: dict[str, Any], name: str) -
     """BERT, RoBERTa or XLM-RoBERTa; `name` is the folder or the Hub name of its config.
 
     The source is computed by the same class of transformers, which is OpenCLIP's code too, with the source's tensors.
-
-    Raises:
-        UsageError: no such config, or one of another kind of model.
     """
     try:
         refuse_absurd(name, PreTrainedConfig.get_config_dict(name)[0])

@@ -5,7 +5,7 @@ renaming: the fused query/key/value matrices are split, the two projections are 
 right there), and scalars that a checkpoint does not train (`input_resolution` ...) are dropped.
 
     state dict -> openai_config / openclip_config (from shapes and what shapes cannot tell) -> HFCLIPConfig
-    state dict -> to_hfclip -> load_state_dict(strict=True)        to_openai is its exact inverse
+    state dict -> hfclip_items -> load_state_dict(strict=True)     openai_items is its exact inverse
 """
 
 import re
@@ -15,11 +15,8 @@ from typing import Any
 import torch
 
 from hfclip import HFCLIPConfig
+from hfclip.errors import UsageError, as_usage_error
 
-from .errors import UsageError, refusals
-
-
-StateDict = dict[str, torch.Tensor]
 
 # OpenAI's name -> ours. `{n}` is the number of a block.
 BLOCK = {
@@ -55,17 +52,8 @@ TRANSFORMERS = {
 CONSTANTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
-def to_hfclip(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    """Renames, splits and transposes a state dict in OpenAI's or OpenCLIP's names; see `hfclip_items`."""
-    return dict(hfclip_items(state_dict))
-
-
 def hfclip_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Our names and tensors, one after the other; each of `state_dict` is asked for once, when its turn comes.
-
-    Raises:
-        UsageError: names that are in no table, listed, before anything is read; nothing is left over silently.
-    """
+    """Our names and tensors, one after the other; each of `state_dict` is asked for once, when its turn comes."""
     is_vit = _is_vit(state_dict)
     tables = {**TEXT, **(VIT if is_vit else {}), **{name: name for name in UNCHANGED}}
     names = [name for name in state_dict if name not in CONSTANTS]
@@ -85,17 +73,8 @@ def hfclip_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, 
             yield "vision_model." + name.removeprefix("visual."), state_dict[name]
 
 
-def to_openai(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    """The exact inverse of `to_hfclip`: an hfclip state dict in the names of OpenAI and OpenCLIP."""
-    return dict(openai_items(state_dict))
-
-
 def openai_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """OpenAI's names and tensors, one after the other; the inverse of `hfclip_items`.
-
-    Raises:
-        UsageError: towers that OpenAI's CLIP does not have.
-    """
+    """OpenAI's names and tensors, one after the other; the inverse of `hfclip_items`."""
     is_vit = "visual_projection.weight" in state_dict
     tables = {ours: theirs for theirs, ours in {**TEXT, **VIT, **{name: name for name in UNCHANGED}}.items()}
     transposed = {ours: theirs for theirs, ours in TRANSPOSED.items()}
@@ -187,40 +166,44 @@ CONVERTIBLE = set(
 )
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 10**9
+
+
 # The kinds of OpenCLIP's settings, where another kind would fail later. Names, objects and `OPTIONAL` may be None.
 OPTIONAL = ("patch_size", "ls_init_value", "init_logit_scale", "init_logit_bias")
 KINDS = {
-    **dict.fromkeys(
-        "embed_dim width heads head_width patch_size context_length vocab_size".split(), "a positive number"
+    "a positive number": (_is_count, "embed_dim width heads head_width patch_size context_length vocab_size"),
+    "a whole number": (
+        lambda value: value is not False and (value == 0 or _is_count(value)),
+        "image_size pad_id eos_id",
     ),
-    **dict.fromkeys("image_size pad_id eos_id".split(), "a whole number"),
-    **dict.fromkeys("mlp_ratio patch_dropout ls_init_value init_logit_bias eps".split(), "a number"),
-    **dict.fromkeys("act_kwargs norm_kwargs tokenizer_kwargs multimodal_cfg".split(), "an object"),
-    **dict.fromkeys("pool_type hf_model_name hf_tokenizer_name hf_pooler_type hf_proj_type".split(), "a name"),
-    **dict.fromkeys("timm_model_name timm_pool timm_proj approximate".split(), "a name"),
-    "layers": "a positive number, or four of a ResNet",
-}
-IS_OF_KIND = {
-    "a positive number": lambda value: type(value) is int and 0 < value < 10**9,
-    "a whole number": lambda value: type(value) is int and 0 <= value < 10**9,
-    "a number": lambda value: type(value) in (int, float) and abs(value) < 1e9,
-    "an object": lambda value: isinstance(value, dict),
-    "a name": lambda value: isinstance(value, str),
-    "a positive number, or four of a ResNet": lambda value: (
-        (len(value) == 4 if isinstance(value, list) else True)
-        and all(
-            type(number) is int and 0 < number < 10**9 for number in (value if isinstance(value, list) else [value])
-        )
+    "a number": (
+        lambda value: type(value) in (int, float) and abs(value) < 1e9,
+        "mlp_ratio patch_dropout ls_init_value init_logit_bias eps",
+    ),
+    "an object": (
+        lambda value: value is None or isinstance(value, dict),
+        "act_kwargs norm_kwargs tokenizer_kwargs multimodal_cfg",
+    ),
+    "a name": (
+        lambda value: value is None or isinstance(value, str),
+        "pool_type hf_model_name hf_tokenizer_name hf_pooler_type hf_proj_type timm_model_name timm_pool timm_proj "
+        "approximate",
+    ),
+    "a positive number, or four of a ResNet": (
+        lambda value: all(map(_is_count, value)) and len(value) == 4 if isinstance(value, list) else _is_count(value),
+        "layers",
     ),
 }
+KIND_OF = {setting: kind for kind, (_, settings) in KINDS.items() for setting in settings.split()}
 
 
 def require_kinds(place: Any, settings: dict[str, Any], part: str = "") -> None:
     """Raises UsageError for a setting of OpenCLIP's that is of another kind than it gives it; nested ones included."""
     for key, value in settings.items():
-        expected = KINDS.get(key)
-        is_optional = key in OPTIONAL or expected in ("an object", "a name")
-        if expected and not (IS_OF_KIND[expected](value) or value is None and is_optional):
+        expected = KIND_OF.get(key)
+        if expected and not (KINDS[expected][0](value) or value is None and key in OPTIONAL):
             raise UsageError(
                 f"{place} has a setting that makes no sense: {part}{key}: found {value!r:.80}, expected {expected}."
             )
@@ -329,7 +312,7 @@ def _config(
     projection_dim = _shape(state_dict, "text_projection", 2)[1]
     # The initial value; loading puts the trained one in its place.
     bias = -10.0 if "logit_bias" in state_dict else None
-    with refusals("The architecture"):
+    with as_usage_error("The architecture"):
         return HFCLIPConfig(**towers, projection_dim=projection_dim, logit_bias_init_value=bias)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .errors import UsageError
+from hfclip.errors import UsageError
 
 
 # ViT by OpenCLIP's letter: layers and width. Wider ones than L have heads of another size than 64.
@@ -58,17 +58,14 @@ def settings_from_shapes(weights: Mapping[str, torch.Tensor], name: str | None) 
 
     Args:
         name: of the architecture, if one was given; the weights must be its.
-
-    Raises:
-        UsageError: a tower of another library, or CoCa's; a name that is unknown or another model's.
     """
     require_own_towers(weights)
     vision = vision_settings(weights)
     vocabulary, width = weights["token_embedding.weight"].shape
     text = {"width": width, "heads": max(1, width // 64), **VOCABULARIES.get(vocabulary, {})}
-    found = describe(vision, weights)
+    found = name_of_architecture(vision)
     if name is not None:
-        require_named(name, vision, weights, found)
+        require_named(name, found)
     is_quick = name is not None and name.endswith("-quickgelu")
     settings = {"embed_dim": weights["text_projection"].shape[1], "vision_cfg": vision, "text_cfg": text, "quick_gelu": is_quick}  # fmt: skip
     note = f"taken for {name or found} by its shapes, with {'QuickGELU' if is_quick else 'GELU'}, "
@@ -114,7 +111,7 @@ def vision_settings(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     return vision if "visual.ln_pre.weight" in weights else vision | CLIPA
 
 
-def describe(vision: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> str:
+def name_of_architecture(vision: dict[str, Any]) -> str:
     """OpenCLIP's name of an image tower, without resolution; its numbers where none is known."""
     layers, width = vision["layers"], vision["width"]
     if isinstance(layers, list):
@@ -126,19 +123,14 @@ def describe(vision: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> str
     return f"ViT-{letter}-{patch}{clipa}" if letter else f"a ViT of {layers} layers of {width}"
 
 
-def require_named(name: str, vision: dict[str, Any], weights: Mapping[str, torch.Tensor], found: str) -> None:
-    """Raises UsageError unless the weights are of the architecture that a name stands for."""
+def require_named(name: str, found: str) -> None:
+    """Raises UsageError unless the weights, of the architecture `found`, are those that a name stands for."""
     match = NAME.fullmatch(name)
     if not match or match["resnet"] and match["resnet"] not in RESNETS:
         raise UsageError(
             f"--model {name}: no file, and no name of OpenCLIP's own ViT or ResNet, such as ViT-B-32 or RN50-quickgelu. {ASK}"
         )
-    if match["resnet"]:
-        expected = dict(zip(("layers", "width"), RESNETS[match["resnet"]]))
-    else:
-        layers, width = VITS[match["letter"]]
-        rest = (match["rest"] or "").split("-")
-        expected = {"layers": layers, "width": PLUS if "plus" in rest else width, "patch_size": int(match["patch"])}
-        expected["no_ln_pre"] = "CLIPA" in rest or None
-    if any(vision.get(key) != value for key, value in expected.items()):
+    words = [word for word in ("plus", "CLIPA") if word in (match["rest"] or "").split("-")]
+    expected = match["resnet"] or "-".join([f"ViT-{match['letter']}-{match['patch']}", *words])
+    if found != expected:
         raise UsageError(f"--model {name}: its weights are {found}. Pass the model's own name, or leave --model out.")

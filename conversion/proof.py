@@ -7,7 +7,8 @@ In float64 a difference that is more than rounding shows, whatever its size.
 """
 
 import ctypes
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,8 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfclip.configuration_hfclip import TOWER_CONFIGS
-
-from .errors import UsageError
+from hfclip.errors import UsageError
 
 
 M_MMAP_THRESHOLD, MEGABYTE = -3, 1 << 20  # the first from malloc.h
@@ -27,7 +27,7 @@ TOLERANCE = 1e-9  # relative, in float64; two orders of summation differ by abou
 def fixed_inputs(config: Any) -> tuple[Tensor | None, Tensor | None]:
     """An image of noise and three texts, the same on every run: (1, channels, side, side), (3, context).
 
-    The texts have no, some and as many as possible tokens in front of their end. None for a tower that is not there.
+    The texts have no, some and as many as possible tokens before their end. None for a tower that is not there.
     """
     generator = torch.Generator().manual_seed(0)
     vision = getattr(config, "vision_config", config if hasattr(config, "image_size") else None)
@@ -53,11 +53,7 @@ def fixed_inputs(config: Any) -> tuple[Tensor | None, Tensor | None]:
 def compare(
     found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE
 ) -> dict[str, dict[str, float]]:
-    """Prints and returns the differences of embeddings by name.
-
-    Raises:
-        UsageError: one is larger than `tolerance` relative to the largest value, or not finite.
-    """
+    """Prints and returns the differences of embeddings by name."""
     values = differences(found, expected)
     show("Source against result, embeddings of fixed inputs", values)
     wrong = [name for name in expected if not values[name]["relative"] <= tolerance]
@@ -74,12 +70,10 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[s
 
 
 def show(title: str, values: dict[str, dict[str, float]]) -> None:
-    print(f"\n{title}:", flush=True)
+    print(f"\n{title}:")
     for name, numbers in values.items():
-        print(
-            f"  {name:<28} largest difference {numbers['absolute']:.1e}, relative {numbers['relative']:.1e}",
-            flush=True,
-        )
+        print(f"  {name:<28} largest difference {numbers['absolute']:.1e}, relative {numbers['relative']:.1e}")
+    sys.stdout.flush()
 
 
 def difference(found: Tensor, expected: Tensor) -> dict[str, float]:
@@ -114,7 +108,9 @@ def give_memory_back() -> None:
 
 
 @torch.no_grad()
-def features_of(model: PreTrainedModel, pixel_values: Tensor | None, input_ids: Tensor | None) -> dict[str, Tensor]:
+def compute_features(
+    model: PreTrainedModel, pixel_values: Tensor | None, input_ids: Tensor | None
+) -> dict[str, Tensor]:
     """Embeddings by an hfclip model, not normalised, named as `Conversion.features` names them."""
     features = {}
     if pixel_values is not None and hasattr(model, "get_image_features"):
@@ -128,24 +124,3 @@ def features_of(model: PreTrainedModel, pixel_values: Tensor | None, input_ids: 
         outputs = model(input_ids=input_ids)
         features["text_features"] = outputs.get("text_embeds", outputs.get("pooler_output"))
     return features
-
-
-class Rounded(Mapping):
-    """Tensors as they are in another floating point dtype."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype):
-        self.tensors, self.dtype = tensors, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        return rounded(self.tensors[name], self.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-
-def rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`tensor` in `dtype` if it is floating point; as it is for None."""
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

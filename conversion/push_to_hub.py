@@ -1,9 +1,19 @@
-"""Publishes a model folder to the Hugging Face Hub.
+"""Publishes a model folder to the Hugging Face Hub, whole, as one commit.
 
-    python conversion/push_to_hub.py FOLDER user/name --dry-run     # what would be sent; no network
-    python conversion/push_to_hub.py FOLDER user/name --private
+    python conversion/push_to_hub.py runs/clip/model anna/clip-birds --dry-run    # what would be sent; no network
+    python conversion/push_to_hub.py runs/clip/model anna/clip-birds --private    # a repository that only you can see
+    python conversion/push_to_hub.py runs/clip/checkpoint-5000 anna/clip-birds --revision step-5000
 
-The work is `hfclip.hub.push`; this file is its command line.
+FOLDER is what training or conversion wrote: config.json, model.safetensors (or its shards), tokenizer, processor and
+the code that travels with them. It is checked before anything is sent. Beside these go the model card and other *.md,
+LICENSE, conversion.json, onnx/*.onnx and images (*.png, *.jpg); all else in FOLDER is left out, and named. Large files
+go first; the model becomes visible with the commit at the end, never in part.
+
+Log in once with `hf auth login`, or set HF_TOKEN, with a token that may write. A push that broke off, or that was
+stopped with Ctrl-C, is continued by the same command: what was uploaded is not sent again.
+
+Exit codes: 0 published (or listed, or there already), 1 the Hub refused or was not reached, 2 wrong usage or a folder
+that is no model, 130 stopped with Ctrl-C.
 """
 
 import argparse
@@ -14,29 +24,8 @@ from hfclip.errors import run
 from hfclip.hub import end_on_interrupt, push
 
 
-DESCRIPTION = """Publishes a model folder to the Hugging Face Hub, whole, as one commit.
-
-FOLDER is what training or conversion wrote: config.json, model.safetensors (or its shards), tokenizer, processor and
-the code that travels with them. It is checked before anything is sent. Beside these go the model card and other *.md,
-LICENSE, conversion.json, onnx/*.onnx and images (*.png, *.jpg); all else in FOLDER is left out, and named. Large files
-go first; the model becomes visible with the commit at the end, never in part."""
-
-EPILOG = """examples:
-  python conversion/push_to_hub.py runs/clip/model anna/clip-birds --dry-run    list what would be sent, send nothing
-  python conversion/push_to_hub.py runs/clip/model anna/clip-birds --private    a repository that only you can see
-  python conversion/push_to_hub.py runs/clip/checkpoint-5000 anna/clip-birds --revision step-5000
-
-Log in once with `hf auth login`, or set HF_TOKEN, with a token that may write. A push that broke off, or that was
-stopped with Ctrl-C, is continued by the same command: what was uploaded is not sent again.
-
-exit codes: 0 published (or listed, or there already), 1 the Hub refused or was not reached, 2 wrong usage or a folder
-that is no model, 130 stopped with Ctrl-C."""
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", help="the saved model")
     parser.add_argument("repo_id", metavar="REPO_ID", help="user/name or organization/name; made where it is missing")
     visibility = parser.add_mutually_exclusive_group()

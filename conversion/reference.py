@@ -9,12 +9,8 @@ The mapping of tensors may be lazy over a file of gigabytes: every tensor is rea
 Three styles of names are understood: OpenAI's (`transformer.resblocks.0 ...`), the same with OpenCLIP's prefix `text.`,
 and transformers' (`text_model.encoder.layers.0 ...`). Covered are OpenAI's ModifiedResNet, ViT and text transformer, and
 OpenCLIP's variants of them: its activations, masks and poolings, LayerScale, no `ln_pre`, and projections that are
-missing, matrices or linear layers. Not covered, and refused by name: class embeddings of texts (`cls_emb`), attentional
-poolers, normalised queries and keys, scaled heads, and towers of timm or of other libraries.
-
-    recorder = Recorder(tensors)
-    image_features(recorder, pixel_values, settings), text_features(recorder, input_ids, settings)
-    unread(recorder)   # [] where every tensor of the checkpoint took part
+missing, matrices or linear layers. All else is refused by name. `Recorder` and `unread` tell whether every tensor of a
+checkpoint took part.
 """
 
 import re
@@ -26,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import UsageError
+from hfclip_errors import UsageError
 
 
 ACTIVATIONS = {
@@ -94,9 +90,6 @@ class Settings:
     """What a checkpoint's tensors cannot tell. The defaults are OpenAI's.
 
     Where the two towers differ in `activation` or `layer_norm_eps`, each function gets its own settings.
-
-    Raises:
-        UsageError: an unknown name of an activation or a pooling, or `text_pooling="eos"` without `eos_token_id`.
     """
 
     text_heads: int | None = None
@@ -120,11 +113,8 @@ class Settings:
     """Added to the variance in every LayerNorm of both towers."""
 
     def __post_init__(self):
-        for field, allowed in (
-            ("activation", tuple(ACTIVATIONS)),
-            ("text_pooling", TEXT_POOLINGS),
-            ("vision_pooling", VISION_POOLINGS),
-        ):
+        allowed_values = {"activation": ACTIVATIONS, "text_pooling": TEXT_POOLINGS, "vision_pooling": VISION_POOLINGS}
+        for field, allowed in allowed_values.items():
             if getattr(self, field) not in allowed:
                 raise UsageError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(allowed)}.")
         if self.text_pooling == "eos" and self.eos_token_id is None:
@@ -168,8 +158,7 @@ def image_features(
         (batch, dim); where the tower has no projection, dim is its width.
 
     Raises:
-        UsageError: no image tower, or one with unknown or missing tensors (named); images of another size; a
-            number of heads that does not divide the width.
+        UsageError: no image tower, unknown or missing tensors, images of another size, heads that do not divide the width.
     """
     tower = _tower(tensors, IMAGE_TOWERS, "visual_projection.weight", dtype)
     encode = _resnet if any(name.startswith("layer1.") for name in tower.names) else _vit
@@ -192,8 +181,7 @@ def text_features(
         (batch, dim); where the tower has no projection, dim is its width.
 
     Raises:
-        UsageError: no text tower, or one with unknown or missing tensors (named); ids outside the vocabulary, too
-            many of them, or no `eos_token_id` in a text; a number of heads that does not divide the width.
+        UsageError: as `image_features`; ids outside the vocabulary, too many of them, or no `eos_token_id` in a text.
     """
     tower = _tower(tensors, TEXT_TOWERS, "text_projection.weight", dtype)
     tower.refuse_unknown(TEXT_NAMES)
@@ -404,7 +392,7 @@ def _resnet(tower: _Tower, pixel_values: Tensor, settings: Settings) -> Tensor:
 
 
 def _bottleneck(tower: _Tower, block: str, x: Tensor, stride: int) -> Tensor:
-    """Strides are average pools in front of convolutions of stride 1."""
+    """Strides are average pools before convolutions of stride 1."""
     y = _conv_norm(tower, f"{block}.conv1", f"{block}.bn1", x).relu()
     y = _conv_norm(tower, f"{block}.conv2", f"{block}.bn2", y, padding=1).relu()
     y = _conv_norm(tower, f"{block}.conv3", f"{block}.bn3", F.avg_pool2d(y, stride))

@@ -21,42 +21,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from conversion.checkpoints import View
-from conversion.convert import as_path, on_meta, open_model, open_processor, run, save_processor, say
-from conversion.errors import UsageError, refusals
-from conversion.folder import new_folder, require_free, write_weights
-from conversion.proof import compare, features_of, fixed_inputs
+from conversion.convert import add_paths, on_meta, open_model, run, say
+from conversion.folder import new_folder, require_free
+from conversion.processors import join, open_processor
+from conversion.proof import compare, compute_features, fixed_inputs
+from conversion.safetensors_files import write_weights
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
+from hfclip.errors import UsageError, as_usage_error
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     operations = parser.add_subparsers(dest="operation", required=True, metavar="OPERATION")
-    resize_parser = operations.add_parser("resize", help="another image resolution")
-    stretch_parser = operations.add_parser("stretch", help="longer texts")
-    activation_parser = operations.add_parser("activation", help="another activation function")
-    for operation in (resize_parser, stretch_parser, activation_parser):
-        operation.add_argument(
-            "source", type=as_path, help="a folder of an HFCLIPModel (or of transformers' CLIPModel)"
-        )
-        operation.add_argument("out", type=as_path, help="the folder to write")
-        operation.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-    resize_parser.add_argument("--image-size", type=int, required=True, help="side of the images in pixels")
-    stretch_parser.add_argument("--length", type=int, default=248, help="new context length (default: 248)")
-    stretch_parser.add_argument(
-        "--keep", type=int, default=20, help="first positions to keep as they are (default: 20)"
-    )
-    activation_parser.add_argument("--to", required=True, choices=["quick_gelu", "gelu"], help="the new one")
+    by_name = {"resize": "another image resolution", "stretch": "longer texts", "activation": "another activation"}
+    resizing, stretching, swapping = (add_paths(operations.add_parser(name, help=by_name[name])) for name in by_name)
+    resizing.add_argument("--image-size", type=int, required=True, help="side of the images in pixels")
+    resizing.set_defaults(change=lambda model: resize(model, options.image_size))
+    stretching.add_argument("--length", type=int, default=248, help="new context length (default: 248)")
+    stretching.add_argument("--keep", type=int, default=20, help="first positions to keep as they are (default: 20)")
+    stretching.set_defaults(change=lambda model: stretch(model, options.length, options.keep))
+    swapping.add_argument("--to", required=True, choices=["quick_gelu", "gelu"], help="the new one")
+    swapping.set_defaults(change=lambda model: swap_activation(model, options.to))
     options = parser.parse_args()
 
     require_free(options.out, options.source, options.overwrite)
     config, weights = open_model(options.source)
     model = HFCLIPModel.from_pretrained(options.source, dtype=torch.float64).eval()
-    if options.operation == "resize":
-        changed = resize(model, options.image_size)
-    elif options.operation == "stretch":
-        changed = stretch(model, options.length, options.keep)
-    else:
-        changed = swap_activation(model, options.to)
+    changed = options.change(model)
     with new_folder(options.out, options.source, options.overwrite) as folder:
         save_model(changed, folder, weights, config.dtype)
         save_fitting_processor(options.source, changed.config, folder)
@@ -79,11 +70,7 @@ def save_model(model: HFCLIPModel, folder: Path, source: View, dtype: torch.dtyp
 
 
 def resize(model: HFCLIPModel, image_size: int) -> HFCLIPModel:
-    """The model, in float64, with the position embeddings of another resolution.
-
-    Raises:
-        UsageError: a size that the patch (or the ResNet's stride) does not divide, or a tower that is not ours.
-    """
+    """The model, in float64, with the position embeddings of another resolution."""
     vision = model.config.vision_config
     fields = {**vision.to_dict(), "image_size": image_size}
     if vision.model_type == "hfclip_vit":
@@ -92,23 +79,21 @@ def resize(model: HFCLIPModel, image_size: int) -> HFCLIPModel:
         name, side = "vision_model.attnpool.positional_embedding", 32
     else:
         raise UsageError(f"resize: found an image tower {vision.model_type}, expected hfclip_vit or hfclip_resnet.")
-    with refusals("resize"):
+    with as_usage_error("resize"):
         config = with_tower(model.config, vision_config=type(vision)(**fields))
     holder = model.vision_model.get_submodule(name.split(".")[1])
     with torch.no_grad():
         positions = holder.positions(image_size // side, image_size // side)
     changed = rebuilt(model, config, {name: positions})
     pixel_values, _ = fixed_inputs(config)
-    compare(*(features_of(m, pixel_values, None) for m in (changed, model)))  # the old one interpolates at run time
+    compare(
+        *(compute_features(m, pixel_values, None) for m in (changed, model))
+    )  # the old one interpolates at run time
     return changed
 
 
 def stretch(model: HFCLIPModel, length: int, keep: int) -> HFCLIPModel:
-    """The model, in float64, with a longer text context: `keep` positions as they are, the others interpolated linearly.
-
-    Raises:
-        UsageError: a context that is not longer, positions to keep outside of it, or a tower that is not ours.
-    """
+    """The model, in float64, with a longer text context: `keep` positions as they are, the others interpolated linearly."""
     text = model.config.text_config
     if text.model_type != "hfclip_text" or text.reads_padding:
         raise UsageError("stretch: expected a causal hfclip_text tower that is pooled at the end of a text.")
@@ -120,14 +105,14 @@ def stretch(model: HFCLIPModel, length: int, keep: int) -> HFCLIPModel:
         )
     weight = model.text_model.embeddings.position_embedding.weight.detach()
     positions = stretched(weight, length, keep)
-    with refusals("stretch"):
+    with as_usage_error("stretch"):
         longer = type(text)(**{**text.to_dict(), "max_position_embeddings": length})
     config = with_tower(model.config, text_config=longer)
     changed = rebuilt(model, config, {"text_model.embeddings.position_embedding.weight": positions})
     _, input_ids = fixed_inputs(model.config)
     within = input_ids[:, :keep].clone()
     within[:, -1] = text.eos_token_id
-    compare(*(features_of(m, None, within) for m in (changed, model)))
+    compare(*(compute_features(m, None, within) for m in (changed, model)))
     return changed
 
 
@@ -156,7 +141,7 @@ def swap_activation(model: HFCLIPModel, activation: str) -> HFCLIPModel:
         raise UsageError(f"activation: both towers have {activation} already; nothing to change.")
     changed = rebuilt(model, config, {})
     inputs = fixed_inputs(config)
-    before, after = (features_of(m, *inputs) for m in (model, changed))
+    before, after = (compute_features(m, *inputs) for m in (model, changed))
     say(f"WARNING: {'; '.join(towers)}. The weights were trained with the old one; embeddings move:")
     for name in before:
         cosine = torch.cosine_similarity(before[name], after[name]).min().item()
@@ -184,7 +169,8 @@ def save_fitting_processor(source: Path, config: HFCLIPConfig, folder: Path) -> 
         image_processor = HFCLIPImageProcessor.from_pretrained(source, size=size, crop_size=config.image_size)
     if tokenizer is not None:
         tokenizer.model_max_length = config.text_config.max_position_embeddings
-    save_processor(image_processor, tokenizer, folder)
+    if (processor := join(image_processor, tokenizer)) is not None:
+        processor.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 
 from hfclip.configuration_hfclip import TOWER_CONFIGS, TRANSFORMERS_MODEL_TYPES
+from hfclip.errors import UsageError
 
 from .checkpoints import Checkpoint, open_checkpoint
-from .errors import UsageError
 from .key_maps import CONSTANTS
 
 
+OPENCLIP_CONFIG = "open_clip_config.json"
 # What it is, and what takes it.
 PROGRAMS = {
     "openai": ("a checkpoint of OpenAI's CLIP", "python conversion/convert_openai.py FILE OUT"),

@@ -8,7 +8,9 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 # What a machine refuses: no space, files too large, no permission, too many open files, a broken disk.
@@ -19,6 +21,21 @@ class UsageError(ValueError):
     """A mistake that the user can fix: what was found, what was expected, what to do."""
 
     exit_status = 2
+
+
+@contextmanager
+def as_usage_error(place: Path | str) -> Iterator[None]:
+    """Makes a UsageError that names `place` of whatever a library raises while it reads what the user's file holds.
+
+    Only calls of libraries belong in the block: they refuse nonsense each in its own way, from ValueError to KeyError.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise UsageError(f"{place}: {kind}{error}") from error
 
 
 def run(main: Callable[[], None], interrupted: str = "Stopped.") -> None:

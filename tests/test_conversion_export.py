@@ -103,7 +103,7 @@ def test_rejects_folders_that_are_no_whole_model(to, data_dir, tmp_path):
     before = left_in(tmp_path)
     for source, expected in (
         (cut, "no complete safetensors file"),
-        (lacking, "16 missing, such as ['text_model.encoder.layers.2."),
+        (lacking, "16 tensors missing, such as text_model.encoder.layers.2."),
         (siglip, "found a model of type 'siglip', expected a whole CLIP model"),
         (empty, "found no config.json"),
         (tmp_path / "nowhere", "found no config.json"),

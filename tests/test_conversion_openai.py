@@ -34,7 +34,7 @@ from test_modeling import PUBLISHED_PARAMETERS
 from transformers import AutoModel, AutoProcessor
 
 from conversion.convert_openai import PUBLISHED
-from conversion.key_maps import hfclip_items, openai_config, to_hfclip
+from conversion.key_maps import hfclip_items, openai_config
 from hfclip import HFCLIPConfig, HFCLIPModel
 
 
@@ -80,7 +80,7 @@ def test_state_dict_agrees_and_comes_back_bit_for_bit(name, suffix, data_dir, tm
     source = save(tmp_path / f"model{suffix}", weights)
     run_script("convert_openai", source, tmp_path / "out")
     assert_computes(tmp_path / "out", tensors)
-    assert_same_tensors(load_file(tmp_path / "out" / "model.safetensors"), to_hfclip(weights))
+    assert_same_tensors(load_file(tmp_path / "out" / "model.safetensors"), dict(hfclip_items(weights)))
     for back, load in (("back.pt", torch.load), ("back.safetensors", load_file)):
         run_script("export", tmp_path / "out", tmp_path / back, "--to", "openai")
         assert_same_tensors(load(tmp_path / back), weights)
@@ -93,11 +93,11 @@ def test_torchscript_archive_keeps_the_dtype_of_each_tensor(name, data_dir, tmp_
     stored = {key: tensor.half() if HALF.fullmatch(key) else tensor for key, tensor in weights.items()}
     run_script("convert_openai", tmp_path / "model.pt", tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
-    assert_same_tensors(found, to_hfclip(stored))
+    assert_same_tensors(found, dict(hfclip_items(stored)))
     assert {tensor.dtype for tensor in found.values() if tensor.ndim} == {torch.float16, torch.float32}
     # The embeddings of the rounded weights, by a model that was loaded without any conversion of files.
     plain = HFCLIPModel(openai_config(weights)).eval()
-    plain.load_state_dict(to_hfclip({key: tensor.float() for key, tensor in stored.items()}))
+    plain.load_state_dict(dict(hfclip_items({key: tensor.float() for key, tensor in stored.items()})))
     converted = AutoModel.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         for method, inputs in (("encode_image", "inputs/pixel_values"), ("encode_text", "inputs/input_ids")):
@@ -112,7 +112,7 @@ def test_torchscript_archive_keeps_the_dtype_of_each_tensor(name, data_dir, tmp_
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_dtype_rounds_every_floating_point_tensor(dtype, weights, source, tmp_path):
     result = run_script("convert_openai", source, tmp_path / "out", "--dtype", dtype)
-    expected = {name: tensor.to(getattr(torch, dtype)) for name, tensor in to_hfclip(weights).items()}
+    expected = {name: tensor.to(getattr(torch, dtype)) for name, tensor in hfclip_items(weights)}
     assert_same_tensors(load_file(tmp_path / "out" / "model.safetensors"), expected)
     assert "What rounding changes" in result.out
     assert AutoModel.from_pretrained(tmp_path / "out", dtype="auto").dtype == getattr(torch, dtype)
@@ -237,16 +237,16 @@ def test_published_model_is_covered_whole(name):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        (lambda w: w.pop("visual.proj"), "1 missing, such as ['visual_projection.weight']"),
+        (lambda w: w.pop("visual.proj"), "1 tensors missing, such as visual_projection.weight"),
         (lambda w: w.pop("ln_final.bias"), "text_model.final_layer_norm.bias"),
         (lambda w: w.pop("token_embedding.weight"), "'token_embedding.weight'] are missing"),
-        (lambda w: w.pop("transformer.resblocks.1.mlp.c_fc.weight"), "1 missing"),
+        (lambda w: w.pop("transformer.resblocks.1.mlp.c_fc.weight"), "1 tensors missing"),
         (lambda w: w.update({"visual.extra.weight": torch.ones(2)}), "visual.extra.weight"),
         (lambda w: w.update({"module.logit_scale": torch.ones(())}), "module.logit_scale"),
-        (lambda w: w.update({"ln_final.weight": torch.ones(3)}), "is (3,), expected (64,)"),
+        (lambda w: w.update({"ln_final.weight": torch.ones(3)}), "[3] for [64]"),
         (lambda w: w.update({"visual.conv1.weight": torch.ones(3)}), "found shape (3,), expected 4 dimensions"),
-        (lambda w: w.update({"token_embedding.weight": torch.ones(600, 128)}), "is (16, 64), expected (16, 128)"),
-        (lambda w: w.update({"visual.positional_embedding": torch.ones(18, 128)}), "is (18, 128), expected (17, 128)"),
+        (lambda w: w.update({"token_embedding.weight": torch.ones(600, 128)}), "[16, 64] for [16, 128]"),
+        (lambda w: w.update({"visual.positional_embedding": torch.ones(18, 128)}), "[18, 128] for [17, 128]"),
         (lambda w: w["token_embedding.weight"][3].fill_(float("nan")), "64 values that are not finite"),
         (lambda w: w["ln_final.bias"].fill_(float("inf")), "not finite"),
     ],

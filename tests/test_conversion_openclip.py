@@ -15,10 +15,10 @@ from test_hub import TOKEN, environment
 from test_key_maps import read_golden
 from transformers import AutoModel, AutoProcessor
 
-from conversion.errors import UsageError
-from conversion.key_maps import openclip_config, to_hfclip
+from conversion.key_maps import hfclip_items, openclip_config
 from conversion.openclip_shapes import model_name, settings_from_shapes
 from hfclip import HFCLIPTokenizer
+from hfclip.errors import UsageError
 
 
 OPENCLIP = ["openclip_resnet_tiny", "openclip_vit_gelu_tiny", "openclip_vit_quickgelu_tiny", "openclip_vit_siglip_head_tiny"]  # fmt: skip
@@ -73,7 +73,7 @@ def test_training_checkpoint_gives_the_weights_that_are_chosen(golden, tmp_path)
     assert "Taking the weights `state_dict`; ema.state_dict can be chosen" in result.out and "left aside" in result.out
     assert_computes(tmp_path / "out", tensors)
     convert(tmp_path / "ema", "--model", model, "--weights", "ema.state_dict")
-    assert_same_tensors(load_file(tmp_path / "ema" / "model.safetensors"), to_hfclip(averaged))
+    assert_same_tensors(load_file(tmp_path / "ema" / "model.safetensors"), dict(hfclip_items(averaged)))
     error = convert(tmp_path / "no", "--model", model, "--weights", "best", status=2).error
     assert "found best, expected one of ['ema.state_dict', 'state_dict']" in error
 

@@ -25,9 +25,10 @@ from test_auto import CAPTIONS, VISIONS
 from training_utils import command, pairs, write_recipe, write_tar
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer, hub
+from hfclip.errors import UsageError
 from hfclip.hub import check_folder, model_card
 from training import pretrain
-from training.config import UsageError, parse_arguments
+from training.config import parse_arguments
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "conversion" / "push_to_hub.py"
@@ -468,7 +469,7 @@ def pickle_weights(folder: Path) -> None:
 
 BROKEN = {
     "no-config": (lambda f: (f / "config.json").unlink(), "found no config.json"),
-    "damaged-config": (lambda f: truncate(f / "config.json"), "config.json: found no readable JSON"),
+    "damaged-config": (lambda f: truncate(f / "config.json"), "config.json: found no readable JSON file"),
     "other-type": (lambda f: edit_json(f / "config.json", model_type="clip"), "found a model of type 'clip'"),
     "no-auto-map": (lambda f: edit_json(f / "config.json", auto_map={}), "found auto_map with nothing"),
     "no-code": (lambda f: (f / "modeling_hfclip_resnet.py").unlink(), "found no modeling_hfclip_resnet.py"),

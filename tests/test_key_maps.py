@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from conversion.key_maps import openai_config, openclip_config, to_hfclip, to_openai
+from conversion.key_maps import hfclip_items, openai_config, openai_items, openclip_config
 from hfclip import HFCLIPModel
 
 
@@ -31,7 +31,7 @@ def read_golden(path):
 def load(weights, settings) -> HFCLIPModel:
     config = openclip_config(weights, settings) if "vision_cfg" in settings else openai_config(weights)
     model = HFCLIPModel(config).eval()
-    model.load_state_dict(to_hfclip(weights), strict=True)
+    model.load_state_dict(dict(hfclip_items(weights)), strict=True)
     return model
 
 
@@ -59,7 +59,7 @@ def test_golden_weights_load_strictly_and_agree(name, data_dir):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_round_trip_is_bit_exact(name, data_dir):
     weights, settings, _ = read_golden(data_dir / "golden" / f"{name}.safetensors")
-    back = to_openai(load(weights, settings).state_dict())
+    back = dict(openai_items(load(weights, settings).state_dict()))
     assert back.keys() == weights.keys()
     for key, tensor in weights.items():
         assert torch.equal(back[key], tensor), key
@@ -68,8 +68,7 @@ def test_round_trip_is_bit_exact(name, data_dir):
 def test_rejects_unknown_names(data_dir):
     weights, _, _ = read_golden(data_dir / "golden" / "openai_vit_tiny.safetensors")
     with pytest.raises(ValueError, match="module.logit_scale"):
-        to_hfclip(
-            {f"module.{name}": tensor for name, tensor in weights.items()} | {"module.logit_scale": torch.ones(())}
-        )
+        prefixed = {f"module.{name}": tensor for name, tensor in weights.items()}
+        dict(hfclip_items(prefixed | {"module.logit_scale": torch.ones(())}))
     with pytest.raises(ValueError, match="missing"):
         openai_config({"logit_scale": torch.ones(())})

@@ -15,7 +15,8 @@ from training_utils import ROOT, caption, environment, tiny_recipe
 from transformers import AutoModel, AutoProcessor
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
-from training.config import Config, UsageError
+from hfclip.errors import UsageError
+from training.config import Config
 from training.optim import build_optimizer
 from training.state import checkpoint, resuming
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from training_utils import tiny_recipe
 
-from training.config import CONFIG_FOLDER, PATHS, SECTIONS, Config, UsageError, load_yaml, parse_arguments
+from hfclip.errors import UsageError
+from training.config import CONFIG_FOLDER, PATHS, SECTIONS, Config, load_yaml, parse_arguments
 
 
 def write(folder, values):

@@ -28,7 +28,8 @@ from hfclip.data.samples import BadSample, Keys, caption_id
 from hfclip.data.shards import find_shards, patterns_of
 from hfclip.data.tars import files_of
 from hfclip.data.webdataset import ShardSource
-from training.config import Config, UsageError
+from hfclip.errors import UsageError
+from training.config import Config
 from training.data.batches import COUNTED, Collate, PairDataset, build_loader
 from training.data.batches import open_data as open_source
 from training.data.order import rank_slice, shuffled

@@ -17,9 +17,10 @@ from training_utils import ROOT, caption, image_bytes, model_with_tokenizer, pai
 from transformers import PreTrainedTokenizerFast
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip.errors import UsageError
 from hfclip.losses import distillation_loss
 from training import embed as embedding
-from training.config import DataConfig, UsageError
+from training.config import DataConfig
 from training.data.batches import open_data as open_source
 from training.objectives.stored import StoredEmbeddings
 from training.objectives.teacher import Teacher

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.config import UsageError
+from hfclip.errors import UsageError
 from training.ema import EMA
 
 

@@ -12,8 +12,9 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 from training_utils import caption, image_bytes, pairs, tiny_recipe, write_tar
 
+from hfclip.errors import UsageError
 from hfclip.evaluation.retrieval import retrieval_recall
-from training.config import Config, UsageError
+from training.config import Config
 from training.data.batches import open_data as open_source
 from training.data.loading import Batches, raise_if_a_reader_is_killed
 from training.evaluation import Evaluator

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import BertConfig
 
 from hfclip import HFCLIPConfig, HFCLIPModel, contrastive_loss
+from hfclip.errors import UsageError
 from hfclip.grad_cache import cached_backward
-from training.config import OptimConfig, UsageError
+from training.config import OptimConfig
 from training.low_precision import LowPrecisionAdamW, halve_text_weights, rounded_stochastically, text_matrices
 from training.optim import build_optimizer
 

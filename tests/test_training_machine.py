@@ -12,7 +12,8 @@ import torch
 import yaml
 from training_utils import ROOT, pairs, pretrain, train, write_recipe, write_tar
 
-from training.config import Config, UsageError
+from hfclip.errors import UsageError
+from training.config import Config
 from training.cores import cores_of_this_process, cpu_quota, threads_are_given, usable_cores
 from training.machine import (
     build_accelerator,

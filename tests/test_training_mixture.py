@@ -12,7 +12,7 @@ from training_utils import caption, image_bytes, pairs, write_tar
 
 from hfclip.data.samples import caption_id
 from hfclip.data.sources import MixtureSource
-from training.config import UsageError
+from hfclip.errors import UsageError
 from training.data.batches import Collate, PairDataset, build_loader
 from training.data.batches import open_data as open_source
 from training.data.order import Order, Place, StepSampler

@@ -14,8 +14,9 @@ from training_utils import caption, tiny_recipe
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, ViTConfig, ViTModel
 
 from hfclip import HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip.errors import UsageError
 from hfclip.losses import LOSSES, Loss
-from training.config import Config, UsageError
+from training.config import Config
 from training.data.batches import open_data as open_source
 from training.model import adapt_to_device, build_architecture, build_model, build_processor, resumed_from
 from training.objectives.contrastive import Contrastive

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import BertConfig, Dinov2Config, get_cosine_schedule_with_warmup
 
 from hfclip import HFCLIPConfig, HFCLIPModel
-from training.config import OptimConfig, UsageError
+from hfclip.errors import UsageError
+from training.config import OptimConfig
 from training.optim import apply_learning_rate, build_optimizer, learning_rate, parameter_groups, total_steps
 
 

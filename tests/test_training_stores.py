@@ -10,7 +10,8 @@ import pytest
 from training_utils import caption, pairs, tiny_recipe, write_tar
 
 from hfclip.data import stores
-from training.config import Config, UsageError
+from hfclip.errors import UsageError
+from training.config import Config
 from training.data.batches import open_data as open_source
 
 

@@ -36,7 +36,8 @@ from hfclip import HFCLIPTokenizer
 from hfclip.data.counts import count_shards, upload
 from hfclip.data.samples import Keys
 from hfclip.data.webdataset import ShardSource
-from training.config import Config, UsageError
+from hfclip.errors import UsageError
+from training.config import Config
 from training.data.batches import Collate, PairDataset, build_loader
 from training.data.batches import open_data as open_source
 from training.data.order import LaneOrder, rank_slice
@@ -399,7 +400,7 @@ def test_counting_goes_on_where_it_was_killed_and_reads_what_changed(shards, tmp
 
     remote = shutil.copytree(shards, tmp_path / "remote")
     with server(remote, Slow) as (address, requests):
-        line = [sys.executable, ROOT / "training" / "index.py", address + URL, "--cache_dir", tmp_path / "cache"]
+        line = [sys.executable, ROOT / "training" / "index.py", address + URL, "--data.cache_dir", tmp_path / "cache"]
         process = subprocess.Popen(line, env=environment(), stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         partial = None

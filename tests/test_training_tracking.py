@@ -21,7 +21,8 @@ from training_utils import ROOT, environment, tiny_recipe
 from transformers import BertConfig, Dinov2Config, SiglipTextConfig, SwinConfig
 
 from hfclip import HFCLIPConfig, HFCLIPModel
-from training.config import Config, UsageError
+from hfclip.errors import UsageError
+from training.config import Config
 from training.data.batches import COUNTED
 from training.flops import ModelFlops, _measure, measured_peak
 from training.report.curves import draw_curves, draw_losses, read_metrics
@@ -496,7 +497,7 @@ def test_losses_of_equal_runs_lie_on_each_other(tmp_path):
 
 def curves_command(*arguments: str | Path, without: Path | None = None) -> subprocess.CompletedProcess:
     line = [sys.executable, str(ROOT / "training" / "curves.py"), *map(str, arguments)]
-    paths = {"PYTHONPATH": str(without)} if without else {}
+    paths = {"PYTHONPATH": f"{without}:{environment()['PYTHONPATH']}"} if without else {}
     return subprocess.run(line, env={**environment(), **paths}, capture_output=True, text=True, timeout=60)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 if not __package__:  # run as a script, Python looks for modules in this folder; they are named from the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from hfclip_errors import UsageError, run
 from training.report.curves import CURVES_FILE, METRICS_FILE, draw_losses, draw_run
 
 
@@ -24,19 +25,19 @@ def main() -> None:
     arguments = parser.parse_args()
     for folder in arguments.runs:
         if not (folder / METRICS_FILE).is_file():
-            parser.error(f"found no {METRICS_FILE} in {folder}, expected the folder of a run (run.output_dir).")
+            raise UsageError(f"found no {METRICS_FILE} in {folder}, expected the folder of a run (run.output_dir).")
     out = arguments.out
     if out is not None and (out.suffix != ".png" or not out.parent.is_dir()):
-        parser.error(f"--out: found {out}, expected a file that ends with .png, in a folder that exists.")
+        raise UsageError(f"--out: found {out}, expected a file that ends with .png, in a folder that exists.")
     try:
         if out is not None:
             print(draw_losses(arguments.runs, out))
             return
         for folder in arguments.runs:
             print(draw_run(folder) or f"{folder}: no step is logged yet.")
-    except (ImportError, OSError) as error:
-        parser.error(str(error))
+    except ImportError as error:  # matplotlib is not installed
+        raise UsageError(str(error)) from error
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

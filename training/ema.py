@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .config import UsageError
+from hfclip.errors import UsageError
+
 from .parallel import local_shard, shard_like
 
 

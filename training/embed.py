@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from hfclip import HFCLIPModel, HFCLIPProcessor
 from hfclip.data.samples import BadSample, Source, caption_id, decoding, usable_captions
-from training.config import DataConfig, UsageError
+from hfclip.errors import UsageError, redact
+from training.config import DataConfig
 from training.data.batches import open_data
 from training.machine import PRECISIONS, autocast_for, num_workers, settled_precision
 from training.objectives.stored import ARRAYS, HEADER
 from training.objectives.teacher import load_teacher
-from training.redaction import redacted
 
 
 SAVE_EVERY = 60  # seconds
@@ -46,7 +46,7 @@ def main() -> None:
         out = embed(arguments)
         print(f"The embeddings are in {out}. Train with\n    --distill.embeddings {out}")
     except UsageError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
@@ -181,7 +181,7 @@ class Writer:
     def __init__(self, out: Path, source: Source, length: int, model: HFCLIPModel, name: str):
         self.out, self.folder = out, out.with_name(f".{out.name}.partial")
         header = {
-            "model": redacted(name),
+            "model": redact(name),
             "scale": model.logit_scale.exp().item(),
             "dim": model.config.projection_dim,
             "num_samples": length,

@@ -20,11 +20,12 @@ from tqdm import tqdm
 from hfclip import HFCLIPModel, HFCLIPProcessor, ZeroShotClassifier
 from hfclip.data import draw_predictions, retrieval_task, zero_shot_tasks
 from hfclip.data.samples import BadSample, Source, usable_captions
+from hfclip.errors import UsageError
 from hfclip.evaluation.retrieval import retrieval_recall
 from hfclip.evaluation.zero_shot import UndecodableImage, load_labelled_folder, zero_shot_accuracy
 from hfclip.zero_shot import evaluating
 
-from .config import Config, UsageError
+from .config import Config
 from .data.batches import open_data
 from .machine import num_workers
 

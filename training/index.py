@@ -16,8 +16,7 @@ if not __package__:  # run as a script, Python looks for modules in this folder;
 
 from hfclip.data.counts import count_shards, upload
 from hfclip.data.shards import CACHE
-from hfclip.errors import UsageError
-from training.redaction import redacted
+from hfclip.errors import UsageError, redact, run
 
 
 HOW = ("without data.caption_key", "with one")  # samples may be usable or not
@@ -26,29 +25,25 @@ HOW = ("without data.caption_key", "with one")  # samples may be usable or not
 def main() -> None:
     parser = argparse.ArgumentParser(description="Counts the samples of remote tars for runs with data.disk.")
     parser.add_argument("url", help="what data.train will be")
-    parser.add_argument("--cache_dir", default=CACHE, help="as data.cache_dir (default: %(default)s)")
+    parser.add_argument(
+        "--data.cache_dir",
+        dest="cache_dir",
+        default=CACHE,
+        help="where the file goes, as of the run (default: %(default)s)",
+    )
     parser.add_argument("--upload", action="store_true", help="put the file beside the tars, for all machines")
     arguments = parser.parse_args()
-    try:
-        if arguments.upload and redacted(arguments.url) != arguments.url:
-            raise UsageError(
-                "--upload: found credentials in the URL, which the file would publish. Leave --upload out, and copy the "
-                "file to the same place on each machine."
-            )
-        path, counted = count_shards(arguments.url, Path(arguments.cache_dir).expanduser())
-        counts = [f"{sum(shard.usable[key] for shard in counted)} usable pairs {how}" for key, how in enumerate(HOW)]
-        print(
-            f"{len(counted)} tars, {sum(shard.size for shard in counted) / 1e9:,.1f} GB, {', '.join(counts)}: {path}"
+    if arguments.upload and redact(arguments.url) != arguments.url:
+        raise UsageError(
+            "--upload: found credentials in the URL, which the file would publish. Leave --upload out, and copy the "
+            "file to the same place on each machine."
         )
-        if arguments.upload:
-            print(f"Uploaded to {redacted(upload(arguments.url, path))}")
-    except UsageError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+    path, counted = count_shards(arguments.url, Path(arguments.cache_dir).expanduser())
+    counts = [f"{sum(shard.usable[key] for shard in counted)} usable pairs {how}" for key, how in enumerate(HOW)]
+    print(f"{len(counted)} tars, {sum(shard.size for shard in counted) / 1e9:,.1f} GB, {', '.join(counts)}: {path}")
+    if arguments.upload:
+        print(f"Uploaded to {redact(upload(arguments.url, path))}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, interrupted="Stopped. The same command goes on from here.")

@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 import psutil
 
-from .config import NO_ACCUMULATION, Config, UsageError
-from .redaction import redacted
+from hfclip_errors import UsageError, redact
+
+from .config import NO_ACCUMULATION, Config
 
 
 PROGRAMS = ("accelerate", "accelerate-launch", "torchrun")
@@ -93,7 +94,7 @@ def program(function: Callable[[], Any]) -> Callable[[], Any]:
         except KeyboardInterrupt:
             exit_with_message("Stopped at once. Nothing is lost but what came after the last checkpoint.", status=130)
         except Exception:
-            sys.stderr.write(redacted(traceback.format_exc()))
+            sys.stderr.write(redact(traceback.format_exc()))
             sys.exit(1)
 
     return run
@@ -102,7 +103,7 @@ def program(function: Callable[[], Any]) -> Callable[[], Any]:
 def exit_with_message(message: str, status: int) -> NoReturn:
     """Ends this process without traceback; the first one of each machine speaks."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"\n{redacted(message)}", file=sys.stderr, flush=True)
+        print(f"\n{redact(message)}", file=sys.stderr, flush=True)
         if reports_failures():
             print("(What follows is the launcher's; `accelerate launch --quiet` leaves it out.)\n", file=sys.stderr)
     elif status == 2:

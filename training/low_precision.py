@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .config import UsageError
+from hfclip.errors import UsageError
+
 from .parallel import local_shard
 
 

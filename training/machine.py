@@ -14,7 +14,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch.nn import functional as F
 
-from .config import Config, UsageError
+from hfclip.errors import UsageError
+
+from .config import Config
 from .cores import cores_of_this_process, threads_are_given
 from .state.resuming import precision_of
 

@@ -25,9 +25,10 @@ from hfclip import (
 )
 from hfclip.configuration_hfclip import TOWER_CONFIGS
 from hfclip.data.samples import BadSample, Source
+from hfclip.errors import UsageError
 from hfclip.losses import LOSSES
 
-from .config import SECTIONS, Config, ModelConfig, UsageError, load_yaml
+from .config import SECTIONS, Config, ModelConfig, load_yaml
 from .low_precision import halve_text_weights
 
 

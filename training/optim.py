@@ -6,9 +6,10 @@ from collections import defaultdict
 import torch
 from torch import nn
 
+from hfclip.errors import UsageError
 from hfclip.modeling_hfclip import blocks_of
 
-from .config import OptimConfig, UsageError
+from .config import OptimConfig
 from .low_precision import LowPrecisionAdamW, text_matrices
 
 

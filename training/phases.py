@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from hfclip import HFCLIPConfig
+from hfclip.errors import UsageError
 
-from .config import Config, UsageError, _require
+from .config import Config, _require
 
 
 class Phase(NamedTuple):

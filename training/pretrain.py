@@ -21,10 +21,10 @@ from pathlib import Path
 if not __package__:  # run as a script, Python looks for modules in this folder; they are named from the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from hfclip_errors import UsageError, redact
 from training import launcher
-from training.config import CONFIG_FILE, Config, UsageError, parse_arguments
+from training.config import CONFIG_FILE, Config, parse_arguments
 from training.cores import let_waiting_threads_sleep
-from training.redaction import redacted
 from training.state import checkpoint, resuming
 
 
@@ -105,7 +105,7 @@ class Run:
 def main() -> None:
     config, resume = read_command_line()
     launcher.prefix()
-    sys.argv[1:] = map(redacted, sys.argv[1:])  # trackers look at them
+    sys.argv[1:] = map(redact, sys.argv[1:])  # trackers look at them
     stopping = Stopping(config.run.stop_after)
     check_trackers(config.run.trackers)
     check_token(config)

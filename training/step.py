@@ -21,11 +21,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
+from hfclip.errors import UsageError
 from hfclip.grad_cache import cached_backward
 from hfclip.modeling_hfclip_transformer import pooled_positions
 
 from . import optim, parallel
-from .config import Config, OptimConfig, UsageError
+from .config import Config, OptimConfig
 from .data.order import rank_slice
 from .ema import EMA
 from .flops import ModelFlops

@@ -18,7 +18,7 @@ SILENCE = 5.0
 # One process of a group that has a Heartbeat; what it does then is the argument.
 PROCESS = """
 import os, sys, time, torch, torch.distributed as dist
-from training.config import UsageError
+from hfclip.errors import UsageError
 from training.state.heartbeat import Heartbeat
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()

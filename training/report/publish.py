@@ -10,12 +10,12 @@ from huggingface_hub import EvalResult, get_token
 from hfclip import HFCLIPConfig, __version__
 from hfclip.data.samples import BadSample, Source
 from hfclip.data.streaming import StreamSource
+from hfclip.errors import UsageError, redact
 from hfclip.hub import end_on_interrupt, model_card, push
 
-from ..config import Config, UsageError
+from ..config import Config
 from ..evaluation import LabelledSet
 from ..launcher import exit_with_message
-from ..redaction import redacted
 
 
 def check_token(config: Config) -> None:
@@ -76,7 +76,7 @@ def write_card(
     }
     results = as_eval_results(config, results)
     card = model_card(model_config, name=name, title=title, provenance=provenance, results=results)
-    (folder / "README.md").write_text(redacted(card), encoding="utf-8")
+    (folder / "README.md").write_text(redact(card), encoding="utf-8")
 
 
 def publish(config: Config, model_config: HFCLIPConfig, steps: int, results: dict[str, float]) -> None:

@@ -15,11 +15,12 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
-from ..config import Config, UsageError
+from hfclip.errors import UsageError, redact
+
+from ..config import Config
 from ..data.batches import COUNTED
 from ..flops import measured_peak
 from ..machine import PRECISIONS
-from ..redaction import redacted
 from .curves import METRICS_FILE, draw_curves, read_metrics
 from .timing import Stopwatch
 
@@ -197,7 +198,7 @@ class Tracking:
     def say(self, message: str) -> None:
         """A line above the progress bar, from the main process."""
         if self.accelerator.is_main_process:
-            self.bar.write(redacted(message))
+            self.bar.write(redact(message))
 
 
 def _init_trackers(

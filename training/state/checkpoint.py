@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from ..config import UsageError
+from hfclip_errors import UsageError
 
 
 if TYPE_CHECKING:  # torch takes seconds to import; a folder that is in the way is told before

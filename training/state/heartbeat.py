@@ -30,8 +30,7 @@ from typing import NamedTuple
 
 import torch.distributed
 
-from ..config import UsageError
-from ..redaction import redacted
+from hfclip.errors import UsageError, redact
 
 
 BEATS = 8  # in the time of `max_silence`, at least
@@ -121,7 +120,7 @@ class Heartbeat:
             cause, status = f"{self._names[self.rank]} failed: {type(error).__name__}: {error}", 1
         # The first rank of a machine shows its error there itself.
         host = socket.gethostname() if status == 2 and os.environ.get("LOCAL_RANK", "0") == "0" else None
-        cause = textwrap.shorten(redacted(cause), LONGEST_CAUSE).rstrip(" .:")
+        cause = textwrap.shorten(redact(cause), LONGEST_CAUSE).rstrip(" .:")
         self._part(Gone(self.rank, cause, GRACE, status, shown_on=host))
 
     def _part(self, last_words: "str | Gone") -> None:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ..config import CONFIG_FILE, PATHS, Config, UsageError, recorded
+from hfclip_errors import UsageError
+
+from ..config import CONFIG_FILE, PATHS, Config, recorded
 from ..launcher import prefix
 from .checkpoint import MODEL_FOLDER, STATE_FILE, list_checkpoints, read_json, read_state, recover, step_of
 

@@ -139,7 +139,7 @@ def model_card(
 
 def _tower(config: Any, title: str, name_line: str) -> str:
     architecture = (config.architectures or ["AutoModel"])[0]
-    return _TOWER_CARD.format(tower=_describe(config), architecture=architecture, title=title, name_line=name_line)
+    return _TOWER_CARD.format(tower=describe(config), architecture=architecture, title=title, name_line=name_line)
 
 
 def _dual_encoder(config: Any, has_processor: bool, title: str, name_line: str) -> str:
@@ -153,8 +153,8 @@ def _dual_encoder(config: Any, has_processor: bool, title: str, name_line: str) 
     return _CARD.format(
         title=title,
         projection_dim=config.projection_dim,
-        vision=_describe(config.vision_config),
-        text=_describe(config.text_config),
+        vision=describe(config.vision_config),
+        text=describe(config.text_config),
         vision_parameters=_parameters(model.vision_model),
         text_parameters=_parameters(model.text_model),
         parameters=_parameters(model),
@@ -171,8 +171,10 @@ def _name_line(name: str) -> str:
     return f"name = {json.dumps(name, ensure_ascii=False)}  # this {'folder' if name == '.' else 'repository'}"
 
 
-def _describe(config: Any) -> str:
-    """One line about a tower, from what its config has."""
+def describe(config: Any) -> str:
+    """One line about a tower, or about both of a dual encoder, from what its config has."""
+    if config.model_type == "hfclip":
+        return f"{describe(config.vision_config)}; {describe(config.text_config)}"
     facts = {
         "patch_size": "patches of {0} x {0} pixels",
         "image_size": "images of {0} x {0} pixels",

@@ -79,13 +79,14 @@ def is_dual_encoder(config: dict) -> bool:
     return config.get("model_type") == "hfclip" and config.get("architectures") in (None, ["HFCLIPModel"])
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UsageError for no such file, no JSON, or no object."""
     try:
-        content = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: found no readable JSON ({error}). Save the model again.") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: found no readable JSON file ({error}).") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: found a {type(content).__name__}, expected a JSON object. Save the model again.")
+        raise UsageError(f"{path}: found a {type(content).__name__}, expected an object of settings.")
     return content
 
 
@@ -100,9 +101,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())[:300].rstrip(".")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Weights
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _check_weights(folder: Path) -> dict[str, Shapes]:
@@ -175,24 +174,25 @@ def _check_tensors(folder: Path, config: dict, found: Shapes) -> None:
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     own = {name: shape for name, shape in expected.items() if not name.startswith(foreign)}
     ignored = type(model)._keys_to_ignore_on_load_unexpected or ()  # the model's own has its towers' added
-    surplus = [name for name in found.keys() - own.keys() if not name.startswith(foreign)]
-    problems = {
-        "missing": [
-            *(tower for tower in foreign if not any(name.startswith(tower) for name in found)),
-            *sorted(own.keys() - found.keys()),
-        ],
-        "left over": sorted(name for name in surplus if not any(re.search(pattern, name) for pattern in ignored)),
-        "of another shape": [
-            f"{name} {found[name]} for {shape}"
-            for name, shape in sorted(own.items())
-            if found.get(name, shape) != shape
-        ],
-    }
-    if said := [f"{len(names)} tensors {what}, such as {names[0]}" for what, names in problems.items() if names]:
+    ours = {name: shape for name, shape in found.items() if not name.startswith(foreign)}
+    ours = {n: s for n, s in ours.items() if n in own or not any(re.search(pattern, n) for pattern in ignored)}
+    own |= {tower: [] for tower in foreign if not any(name.startswith(tower) for name in found)}
+    if said := mismatches(ours, own):
         raise UsageError(
             f"{folder}: found weights that are not those of {type(model).__name__} in config.json: "
             f"{'; '.join(said)}. Save the model again."
         )
+
+
+def mismatches(found: Shapes, expected: Shapes) -> list[str]:
+    """How the tensors of a file differ from those of a model, by names and shapes."""
+    common = sorted(found.keys() & expected.keys())
+    kinds = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "left over": sorted(found.keys() - expected.keys()),
+        "of another shape": [f"{n} {found[n]} for {expected[n]}" for n in common if found[n] != expected[n]],
+    }
+    return [f"{len(names)} tensors {kind}, such as {names[0]}" for kind, names in kinds.items() if names]
 
 
 def _build_on_meta(folder: Path, config: dict) -> PreTrainedModel:
@@ -205,9 +205,7 @@ def _build_on_meta(folder: Path, config: dict) -> PreTrainedModel:
         return model_class(model_class.config_class.from_pretrained(folder))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What lies beside them
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _check_code(folder: Path, config: dict) -> set[str]:

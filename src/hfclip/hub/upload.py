@@ -19,7 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_session, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    RepoUrl,
+    get_session,
+    get_token,
+)
 
 # The base class of all that can go wrong with a request, in httpx or in httpx2: huggingface_hub knows which one it uses.
 from huggingface_hub.errors import (
@@ -103,17 +111,8 @@ def push(
     if not (secret and secret.isascii() and secret.isprintable()):  # else no request can carry it
         raise HubError("No usable token was found. Log in with `hf auth login`, or set HF_TOKEN, and push again.")
     with _request_timeout():
-        with _as_hub_error(f"creating the repository {repo_id}", repo_id, secret):
-            url = _retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        url, info = _open_branch(api, repo_id, branch, private, secret)
         repo_id = url.repo_id
-        with _as_hub_error(f"looking at {repo_id}", repo_id, secret):
-            info = _retry(lambda: _find_branch(api, repo_id, branch))
-        if private is not None and info.private != private:
-            found, asked = ("private", "public") if info.private else ("public", "private")
-            raise HubError(
-                f"{repo_id} exists and is {found}, but {asked} was asked for. Nothing was sent. Change its visibility "
-                f"in {url}/settings, or push to another name."
-            )
         contents = _with_card(contents, folder, repo_id, has_card="README.md" in _names(info))
         _print_plan(f"Sending to {url} ({branch})", contents)
         message = commit_message or f"Model of hfclip: {folder.resolve().name}"
@@ -176,6 +175,23 @@ def _upload_and_commit(
         return _retry(commit).oid != info.sha
 
 
+def _open_branch(
+    api: HfApi, repo_id: str, branch: str, private: bool | None, secret: str
+) -> tuple[RepoUrl, ModelInfo]:
+    """The repository and its branch, created where they are missing; refuses one of another visibility."""
+    with _as_hub_error(f"creating the repository {repo_id}", repo_id, secret):
+        url = _retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    with _as_hub_error(f"looking at {url.repo_id}", url.repo_id, secret):
+        info = _retry(lambda: _find_branch(api, url.repo_id, branch))
+    if private is not None and info.private != private:
+        found, asked = ("private", "public") if info.private else ("public", "private")
+        raise HubError(
+            f"{url.repo_id} exists and is {found}, but {asked} was asked for. Nothing was sent. Change its visibility in "
+            f"{url}/settings, or push to another name."
+        )
+    return url, info
+
+
 def _find_branch(api: HfApi, repo_id: str, branch: str) -> ModelInfo:
     """The branch's head and files; creates the branch where it is missing."""
     try:
@@ -217,9 +233,7 @@ def _print_plan(title: str, contents: Contents) -> None:
     print(f"{len(sizes)} files, {tqdm.format_sizeof(sum(sizes.values()), 'B')}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What can go wrong on the way
-# ---------------------------------------------------------------------------------------------------------------------
 
 _CONTINUE = "Push again: what was uploaded is not sent again, and the branch is unchanged."
 _CONFLICT = "Somebody else changed the branch meanwhile. Nothing of this push is visible. Look at that change, then push again."

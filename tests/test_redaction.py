@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.redaction import redacted
+from hfclip.errors import redact
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,8 @@ from training.redaction import redacted
     ],
 )
 def test_masks_credentials(text):
-    assert "PW" not in redacted(text) and "***" in redacted(text)
-    assert redacted(redacted(text)) == redacted(text)
+    assert "PW" not in redact(text) and "***" in redact(text)
+    assert redact(redact(text)) == redact(text)
 
 
 @pytest.mark.parametrize(
@@ -55,4 +55,4 @@ def test_masks_credentials(text):
     ],
 )
 def test_leaves_all_else_as_it_is(text):
-    assert redacted(text) == text
+    assert redact(text) == text

@@ -1,5 +1,0 @@
-from hfclip_errors import MASK
-from hfclip_errors import redact as redacted
-
-
-__all__ = ["MASK", "redacted"]
