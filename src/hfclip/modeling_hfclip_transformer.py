@@ -594,6 +594,7 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
             if positions is not None:
                 positions = positions[:, :width]
             end_alike = pooled_only and num_real == batch_size * width and text_lengths is not None
+            end_alike = end_alike and not self.training  # there, rounding does not depend on a batch's lengths
             hidden_states = self._encode(input_ids, None, positions, last_only=end_alike, **kwargs)
             rows = torch.arange(batch_size, device=pooled.device)
             pooler_output = hidden_states[:, -1] if end_alike else hidden_states[rows, pooled]

@@ -28,9 +28,9 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "shards").mkdir()
     write_tar(folder / "shards" / "0.tar", pairs(range(48)))
-    (folder / "classes" / "cat").mkdir(parents=True)
-    for seed, (_, picture) in enumerate(pairs(range(4))[::2]):
-        (folder / "classes" / "cat" / f"{seed}.jpg").write_bytes(picture)
+    for label, (_, picture) in zip(("cat", "dog"), pairs(range(4))[::2], strict=True):
+        (folder / "classes" / label).mkdir(parents=True)
+        (folder / "classes" / label / "0.jpg").write_bytes(picture)
     return write_recipe(
         folder,
         model=model_with_tokenizer(folder),
