@@ -259,12 +259,17 @@ REFUSED = {
         "expected image or .*file_name.*set image_key",
     ),
     "metadata that is no JSON": ({**IMAGES, "metadata.jsonl": "no json\n"}, "", r"found the columns \[\]"),
-    "damaged parquet": ({"x.parquet": b"junk"}, "x.parquet", "cannot be read as a parquet file: ArrowInvalid"),
+    "damaged parquet": ({"x.parquet": b"junk"}, "x.parquet", "cannot be read as a table: ArrowInvalid"),
     "parquet of other columns": ({"x.parquet": parquet([{"a": 1}])}, "x.parquet", r"found the columns \['a'\]"),
     "text in the place of images": (
         {"x.parquet": parquet([{"image": 5, "text": "a"}])},
         "x.parquet",
         "found int, expected bytes",
+    ),
+    "parquet without rows": (
+        {"x.parquet": parquet([])},
+        "x.parquet",
+        "cannot be read as a table: ValueError: it has no",
     ),
     "another kind of file": ({"x.npz": b"1"}, "x.npz", "is a file that is not read, expected one of .tar"),
     "one image": (IMAGES, "0.jpg", "Name the folder that holds it"),

@@ -268,7 +268,7 @@ def test_rejects_folders_of_no_layout(tmp_path):
     write_shards(tmp_path / "test", num_shards=1)
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "0.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="has no labels, expected .* a classnames.txt"):
+    with pytest.raises(ValueError, match="has the labels None, expected two or more: .* a classnames.txt"):
         load_labelled_folder(tmp_path)
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
     assert len(load_labelled_folder(tmp_path).samples) == 2  # the split that is held out

@@ -694,7 +694,7 @@ def test_scenes_need_no_files(tmp_path):
         (
             lambda f: (f / "x.parquet").write_bytes(b"junk"),
             "x.parquet",
-            ["x.parquet", "cannot be read as a parquet file"],
+            ["x.parquet", "cannot be read as a table"],
         ),
     ],
 )

@@ -120,12 +120,13 @@ class DataConfig:
 
     train: str | dict = "scenes"
     """The built-in "scenes"; WebDataset tars (`{0..7}.tar`, glob, folder; local, hf://, https://, s3://; several joined
-    by `::`); a parquet or image folder; or a data set's name on the Hub. A mapping of such names to weights mixes them:
-    each fills its share of every batch, and an epoch is as many pairs as all have together."""
+    by `::`); images with texts beside them or metadata, class folders; csv, tsv, jsonl, parquet and zip files; or a data
+    set's name on the Hub (docs/data.md). A mapping of such names to weights mixes them: each fills its share of every
+    batch, and an epoch is as many pairs as all have together."""
     split: str = "train"
     """Split of a data set that `datasets` loads."""
     image_key: str | None = None
-    """Column of the images in a table. null: "image", "jpg", "png" or "img", whichever is there."""
+    """Column of the images in a table, or of their paths. null: "image", "filepath" or another usual name."""
     caption_key: str | None = None
     """Column, or key of .json members, of the captions (one or a list). null: .txt members, else "text", "caption",
     "captions", "texts" or "sentences"."""

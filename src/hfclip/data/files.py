@@ -61,11 +61,11 @@ class Files:
         except Exception as error:  # of zipfile and stores
             raise OSError(f"{type(error).__name__}: {error}") from error
 
-    def read(self, name: str) -> bytes:
-        """Raises OSError."""
+    def read(self, name: str, limit: int = -1) -> bytes:
+        """The first `limit` bytes of a file, or all. Raises OSError."""
         with self.open(name) as file:
             try:
-                return file.read()
+                return file.read(limit)
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                 raise OSError(f"{type(error).__name__}: {error}") from error
 

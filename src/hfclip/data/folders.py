@@ -11,6 +11,7 @@ from .samples import (
     HELD_OUT,
     HOW_CAPTIONS_ARE_GIVEN,
     IMAGE_ENDINGS,
+    LARGEST,
     BadSample,
     Keys,
     Sample,
@@ -19,6 +20,7 @@ from .samples import (
     json_captions,
     say,
     text_captions,
+    too_large,
 )
 from .tars import is_hidden
 
@@ -90,11 +92,14 @@ class FileSource(Source):
 
     def _read(self, name: str, what: str) -> bytes:
         try:
-            return self.files.read(name)
+            data = self.files.read(name, LARGEST[what] + 1)
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
             folder = posixpath.join(str(self.files), posixpath.dirname(name))
             lost = f"files of {folder} cannot be read ({getattr(error, 'strerror', None) or error})"
             raise BadSample(f"missing {what}", lost) from error
+        if len(data) > LARGEST[what]:
+            raise too_large(what)
+        return data
 
 
 def ending(name: str) -> str:

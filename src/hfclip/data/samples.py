@@ -58,6 +58,8 @@ HOW_CAPTIONS_ARE_GIVEN = (
     "or by the names of class folders, two or more."
 )
 HELD_OUT = ("test", "validation", "val", "dev")  # splits, in the order of preference
+# Bytes that no image and no caption has: what is longer is not read into memory.
+LARGEST = {"image": 1 << 30, "caption": 1 << 24}
 SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # of image files, damaged ones too
 INVISIBLE = ("Cc", "Cf", "Mn", "Zl", "Zp", "Zs")  # in Unicode: control, format, marks on nothing, and white space
 
@@ -134,9 +136,7 @@ class Source:
     def describe_skipped(self) -> str:
         """What was left out, in words; empty for nothing."""
         examples = {reason: f" ({example})" for reason, example in self.examples.items()}
-        return ", ".join(
-            f"{count:,} with {reason}{examples.get(reason, '')}" for reason, count in self.skipped.items()
-        )
+        return ", ".join(f"{count} with {reason}{examples.get(reason, '')}" for reason, count in self.skipped.items())
 
 
 @contextmanager
@@ -158,6 +158,11 @@ def decoding(image: bytes | Image.Image) -> Iterator[None]:
         too_large = "PIL.Image.MAX_IMAGE_PIXELS" in str(error)
         kind = "too large image" if too_large else "unreadable image" if is_image else "not an image"
         raise BadSample(kind) from error
+
+
+def too_large(what: str) -> BadSample:
+    """What is wrong with an "image" or "caption" of more than `LARGEST` bytes."""
+    return BadSample("too large image" if what == "image" else "unreadable caption")
 
 
 def caption_list(value: Any) -> list[str]:

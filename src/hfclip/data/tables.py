@@ -94,11 +94,13 @@ def open_parquet(paths: list[str], keys: Keys) -> TableSource:
     """
     from datasets import load_dataset
 
-    found = dict(zip(paths, map_in_threads(_columns_in, paths, "reading headers"), strict=True))
+    looked_at = [path for path in paths if "://" not in path] or paths[:1]  # remote ones take their time
+    found = dict(zip(looked_at, map_in_threads(_columns_in, looked_at, "reading headers"), strict=True))
     tables = {path: columns for path, columns in found.items() if isinstance(columns, list)}
     if not tables:
-        raise UsageError(f"{paths[0]!r} cannot be read as a parquet file: {reason(found[paths[0]])}")
+        raise UsageError(f"{paths[0]!r} cannot be read as a table: {reason(found[looked_at[0]])}")
     first = next(iter(tables.values()))
+    tables |= {path: first for path in paths if path not in found}
     needed = {*find_columns(first, keys._replace(required=False), next(iter(tables)))} - {None}
     good = [path for path, columns in tables.items() if needed <= set(columns)]
     shared = [column for column in first if all(column in tables[path] for path in good)]
@@ -113,8 +115,11 @@ def open_parquet(paths: list[str], keys: Keys) -> TableSource:
             raise UsageError(f"{paths[0]!r} cannot be loaded: {reason(error.__cause__ or error)}") from error
     else:
         source = TableSource(table, keys, paths[0], posixpath.dirname(paths[0]))
-    for path in set(paths) - set(good):
-        source.skip("other columns" if path in tables and not needed <= set(tables[path]) else "damaged file", path)
+    for path in sorted(set(paths) - set(good)):
+        if isinstance(found.get(path), Exception):
+            source.skip("damaged file", f"{path}: {reason(found[path])}")
+        else:
+            source.skip("damaged file" if needed <= set(tables[path]) else "other columns", path)
     return source
 
 
@@ -123,7 +128,8 @@ def _columns_in(path: str) -> list[str] | Exception:
 
     try:
         with fsspec.open(path) as file:
-            return pyarrow.parquet.read_schema(file).names
+            table = pyarrow.parquet.ParquetFile(file)
+            return table.schema_arrow.names if table.metadata.num_rows else ValueError("it has no rows")
     except Exception as error:  # of stores and pyarrow
         return error
 

@@ -9,13 +9,9 @@ import numpy as np
 
 from ..errors import UsageError
 from .files import CLASS_NAMES, read_lines
-from .samples import BadSample, Keys, Sample, Source, json_captions, say, text_captions
+from .samples import LARGEST, BadSample, Keys, Sample, Source, json_captions, say, text_captions, too_large
 from .shards import make_folder, map_in_threads
 from .tars import BLOCK, SAMPLE, load_index, name_in, select_samples
-
-
-# Bytes that no image and no caption has: what says so is not read into memory.
-LARGEST = {"image": 1 << 30, "caption": 1 << 24}
 
 
 class ShardSource(Source):
@@ -91,7 +87,7 @@ class ShardSource(Source):
         row = self._row(index)
         offset, size = int(row[f"{what}_offset"]) - before, int(row[f"{what}_size"]) + before
         if size > LARGEST[what] + before:
-            raise BadSample("too large image" if what == "image" else "unreadable caption")
+            raise too_large(what)
         shard = self._shard_of(index)
         try:
             with self._open(shard) as file:

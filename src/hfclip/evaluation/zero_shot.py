@@ -216,10 +216,10 @@ def load_labelled_folder(path: str | Path) -> LabelledFolder:
         ValueError: empty labels, a template without placeholder.
     """
     source = open_source(str(path))
-    if not source.labels:
+    if len(set(source.labels or ())) < 2:
         raise UsageError(
-            f"{path} has no labels, expected a folder per class, tars with .cls members and a {CLASS_NAMES}, or a table "
-            "with a column of class labels."
+            f"{path} has the labels {source.labels}, expected two or more: a folder per class, tars with .cls members and "
+            f"a {CLASS_NAMES}, or a table with a column of class labels."
         )
     if broken := [kind for kind in INCOMPLETE if source.skipped[kind]]:
         raise UsageError(f"{path} is not whole: {source.describe_skipped()}. Mend or remove what has {broken[0]}.")
