@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import pickle
+import sys
 import tarfile
 import zipfile
 
@@ -436,3 +437,10 @@ def test_heic_is_read_with_the_extra(tmp_path):
     pillow_heif.register_heif_opener()
     write(tmp_path, {**{f"{i}.heic": photo(i, "HEIF") for i in range(3)}, "0.txt": "a cat"})
     assert open_source(str(tmp_path))[0].captions == ["a cat"]
+
+
+def test_library_that_is_missing_is_named(tmp_path, monkeypatch):
+    write(tmp_path, {"x.parquet": parquet(STRUCTS)})
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match="x.parquet' is read by datasets: `pip install datasets`"):
+        open_source(str(tmp_path / "x.parquet"))

@@ -29,10 +29,8 @@ class Files:
         self.place, self.below, self.is_zip = place, below, place.lower().endswith(".zip")
         self.folder = None if self.is_zip or "://" in place else Path(place, below)
         """Of this machine, if it is one."""
-        self._store: tuple[int, object] = (
-            0,
-            None,
-        )  # with the process that opened it: what is open does not survive a fork
+        # With the process that opened it: what is open does not survive a fork.
+        self._store: tuple[int, tuple | None] = (0, None)
 
     def __reduce__(self):
         return Files, (self.place, self.below)
@@ -90,7 +88,8 @@ def _walk(folder: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add(real)
-        yield from (os.path.relpath(os.path.join(place, file), folder).replace(os.sep, "/") for file in files)
+        below = "" if place == str(folder) else os.path.relpath(place, folder).replace(os.sep, "/") + "/"
+        yield from (below + file for file in files)
 
 
 def read_lines(folder: Path, name: str) -> list[str] | None:

@@ -1,6 +1,7 @@
 """Image files: listed in a table, with captions in files beside them, or in a folder per class."""
 
 import io
+import os
 import posixpath
 from typing import Any
 
@@ -27,14 +28,8 @@ from .tars import is_hidden
 
 TABLES = ("csv", "tsv", "jsonl", "json", "parquet")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-}
-SPLITS |= {"dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
+SPLITS = {"train": "train training", "validation": "validation valid val dev", "test": "test testing eval evaluation"}
+SPLITS = {name: split for split, names in SPLITS.items() for name in names.split()}
 
 
 class FileSource(Source):
@@ -222,8 +217,8 @@ def _skip_rest(
 
 def _top_folders(files: Files, names: list[str]) -> set[str]:
     """Those of this machine include the empty ones: they may be classes."""
-    empty = () if files.folder is None else files.folder.iterdir()
-    folders = {path.name for path in empty if path.is_dir() and not is_hidden(path.name)}
+    there = () if files.folder is None else os.scandir(files.folder)
+    folders = {entry.name for entry in there if entry.is_dir() and not is_hidden(entry.name)}
     return folders | {name.partition("/")[0] for name in names if "/" in name}
 
 

@@ -10,19 +10,7 @@ from ..errors import UsageError
 from .samples import CAPTION_KEYS, Keys
 
 
-IMAGE_KEYS = (
-    "image",
-    "jpg",
-    "png",
-    "img",
-    "file_name",
-    "filepath",
-    "filename",
-    "image_path",
-    "img_path",
-    "path",
-    "file",
-)
+IMAGE_KEYS = tuple("image jpg png img file_name filepath filename image_path img_path path file".split())
 SEPARATORS = (",", "\t", ";", "|")
 
 Row = dict | str  # of a broken one, where it is

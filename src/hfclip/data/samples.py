@@ -36,22 +36,7 @@ PROBLEMS = (
     "unreadable shard",
 )
 CAPTION_KEYS = ("text", "caption", "captions", "texts", "sentences", "title", "txt", "TEXT")
-IMAGE_ENDINGS = (
-    "jpg",
-    "jpeg",
-    "jfif",
-    "png",
-    "webp",
-    "gif",
-    "bmp",
-    "tif",
-    "tiff",
-    "avif",
-    "heic",
-    "heif",
-    "ppm",
-    "pgm",
-)
+IMAGE_ENDINGS = tuple("jpg jpeg jfif png webp gif bmp tif tiff avif heic heif ppm pgm".split())
 HOW_CAPTIONS_ARE_GIVEN = (
     "Captions are given by a .txt or .json file of the image's name beside it, by metadata.csv or metadata.jsonl with "
     "the columns file_name and text, by a csv, tsv, jsonl or parquet file with a column of images and one of captions, "
@@ -155,9 +140,9 @@ def decoding(image: bytes | Image.Image) -> Iterator[None]:
         yield
     except ValueError as error:
         is_image = not isinstance(error.__cause__, UnidentifiedImageError) or image.startswith(SIGNATURES)
-        too_large = "PIL.Image.MAX_IMAGE_PIXELS" in str(error)
-        kind = "too large image" if too_large else "unreadable image" if is_image else "not an image"
-        raise BadSample(kind) from error
+        if "PIL.Image.MAX_IMAGE_PIXELS" in str(error):
+            raise too_large("image") from error
+        raise BadSample("unreadable image" if is_image else "not an image") from error
 
 
 def too_large(what: str) -> BadSample:

@@ -46,7 +46,8 @@ def open_source(
     Args:
         name: "scenes", a path, a URL, a pattern of these, or a data set on the Hub. A mapping of names to weights mixes
             them: a `MixtureSource`, whose sources are all read with the same settings.
-        split: of the built-in scenes, and of what `datasets` loads. None: the one that is held out.
+        split: of the built-in scenes, of folders that are named as splits are, and of what `datasets` loads. None: the
+            one that is held out.
         image_key: column of the images in a table. None: the usual names, whichever is there.
         caption_key: column of the captions, or their key in .json members of tars. None: .txt members, else the usual
             names.
@@ -73,7 +74,10 @@ def open_source(
     if disk is not None:
         source = StreamSource(name, caption_key, cache, int(disk * 1e9))
     else:
-        source = _open(name, split, keys, cache)
+        try:
+            source = _open(name, split, keys, cache)
+        except ImportError as error:
+            raise UsageError(f"{name!r} is read by {error.name}: `pip install {error.name}`.") from error
     if len(source) == 0:
         raise UsageError(
             f"{name!r} holds no usable pair of image and caption. Left out: {source.describe_skipped() or 'nothing'}. "
@@ -91,7 +95,7 @@ def _open(name: str, split: str | None, keys: Keys, cache: Path) -> Source:
         return ShardSource(shards, keys, cache)
     places = list(itertools.chain(*map(_matching, patterns_of(name))))
     kinds = sorted({_kind_of(place) for place in places})
-    if len(kinds) > 1 or len(places) > 1 and kinds[0] not in (*TABLES, "parquet"):
+    if len(kinds) > 1 or len(places) > 1 and kinds[0] not in TABLES:
         raise UsageError(
             f"{name!r} names {len(places)} places ({places[0]!r}, {places[1]!r} ...), expected one folder, zip file or "
             "data set, or several tables of one kind. Mix others by weights: {name: 1, other: 1}."
@@ -146,10 +150,11 @@ def _open_folder(files: Files, split: str | None, keys: Keys, cache: Path) -> So
     files, names = choose_split(files, names, base or None)
     kinds = {ending(name) for name in names}
     if "tar" in kinds:
-        shards = [f"{files}/{name}" for name in names if ending(name) == "tar"]
         if files.is_zip:
             raise UsageError(f"{str(files)!r} holds tars in a zip file. Unpack it: `unzip {files.place}`.")
-        return ShardSource(find_shards("::".join(shards), cache), keys, cache)
+        tars = [name for name in names if ending(name) == "tar"]
+        there = files.folder and [files.folder / name for name in tars]
+        return ShardSource(there or find_shards("::".join(f"{files}/{name}" for name in tars), cache), keys, cache)
     if kinds & set(COMPRESSED) and not kinds & set(IMAGE_ENDINGS):
         for name in names:
             refuse_compressed(f"{files}/{name}")

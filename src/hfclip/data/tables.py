@@ -169,7 +169,9 @@ def open_hub(name: str, split: str | None, keys: Keys) -> TableSource:
     from datasets import get_dataset_split_names, load_dataset
 
     with _loading(name, split):
-        table = load_dataset(name, split=split or _split_of(name, get_dataset_split_names(name), None))
+        if split is None or Path(name).is_dir() and split.isidentifier():  # "test[:100]" is an expression, not a name
+            split = _split_of(name, get_dataset_split_names(name), split)
+        table = load_dataset(name, split=split)
     return TableSource(table, keys, name)
 
 

@@ -143,4 +143,4 @@ def _how_to_unpack(shard: Path) -> str:
     with open(shard, "rb") as file:
         if file.read(2) != b"\x1f\x8b":
             return "Fetch it again, or leave it out."
-    return f"It is compressed. Unpack it by `gunzip -S '' < {shard} > {shard.with_suffix('')}-unpacked.tar`."
+    return f"It is compressed. Unpack it by `gunzip < {shard} > {shard.with_suffix('')}-unpacked.tar`."
