@@ -40,10 +40,11 @@ from transformers import CLIPModel
 import hfclip
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPTokenizer
 from hfclip.data.scenes import Scenes, describe
+from hfclip.precision import autocast_for, settled_precision
 from training.config import Config
 from training.data.batches import Collate, PairDataset, build_loader
 from training.data.batches import open_data as open_source
-from training.machine import autocast_for, settled_precision, tune_cpu
+from training.machine import tune_cpu
 from training.model import adapt_to_device
 from training.objectives.contrastive import Contrastive
 from training.phases import Phase, Phases

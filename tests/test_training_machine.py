@@ -13,13 +13,12 @@ import yaml
 from training_utils import ROOT, pairs, pretrain, train, write_recipe, write_tar
 
 from hfclip.errors import UsageError
+from hfclip.precision import computes_bfloat16, settled_precision
 from training.config import Config
 from training.cores import cores_of_this_process, cpu_quota, threads_are_given, usable_cores
 from training.machine import (
     build_accelerator,
-    computes_bfloat16,
     num_workers,
-    settled_precision,
     tune_cpu,
 )
 
@@ -47,7 +46,7 @@ def python(code: str, *, launcher: tuple[str, ...] = (), script: Path | None = N
 
 @x86
 def test_auto_is_float32_on_a_cpu_that_emulates_bfloat16_and_asking_for_it_is_warned_of():
-    code = "import torch; from training.machine import settled_precision as s; cpu = torch.device('cpu'); "
+    code = "import torch; from hfclip.precision import settled_precision as s; cpu = torch.device('cpu'); "
     auto, asked = python(f"{code} print(s('auto', cpu)); print(s('bf16', cpu))", **WITHOUT_BFLOAT16).splitlines()
     assert auto == "('fp32', 'auto: this cpu device does not have bfloat16 in hardware')"
     assert re.fullmatch(r"\('bf16', 'WARNING: slow.*only emulates bfloat16.*", asked)

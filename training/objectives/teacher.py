@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from hfclip import HFCLIPModel, HFCLIPProcessor
 from hfclip.errors import UsageError
 from hfclip.losses import distillation_loss
+from hfclip.precision import autocast_for
 
 from ..config import Config
-from ..machine import autocast_for
 from ..model import load_model
 from .contrastive import Contrastive
 from .stored import StoredEmbeddings

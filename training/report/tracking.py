@@ -16,11 +16,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
 from hfclip.errors import UsageError, redact
+from hfclip.precision import PRECISIONS
 
 from ..config import Config
 from ..data.batches import COUNTED
 from ..flops import measured_peak
-from ..machine import PRECISIONS
 from .curves import METRICS_FILE, draw_curves, read_metrics
 from .timing import Stopwatch
 
