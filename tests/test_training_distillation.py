@@ -3,17 +3,13 @@
 import io
 import json
 import pickle
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from training_utils import ROOT, caption, image_bytes, model_with_tokenizer, pairs, write_tar
+from training_utils import caption, image_bytes, model_with_tokenizer, pairs, write_tar
 from transformers import PreTrainedTokenizerFast
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
@@ -234,12 +230,12 @@ def test_rejects_teacher_that_is_not_there(tmp_path, processor):
 
 
 def command_line(folder, shards, out, *options):
-    options = ["--precision", "fp32", "--num_workers", "0", *options]
-    return ["--model", str(folder), "--data", str(shards), "--out", str(out), "--cache_dir", str(out.parent), *options]
+    options = ["--precision", "fp32", "--num-workers", "0", *options]
+    return ["--model", str(folder), "--data", str(shards), "--out", str(out), "--cache-dir", str(out.parent), *options]
 
 
 def embed(*arguments):
-    return embedding.embed(embedding.parse_arguments(command_line(*arguments)))
+    return embedding.store(embedding.parse_arguments(command_line(*arguments)))
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +253,7 @@ def shards(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stored_folder(teacher_folder, shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("stored") / "embeddings"
-    return embed(teacher_folder, shards, out, "--batch_size", "5")
+    return embed(teacher_folder, shards, out, "--batch-size", "5")
 
 
 def source_of(shards, tmp_path):
@@ -278,7 +274,7 @@ def test_stored_embeddings_are_the_teachers(teacher_folder, processor, shards, s
     torch.testing.assert_close(text_embeds, expected[1], rtol=0, atol=1e-3)
     torch.testing.assert_close(images.norm(dim=1), torch.ones(4))
     assert stored.scale == pytest.approx(1 / 0.07, rel=1e-4)  # 2.6592 is its logarithm
-    assert isinstance(stored.image_embeds, np.memmap)
+    assert isinstance(stored.stored.image_embeds, np.memmap)
 
 
 def test_mixture_is_stored_as_training_numbers_it(teacher_folder, processor, tmp_path):
@@ -287,7 +283,7 @@ def test_mixture_is_stored_as_training_numbers_it(teacher_folder, processor, tmp
         name.mkdir()
         write_tar(name / "0.tar", pairs(seeds))
     mixture = {str(names[0]): 3.0, str(names[1]): 1.0}
-    out = embed(teacher_folder, json.dumps(mixture), tmp_path / "out", "--max_samples", "4")
+    out = embed(teacher_folder, json.dumps(mixture), tmp_path / "out", "--max-samples", "4")
     config = DataConfig(train=mixture, cache_dir=str(tmp_path), max_samples=4)
     source = open_source(mixture, config, "train", 32)
     stored = StoredEmbeddings.open(out, source)
@@ -321,50 +317,23 @@ def test_rejects_embeddings_of_other_data(stored_folder, tmp_path):
         StoredEmbeddings.open(tmp_path, source_of(tmp_path / "longer", tmp_path))
 
 
-def test_rejects_embedding_into_a_folder_that_exists(teacher_folder, shards, stored_folder):
-    with pytest.raises(UsageError, match="--out: .* exists"):
-        embed(teacher_folder, shards, stored_folder)
+def test_rejects_embedding_into_a_folder_that_holds_something_else(teacher_folder, shards, stored_folder):
+    with pytest.raises(UsageError, match="exists and holds something else: other data"):
+        embed(teacher_folder, shards, stored_folder, "--max-samples", "4")
 
 
-# Saves after each batch, which else comes once a minute.
-SAVES_AT_ONCE = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-from training import embed
-embed.SAVE_EVERY = 0
-embed.main()
-"""
-
-
-def test_interrupted_embedding_goes_on_to_the_same_files(teacher_folder, tmp_path):
-    shards, out, single = tmp_path / "data", tmp_path / "interrupted", ("--batch_size", "1")
-    shards.mkdir()
-    write_tar(shards / "0.tar", pairs(range(200)))
-    header, done = tmp_path / ".interrupted.partial" / "embeddings.json", 0
-    for number, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
-        command = [sys.executable, "-c", SAVES_AT_ONCE, str(ROOT), *command_line(teacher_folder, shards, out, *single)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 60
-        while not (header.exists() and json.loads(header.read_text())["done"] > done + 5):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(number)
-        errors = process.communicate(timeout=60)[1]
-        assert process.returncode == status and "Traceback" not in errors, errors
-        done = json.loads(header.read_text())["done"]
-        assert not out.exists() and 5 < done < 200
-    embed(teacher_folder, shards, out, *single)
-    whole = embed(teacher_folder, shards, tmp_path / "whole", *single)
+def test_opens_what_earlier_versions_have_stored(teacher_folder, shards, stored_folder, tmp_path):
+    """Four arrays and a header without fingerprint."""
     for name in ("image_embeds", "text_embeds", "offsets", "caption_ids"):
-        assert (out / f"{name}.npy").read_bytes() == (whole / f"{name}.npy").read_bytes()
-
-
-def test_rejects_going_on_with_another_teacher(teacher_folder, shards, tmp_path):
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    (partial / "embeddings.json").write_text(json.dumps({"model": "another", "done": 0}))
-    with pytest.raises(UsageError, match="was begun with model 'another', found .*Remove it"):
-        embed(teacher_folder, shards, tmp_path / "out")
+        (tmp_path / f"{name}.npy").write_bytes((stored_folder / f"{name}.npy").read_bytes())
+    header = {"model": "teacher", "scale": 14.2, "dim": 16, "num_samples": 12, "num_captions": 13, "done": 12}
+    (tmp_path / "embeddings.json").write_text(json.dumps(header))
+    stored, now = StoredEmbeddings.open(tmp_path, source_of(shards, tmp_path)), StoredEmbeddings(stored_folder)
+    targets = ([0, 5], [caption(0), "two"])
+    assert stored.scale == 14.2
+    assert all(torch.equal(a, b) for a, b in zip(stored.targets(*targets).values(), now.targets(*targets).values()))
+    with pytest.raises(UsageError, match="exists and holds something else"):
+        embed(teacher_folder, shards, tmp_path)
 
 
 def test_rejects_data_without_captions(teacher_folder, tmp_path):

@@ -23,6 +23,7 @@ from transformers.modeling_utils import unwrap_model
 from transformers.utils.logging import tqdm
 
 from .configuration_hfclip import TOWER_CONFIGS
+from .data.image_list import find_images
 
 
 Template = str | Callable[[str], str]
@@ -155,8 +156,8 @@ class ZeroShotClassifier:
         """The best labels of each image, best first.
 
         Args:
-            images: whatever the processor takes as one image (PIL image, path, URL, bytes, array), or a list of such
-                or a 4-D array.
+            images: whatever the processor takes as one image (PIL image, path, URL, bytes, array); a folder, or a
+                pattern such as "photos/*.jpg"; a list of such, or a 4-D array.
             top_k: labels returned for each image, at most; all of them if there are fewer.
             batch_size: images opened and embedded at a time.
 
@@ -171,7 +172,7 @@ class ZeroShotClassifier:
             TypeError: something that is no image, a list of lists, or `top_k` or `batch_size` that is no integer.
         """
         _check_count("top_k", top_k)
-        images, several = _as_list(images)
+        images, several = find_images(images)
         results = []
         with evaluating(self.model) as model:
             for pixel_values in self._preprocessed(images, batch_size):
@@ -193,7 +194,7 @@ class ZeroShotClassifier:
             raise ValueError("expected either images or pixel_values, found both or neither.")
         _check_count("batch_size", batch_size)
         if pixel_values is None:
-            batches = self._preprocessed(_as_list(images)[0], batch_size)
+            batches = self._preprocessed(find_images(images)[0], batch_size)
         else:
             batches = pixel_values.split(batch_size)
         with evaluating(self.model) as model:
@@ -322,17 +323,6 @@ def _progress(total: int, batch_size: int, desc: str) -> Iterable[int]:
     """First index of each batch; a bar on a terminal, if there is more than one."""
     disable = None if total > batch_size else True
     return tqdm(range(0, total, batch_size), desc=desc, disable=disable, leave=False)
-
-
-def _as_list(images: Any) -> tuple[Sequence, bool]:
-    """Images as a list or a 4-D array, and whether several were given."""
-    if getattr(images, "ndim", 0) == 4:
-        return images, True  # whole: the second dimension of a batch is that of the channels, if it can be
-    several = isinstance(images, (list, tuple))
-    nested = [index for index, image in enumerate(images) if isinstance(image, (list, tuple))] if several else []
-    if nested:
-        raise TypeError(f"image {nested[0]} is a list: expected one list of images, without lists in it.")
-    return (list(images), True) if several else ([images], False)
 
 
 def _fill(template: Template, label: str) -> str:

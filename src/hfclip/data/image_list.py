@@ -32,6 +32,11 @@ class ImageList(Source):
         urls = [image for image in self.images if isinstance(image, str) and "://" in image]
         if urls:
             raise UsageError(f"images: found the URL {urls[0]!r}, expected files. Fetch it once, and give its path.")
+        for image in self.images:
+            if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
+                raise UsageError(
+                    f"images: found no file {str(image)!r}, expected one, a folder or a pattern of names."
+                )
 
     def __getitem__(self, index: int) -> Sample:
         image = self.images[index]
@@ -92,4 +97,5 @@ def _named(image: Any) -> list[str] | None:
                 f"images: found no image in {str(image)!r}, expected files of {', '.join(IMAGE_ENDINGS)}."
             )
         return found
-    return sorted(glob.glob(path, recursive=True)) or None if glob.has_magic(path) else None
+    found = filter(os.path.isfile, glob.glob(path, recursive=True)) if glob.has_magic(path) else ()
+    return sorted(found) or None

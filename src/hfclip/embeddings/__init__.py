@@ -134,7 +134,9 @@ def embed_images(model: nn.Module, processor: Any, images: Any, **options) -> Te
     """
     found = embed(model, processor, ImageList(images), what=("images",), alone=True, **options)
     for index, kind in found.problems.items():
-        raise UsageError(f"{found.keys[index]}: {kind}. Leave it out; {len(found.problems)} of all cannot be read.")
+        raise UsageError(
+            f"{found.keys[index]}: {kind}. Leave it out; {len(found.problems)} of {len(found)} cannot be read."
+        )
     return torch.from_numpy(found.image_embeds)
 
 

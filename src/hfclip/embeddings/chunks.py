@@ -83,12 +83,11 @@ class Chunks(Dataset):
 
     def _pixels(self, image: Any) -> np.ndarray:
         with decoding(image):
+            image = open_image(image)
             if self.as_bytes:
-                raw = {"do_rescale": False, "do_normalize": False}
-                return self.processor.image_processor(image, return_tensors="np", **raw)["pixel_values"][0].astype(
-                    np.uint8
-                )
-            return self.processor(images=open_image(image), return_tensors="pt")["pixel_values"][0].numpy()
+                raw = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
+                return self.processor.image_processor(image, **raw)["pixel_values"][0].astype(np.uint8)
+            return self.processor(images=image, return_tensors="pt")["pixel_values"][0].numpy()
 
     def fingerprint(self, number: int) -> bytes:
         """16 bytes of the content of a chunk."""

@@ -179,8 +179,8 @@ def join(
         counts.append(result.pop("num_captions"))
         kinds |= {name: (a.shape[1:], a.dtype) for name, a in result.items() if isinstance(a, np.ndarray)}
     if not kinds.keys() & {"image_embeds", "text_embeds"}:
-        found = ", ".join(f"{len(indices)} with {kind}" for kind, indices in problems.items()) or "none with a caption"
-        raise UsageError(f"Found no image and no caption that can be read in {lengths[0]} samples: {found}.")
+        found = ", ".join(f"{len(indices)} with {kind}" for kind, indices in problems.items()) or "no caption"
+        raise UsageError(f"Nothing can be embedded of {lengths[0]} samples ({result['keys'][-1]} is one): {found}.")
     kinds |= {"keys": ((), f"S{width}")}
     arrays = {
         name: allocate(name, (lengths[name in OF_CAPTIONS], *shape), kind) for name, (shape, kind) in kinds.items()
