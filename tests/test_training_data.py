@@ -554,19 +554,21 @@ def test_a_missing_shard_ends_the_fetching_and_what_was_fetched_stays(tmp_path):
             if self.path == "/00.tar":
                 return super().do_GET()
             if self.path == "/02.tar":
-                time.sleep(1)
+                has_begun.wait(30)
                 return self.send_error(404)
             self.send_response(200)
             self.send_header("Content-Length", str((folder / "01.tar").stat().st_size))
             self.end_headers()
             try:
-                for _ in range(600):
+                for count in range(600):
                     self.wfile.write(b"x")
                     time.sleep(0.1)
+                    if count > 20 and list((tmp_path / "cache").rglob("00.tar")):
+                        has_begun.set()
             except OSError:
                 pass
 
-    folder = shards(tmp_path, 12, num_shards=3)
+    folder, has_begun = shards(tmp_path, 12, num_shards=3), threading.Event()
     with server(folder, Endless) as (address, _):
         start = time.monotonic()
         with pytest.raises(UsageError, match="cannot be fetched: FileNotFoundError.*02.tar"):
