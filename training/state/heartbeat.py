@@ -24,6 +24,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import NamedTuple
@@ -53,7 +54,7 @@ class Gone(NamedTuple):
     shown_on: str | None = None  # the machine on whose screen the cause stands already
 
 
-class Heartbeat:
+class Heartbeat(AbstractContextManager):
     """Ends this process within `max_silence` seconds of the end of any other, status 1. Does nothing for one process.
 
     After a `UsageError` of another, it ends as the other does, with status 2 and without advice to resume. Collective
@@ -71,7 +72,6 @@ class Heartbeat:
     def __init__(self, rank: int, world: int, max_silence: float):
         self.rank, self.max_silence = rank, max_silence
         self._parted = threading.Event()  # nothing is watched any more
-        self._failing = threading.Event()  # the main thread has an exception, which may follow from another's end
         self._causes: dict[int, Gone] = {}  # what was told of ranks that are gone, in the order of notice
         self._end_at = float("inf")
         if world == 1:
@@ -83,9 +83,6 @@ class Heartbeat:
         os.register_at_fork(after_in_child=self._leave_to_parent)
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> "Heartbeat":
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -108,9 +105,9 @@ class Heartbeat:
         if self._parted.is_set():
             return
         if isinstance(error, Exception) and not isinstance(error, UsageError):
-            self._failing.set()
             self._thread.join(GATHERING)
-            if self._causes:
+            if self._causes:  # the error may follow from them
+                self._end_at = 0.0
                 self._thread.join()  # which ends the process
             # Whatever is done on the way out, such as leaving the process group, may wait for others in its turn.
             signal.alarm(int(self.max_silence) + 1)
@@ -222,22 +219,16 @@ class Heartbeat:
                 since = _clock(self._heard[rank] - now)
                 how = f"no sign of life since {since}: its machine or the network is down, or it was stopped"
                 self._note(Gone(rank, f"{self._names[rank]} is gone: {how}", patience=0.0))
-        if self._causes:
-            if self._failing.is_set():
-                self._end_at = min(self._end_at, self._noticed_at + GATHERING)
-            if now >= self._end_at:
-                self._end()
+        if now >= self._end_at:
+            self._end()
 
     def _note(self, gone: Gone) -> None:
         """Keeps that a rank is gone and why; rank 0 tells the others."""
         self._heard.pop(gone.rank, None)
         if gone.rank in self._causes or gone.follows and self._causes:
             return
-        now = time.monotonic()
-        if not self._causes:
-            self._noticed_at = now
         self._causes[gone.rank] = gone
-        self._end_at = min(self._end_at, now + gone.patience)
+        self._end_at = min(self._end_at, time.monotonic() + gone.patience)
         if self.rank == 0:
             self._send_all(gone._replace(patience=max(gone.patience, GATHERING)))
 
@@ -256,10 +247,8 @@ class Heartbeat:
 
     def _send_all(self, message: str | Gone) -> None:
         for connection in self._connections:
-            try:
+            with suppress(OSError):  # a connection that is dead is found when it is read
                 connection.send(message)
-            except OSError:
-                pass  # a connection that is dead is found when it is read
 
 
 def _listen() -> socket.socket:
