@@ -8,19 +8,22 @@ The source is one of the nine archives that OpenAI published, or any state dict 
 opens with AutoModel, AutoProcessor and pipeline("zero-shot-image-classification").
 """
 
-import sys
 from pathlib import Path
 
+from hfclip_errors import start_program
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conversion.checkpoints import Checkpoint, View
-from conversion.convert import Conversion, build_parser, convert, open_source, parse_options, run, say
-from conversion.key_maps import CONSTANTS, hfclip_items, openai_config
-from conversion.processors import join, openai_tokenizer
-from conversion.reference_settings import openai_features
+if __name__ == "__main__":
+    start_program(__file__, __spec__, "convert")
+
 from hfclip import HFCLIPImageProcessor, HFCLIPModel
 from hfclip.errors import UsageError
+
+from .checkpoints import Checkpoint, View
+from .convert import Conversion, build_parser, convert, open_source, parse_options, run, say
+from .key_maps import CONSTANTS, hfclip_items, openai_config
+from .processors import join, openai_tokenizer
+from .reference_settings import openai_features
 
 
 # SHA-256 of the published files, as they stand in their addresses in OpenAI's clip.py.

@@ -17,28 +17,31 @@ other attention blocks, text towers with class tokens, projections of two layers
 """
 
 import importlib.util
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hfclip_errors import start_program
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":
+    start_program(__file__, __spec__, "convert")
 
 import torch
 from transformers import AutoTokenizer
 
-from conversion.checkpoints import Checkpoint, View
-from conversion.convert import Conversion, build_parser, convert, open_source, parse_options, run, say
-from conversion.foreign_towers import SIGLIP_PREPROCESS, foreign_plan, is_foreign
-from conversion.key_maps import CONSTANTS, hfclip_items, openclip_config, require_kinds
-from conversion.openclip_shapes import ASK, model_name, name_of_run, settings_from_shapes
-from conversion.processors import TOKENIZER_FILES, has_any, join, openai_tokenizer
-from conversion.reference_settings import compute_source_features, openclip_settings
-from conversion.whose import OPENCLIP_CONFIG
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from hfclip.errors import UsageError, as_usage_error
 from hfclip.hub.check import read_json
+
+from .checkpoints import Checkpoint, View
+from .convert import Conversion, build_parser, convert, open_source, parse_options, run, say
+from .foreign_towers import SIGLIP_PREPROCESS, foreign_plan, is_foreign
+from .key_maps import CONSTANTS, hfclip_items, openclip_config, require_kinds
+from .openclip_shapes import ASK, model_name, name_of_run, settings_from_shapes
+from .processors import TOKENIZER_FILES, has_any, join, openai_tokenizer
+from .reference_settings import compute_source_features, openclip_settings
+from .whose import OPENCLIP_CONFIG
 
 
 def main() -> None:

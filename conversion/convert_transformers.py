@@ -8,22 +8,19 @@ CLIPVisionModelWithProjection. hfclip opens such folders as they are; converted 
 AutoModel as hfclip's, and have an old `eos_token_id: 2` repaired. For the way back see export.py.
 """
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hfclip_errors import start_program
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":
+    start_program(__file__, __spec__, "convert")
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from conversion.checkpoints import Checkpoint, View, open_checkpoint
-from conversion.convert import Conversion, build_parser, convert, parse_options, run
-from conversion.processors import IMAGE_FILES, TOKENIZER_FILES, has_any, join
-from conversion.reference_settings import LEGACY_EOS, transformers_features
-from conversion.whose import advice, require_own
 from hfclip import (
     HFCLIPImageProcessor,
     HFCLIPModel,
@@ -36,6 +33,12 @@ from hfclip import (
 from hfclip.configuration_hfclip import DUAL_ENCODER, TRANSFORMERS_MODEL_TYPES
 from hfclip.errors import UsageError, as_usage_error
 from hfclip.hub.check import read_json
+
+from .checkpoints import Checkpoint, View, open_checkpoint
+from .convert import Conversion, build_parser, convert, parse_options, run
+from .processors import IMAGE_FILES, TOKENIZER_FILES, has_any, join
+from .reference_settings import LEGACY_EOS, transformers_features
+from .whose import advice, require_own
 
 
 CLASSES = {

@@ -19,29 +19,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hfclip_errors import start_program
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":
+    start_program(__file__, __spec__, "convert")
 
 import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer, PreTrainedConfig
 
-from conversion.checkpoints import View, open_checkpoint
-from conversion.convert import add_paths, open_model, run, say
-from conversion.folder import new_folder, partial_folder, require_free
-from conversion.key_maps import openai_config, openai_items, openclip_config
-from conversion.processors import join, open_processor
-from conversion.proof import compare, compute_features, fixed_inputs, streamed
-from conversion.reference_settings import (
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
+from hfclip.configuration_hfclip import TRANSFORMERS_MODEL_TYPES
+from hfclip.errors import UsageError
+
+from .checkpoints import View, open_checkpoint
+from .convert import add_paths, open_model, run, say
+from .folder import new_folder, partial_folder, require_free
+from .key_maps import openai_config, openai_items, openclip_config
+from .processors import join, open_processor
+from .proof import compare, compute_features, fixed_inputs, streamed
+from .reference_settings import (
     compute_source_features,
     openai_features,
     openclip_settings,
     transformers_features,
 )
-from conversion.safetensors_files import write_weights
-from conversion.whose import OPENCLIP_CONFIG
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
-from hfclip.configuration_hfclip import TRANSFORMERS_MODEL_TYPES
-from hfclip.errors import UsageError
+from .safetensors_files import write_weights
+from .whose import OPENCLIP_CONFIG
 
 
 ONNX_TOLERANCE = 1e-4  # relative, of float32 against float32

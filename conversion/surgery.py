@@ -12,22 +12,25 @@ embeddings move. Each tensor is stored in the precision that the source stores i
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from hfclip_errors import start_program
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":
+    start_program(__file__, __spec__, "convert")
 
 import torch
 
-from conversion.checkpoints import View
-from conversion.convert import add_paths, on_meta, open_model, run, say
-from conversion.folder import new_folder, require_free
-from conversion.processors import join, open_processor
-from conversion.proof import compare, compute_features, fixed_inputs
-from conversion.safetensors_files import write_weights
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from hfclip.errors import UsageError, as_usage_error
+
+from .checkpoints import View
+from .convert import add_paths, on_meta, open_model, run, say
+from .folder import new_folder, require_free
+from .processors import join, open_processor
+from .proof import compare, compute_features, fixed_inputs
+from .safetensors_files import write_weights
 
 
 def main() -> None:

@@ -1,15 +1,18 @@
-"""Mistakes that users can fix, told in one line with credentials masked. `hfclip.errors` is the same.
+"""Start and end of programs: mistakes that users can fix, told in one line with credentials masked.
 
-A module of its own because `import hfclip` imports torch, which takes seconds: a run with a misspelt setting is refused
-before that.
+A module beside the package because `import hfclip` imports torch, which takes seconds: a run with a misspelt setting is
+refused before that. `hfclip.errors` has the errors.
 """
 
 import errno
+import importlib.metadata
 import os
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 
@@ -36,6 +39,44 @@ def as_usage_error(place: Path | str) -> Iterator[None]:
     except Exception as error:
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         raise UsageError(f"{place}: {kind}{error}") from error
+
+
+def start_program(file: str, spec: ModuleSpec | None, extra: str) -> None:
+    """Checks that the packages of `extra` are here; runs a program that was started by its path as a module instead.
+
+    A module's imports are those of its package: the same file works as `python training/plan.py` in a clone and as
+    `python -m hfclip.training.plan` where hfclip is installed.
+
+    Args:
+        file, spec: the program's `__file__` and `__spec__`.
+        extra: what brings its packages, `pip install 'hfclip[extra]'`.
+    """
+    run(lambda: require_extra(extra))
+    if spec is None:
+        path = Path(file).resolve()
+        sys.path[0] = str(path.parents[1])
+        runpy.run_module(f"{path.parent.name}.{path.stem}", run_name="__main__", alter_sys=True)
+        sys.exit()
+
+
+def require_extra(extra: str) -> None:
+    """Raises UsageError, with the command that helps, where a package of an optional dependency group is missing."""
+    try:
+        requirements = importlib.metadata.requires("hfclip") or []
+    except importlib.metadata.PackageNotFoundError:  # the sources of a clone alone, whose user has seen to the rest
+        return
+    for requirement in requirements:
+        name, _, condition = requirement.partition(";")
+        name = re.match(r"[\w.-]+", name)[0]
+        if re.search(rf"extra == ['\"]{extra}['\"]", condition) and not _is_installed(name):
+            raise UsageError(f"found no package {name}, which this program needs. pip install 'hfclip[{extra}]'")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def run(main: Callable[[], None], interrupted: str = "Stopped.") -> None:

@@ -5,15 +5,15 @@ python training/curves.py runs/one runs/four --out overlay.png       # the losse
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from hfclip_errors import UsageError, run, start_program
 
-if not __package__:  # run as a script, Python looks for modules in this folder; they are named from the one above
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from hfclip_errors import UsageError, run
-from training.report.curves import CURVES_FILE, METRICS_FILE, draw_losses, draw_run
+if __name__ == "__main__":
+    start_program(__file__, __spec__, "train")
+
+from .report.curves import CURVES_FILE, METRICS_FILE, draw_losses, draw_run
 
 
 def main() -> None:

@@ -10,12 +10,13 @@ folder has its name when it is complete. `hfclip.embeddings` says how, and opens
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
+from hfclip_errors import start_program
 
-if not __package__:  # run as a script, Python looks for modules in this folder; they are named from the one above
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+if __name__ == "__main__":
+    start_program(__file__, __spec__, "train")
 
 import torch
 import yaml
@@ -23,10 +24,11 @@ import yaml
 from hfclip.embeddings import embed
 from hfclip.errors import UsageError, redact, run
 from hfclip.precision import PRECISIONS
-from training.config import DataConfig
-from training.data.batches import open_data
-from training.machine import computes_on_cpu, num_workers, tune_cpu
-from training.objectives.teacher import load_teacher
+
+from .config import DataConfig
+from .data.batches import open_data
+from .machine import computes_on_cpu, num_workers, tune_cpu
+from .objectives.teacher import load_teacher
 
 
 SAME_AS = ("split", "image_key", "caption_key", "max_samples", "cache_dir")  # as the trainer's settings of data

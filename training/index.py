@@ -7,12 +7,13 @@ several machines needs the same file on each: `--upload` puts it beside the tars
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from hfclip_errors import start_program
 
-if not __package__:  # run as a script, Python looks for modules in this folder; they are named from the one above
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+if __name__ == "__main__":
+    start_program(__file__, __spec__, "train")
 
 from hfclip.data.counts import count_shards, upload
 from hfclip.data.shards import CACHE

@@ -20,20 +20,22 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
+
+from hfclip_errors import start_program
 
 
-if not __package__:  # run as a script, Python looks for modules in this folder; they are named from the one above
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    start_program(__file__, __spec__, "train")
 
 from hfclip.errors import UsageError, run
 from hfclip.losses.tiles import DEVICE_TILE
-from training.config import Config, _Parser, _require, parse_arguments
-from training.data.batches import BYTES_AHEAD
-from training.footprint import Towers
-from training.machine import check_settings
-from training.model import build_architecture
-from training.step import MOST_ON_DEVICE
+
+from .config import Config, _Parser, _require, parse_arguments
+from .data.batches import BYTES_AHEAD
+from .footprint import Towers
+from .machine import check_settings
+from .model import build_architecture
+from .step import MOST_ON_DEVICE
 
 
 GIB, HALF, FULL = 2**30, 2, 4  # bytes; bytes of a number in half and in single precision

@@ -17,15 +17,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hfclip_errors import UsageError, redact, start_program
 
-if not __package__:  # run as a script, Python looks for modules in this folder; they are named from the one above
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from hfclip_errors import UsageError, redact
-from training import launcher
-from training.config import CONFIG_FILE, Config, parse_arguments
-from training.cores import let_waiting_threads_sleep
-from training.state import checkpoint, resuming
+if __name__ == "__main__":
+    start_program(__file__, __spec__, "train")
+
+from . import launcher
+from .config import CONFIG_FILE, Config, parse_arguments
+from .cores import let_waiting_threads_sleep
+from .state import checkpoint, resuming
 
 
 @launcher.program
@@ -48,20 +49,21 @@ from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from hfclip import HFCLIPModel, HFCLIPProcessor
-from training import optim, parallel
-from training.data.batches import Collate, PairDataset, build_loader, open_data
-from training.data.loading import Batches, raise_if_a_reader_is_killed
-from training.evaluation import Evaluator
-from training.machine import build_accelerator, num_workers, on_main_process
-from training.model import adapt_to_device, build_architecture, build_model, build_processor, describe, resumed_from
-from training.objectives import build_objective
-from training.phases import build_phases
-from training.report.publish import check_token, example_labels, print_summary, publish, write_card
-from training.report.timing import Stopwatch, trace
-from training.report.tracking import Tracking, check_trackers
-from training.state.heartbeat import Heartbeat
-from training.state.stopping import Stopping
-from training.step import TrainingStep, build_step, num_micro_batches
+
+from . import optim, parallel
+from .data.batches import Collate, PairDataset, build_loader, open_data
+from .data.loading import Batches, raise_if_a_reader_is_killed
+from .evaluation import Evaluator
+from .machine import build_accelerator, num_workers, on_main_process
+from .model import adapt_to_device, build_architecture, build_model, build_processor, describe, resumed_from
+from .objectives import build_objective
+from .phases import build_phases
+from .report.publish import check_token, example_labels, print_summary, publish, write_card
+from .report.timing import Stopwatch, trace
+from .report.tracking import Tracking, check_trackers
+from .state.heartbeat import Heartbeat
+from .state.stopping import Stopping
+from .step import TrainingStep, build_step, num_micro_batches
 
 
 SECONDS_BETWEEN_LOOKS = 1.0  # for signals and the deadline, while a step waits for its batch

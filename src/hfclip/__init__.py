@@ -1,7 +1,10 @@
 """CLIP as an ordinary transformers model.
 
 Importing this package registers its classes with transformers' Auto classes, and therefore imports those (and torch).
+The trainer is `hfclip.training`, the converters are `hfclip.conversion`.
 """
+
+from pathlib import Path
 
 from ._registration import register_with_auto_classes
 from .configuration_hfclip import (
@@ -43,5 +46,8 @@ __all__ = [
     *("ZeroShotImageClassificationPipeline", "optimize_for_inference"),
     *("ZeroShotClassifier", "contrastive_loss", "sigmoid_loss", "__version__"),
 ]
+
+if not (Path(__file__).parent / "training").is_dir():  # they are in the wheel; in a clone they lie at its top
+    __path__.append(str(Path(__file__).parents[2]))
 
 register_with_auto_classes()
