@@ -138,6 +138,7 @@ READ = {
     "json": ({**IMAGES, "x.json": json.dumps(rows_as("image", "caption"))}, "x.json", {}),
     "several csv files": ({**IMAGES, **{f"{i}.csv": table(ROWS[i : i + 1]) for i in range(3)}}, "{0..2}.csv", {}),
     "folder with one csv": ({**IMAGES, "captions.csv": table(ROWS)}, "", {}),
+    "folder with a csv and images in another": ({**renamed("i/", IMAGES), "x.csv": table(ROWS)}, "", {}),
     "images with txt": (PAIRS, "", {}),
     "images with json": (JSONS, "", {}),
     "images with json of a key": ({**JSONS, "0.txt": "no"}, "", {"caption_key": "caption"}),
@@ -222,6 +223,7 @@ PHOTOS_ONLY = r"found 3 images without captions. Captions are given by a .txt or
 REFUSED = {
     "images alone": (IMAGES, "", PHOTOS_ONLY),
     "one class folder": (renamed("cat/", IMAGES), "", PHOTOS_ONLY),
+    "one folder with images": ({**renamed("train2017/", IMAGES), "annotations/a.json": "{}"}, "", PHOTOS_ONLY),
     "zip of images alone": ({"x.zip": zipped(IMAGES)}, "x.zip", PHOTOS_ONLY),
     "tar.gz": ({"x.tar.gz": gzip.compress(tar(PAIRS))}, "x.tar.gz", "compressed.*`gunzip .*x.tar.gz`"),
     "tgz in a folder": ({"a/x.tgz": gzip.compress(tar(PAIRS))}, "", "compressed.*`gunzip .*x.tgz`"),
@@ -328,6 +330,11 @@ LEFT_OUT = {
         {**{f"{t}/x.jpg": d for t, d in zip(TEXTS, PHOTOS)}, "a red cat/x.psd": "x"},
         "",
         {"other format": (1, "a red cat/x.psd")},
+    ),
+    "images without a row of a csv": (
+        {**IMAGES, "9.jpg": PHOTOS[0], "x.csv": table(ROWS)},
+        "",
+        {"no metadata": (1, "9.jpg")},
     ),
     "class of other files": (
         {**{f"{t}/x.jpg": d for t, d in zip(TEXTS, PHOTOS)}, "z/x.psd": "x"},

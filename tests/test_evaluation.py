@@ -242,6 +242,7 @@ def test_samples_are_upright_and_of_the_formats_of_photographs(tmp_path):
     PIL.Image.new("RGB", (4, 8)).save(tmp_path / "cat" / "b.jpg", exif=exif)
     PIL.Image.fromarray(np.full((4, 4), 51200, np.uint16)).save(tmp_path / "cat" / "c.png")
     (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "a.png").write_bytes(png(0))
     samples = load_labelled_folder(tmp_path).samples
     with pytest.raises(UndecodableImage, match="a.jpg cannot be decoded: .*its format is EPS"):
         samples[0]
@@ -278,6 +279,7 @@ def test_rejects_folders_of_no_layout(tmp_path):
         load_labelled_folder(tmp_path / "images")
     for name in ("dog", "fox"):
         (tmp_path / "images" / name).mkdir()
+    (tmp_path / "images" / "dog" / "a.png").write_bytes(png(0))
     with pytest.raises(ValueError, match="classnames.txt has 2 lines but .* 3 subfolders"):
         load_labelled_folder(tmp_path / "images")
 

@@ -3,6 +3,7 @@
 import io
 import os
 import posixpath
+from collections import Counter
 from typing import Any
 
 from ..errors import UsageError
@@ -112,7 +113,7 @@ def open_folder(files: Files, names: list[str], keys: Keys) -> FileSource:
     """
     images = [name for name in names if ending(name) in IMAGE_ENDINGS]
     if metadata := [name for name in names if posixpath.basename(name) in METADATA]:
-        source = open_tables(files, metadata, keys, set(images))
+        source = open_tables(files, metadata, keys, images)
         _skip_rest(source, names, {*source.images, *metadata}, image="no metadata", text="other format")
         return source
     if not images:
@@ -124,25 +125,27 @@ def open_folder(files: Files, names: list[str], keys: Keys) -> FileSource:
     if source := _open_pairs(files, names, images, keys):
         return source
     if tables := [name for name in names if "/" not in name and ending(name) in TABLES]:
-        return open_tables(files, tables, keys)
-    folders = _top_folders(files, names)
-    if len(folders) > 1 and all("/" in name for name in images):
-        return _open_classes(files, names, images, sorted(folders))
+        source = open_tables(files, tables, keys, images)
+        _skip_rest(source, names, {*source.images, *tables}, image="no metadata", text="other format")
+        return source
+    if len({name.partition("/")[0] for name in images if "/" in name}) > 1 and all("/" in name for name in images):
+        return _open_classes(files, names, images, sorted(_top_folders(files, names)))
     if keys.required:
         raise UsageError(f"{str(files)!r}: found {len(images)} images without captions. {HOW_CAPTIONS_ARE_GIVEN}")
     return FileSource(files, images, [[]] * len(images))
 
 
-def open_tables(files: Files, names: list[str], keys: Keys, known: set[str] | None = None) -> FileSource:
+def open_tables(files: Files, names: list[str], keys: Keys, known: list[str] | None = None) -> FileSource:
     """The rows of tables, whose images are named relative to the table.
 
     Args:
-        known: the images that there are, if others are not to be looked for.
+        known: the images that there are, if others are not to be looked for. The name alone of one of them is enough,
+            if no other has it.
 
     Raises:
         UsageError: for a file that is not read, without the columns, or whose images are URLs.
     """
-    source = FileSource(files, [], [])
+    source, paths = FileSource(files, [], []), known and _by_name(known)
     for name in names:
         where, folder = f"{files}/{name}", posixpath.dirname(name)
         try:
@@ -155,7 +158,9 @@ def open_tables(files: Files, names: list[str], keys: Keys, known: set[str] | No
                         continue
                     image = row.get(image_column)
                     path = posixpath.join(folder, image) if image and isinstance(image, str) else None
-                    if path is None or known is not None and (path := posixpath.normpath(path)) not in known:
+                    if path and paths is not None:
+                        path = paths.get(posixpath.normpath(path)) or paths.get(image)
+                    if path is None:
                         source.skip("missing image", f"{name}: {image!r:.80}")
                         continue
                     source.images.append(path)
@@ -171,6 +176,13 @@ def open_tables(files: Files, names: list[str], keys: Keys, known: set[str] | No
             "example, and name the folder that it makes."
         )
     return source
+
+
+def _by_name(images: list[str]) -> dict[str, str]:
+    """Images by their paths, and by their names without folder where that is one image's alone."""
+    counts = Counter(map(posixpath.basename, images))
+    alone = {posixpath.basename(image): image for image in images if counts[posixpath.basename(image)] == 1}
+    return alone | {image: image for image in images}
 
 
 def _open_pairs(files: Files, names: list[str], images: list[str], keys: Keys) -> FileSource | None:
