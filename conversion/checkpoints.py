@@ -368,7 +368,7 @@ class Archive:
         return Storage(span, kind.dtype)
 
     def span(self, name: str) -> Span:
-        """Where the bytes of a record lie: behind its local header, which must agree with the directory."""
+        """Where the bytes of a record lie: after its local header, which must agree with the directory."""
         name = self.prefix + name
         if name not in self.entries:
             raise CheckpointError(f"zip entry {name[:100]!r} is missing; the file is damaged or forged.")

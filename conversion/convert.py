@@ -228,17 +228,13 @@ def build_card(plan: Conversion, out: Path, repo_id: str | None, provenance: dic
 # Command line
 
 
-def as_path(text: str) -> Path:
-    """A path on the command line; `~` is the home folder also where the shell does not say so."""
-    return Path(text).expanduser()
-
-
 def add_paths(
     parser: argparse.ArgumentParser,
     source: str = "a folder of an HFCLIPModel (or of transformers' CLIPModel)",
     out: str = "the folder to write",
 ) -> argparse.ArgumentParser:
     """Adds what every program here takes: where it reads and where it writes."""
+    as_path = lambda text: Path(text).expanduser()  # `~` is the home folder also where the shell does not say so
     parser.add_argument("source", type=as_path, help=source)
     parser.add_argument("out", type=as_path, help=out)
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")

@@ -77,20 +77,11 @@ def check_hash(checkpoint: Checkpoint, any_hash: bool) -> bool:
 
 def plan(checkpoint: Checkpoint, merges: str | None) -> Conversion:
     """Finds the architecture of a checkpoint in OpenAI's names and plans its conversion."""
-    names = {name: name for name in checkpoint if name.rpartition(".")[2] not in CONSTANTS}
-    weights = View(checkpoint, names)
+    weights = View(checkpoint, {name: name for name in checkpoint if name.rpartition(".")[2] not in CONSTANTS})
     config = openai_config(weights.on_meta())
     tokenizer, notes = openai_tokenizer(config, merges)
-    return Conversion(
-        checkpoint=checkpoint,
-        weights=weights,
-        items=hfclip_items,
-        model_class=HFCLIPModel,
-        config=config,
-        features=openai_features,
-        processor=join(HFCLIPImageProcessor(size=config.image_size), tokenizer),
-        notes=notes,
-    )
+    processor = join(HFCLIPImageProcessor(size=config.image_size), tokenizer)
+    return Conversion(checkpoint, weights, hfclip_items, HFCLIPModel, config, openai_features, processor, notes)
 
 
 if __name__ == "__main__":

@@ -68,18 +68,10 @@ def plan(checkpoint: Checkpoint, options) -> Conversion:
     """Finds the model's weights among a checkpoint's and plans their conversion."""
     weights = View(checkpoint, weight_names(checkpoint, options.weights))
     settings, told = find_settings(checkpoint, weights, options)
-    config, items, features_of_source, assumed = architecture(weights.on_meta(), settings["model_cfg"], options)
+    config, items, features, assumed = architecture(weights.on_meta(), settings["model_cfg"], options)
     processor, notes = build_processor(config, settings, options)
-    return Conversion(
-        checkpoint=checkpoint,
-        weights=weights,
-        items=items,
-        model_class=HFCLIPModel,
-        config=config,
-        features=features_of_source,
-        processor=processor,
-        notes=told + assumed + notes,
-    )
+    notes = told + assumed + notes
+    return Conversion(checkpoint, weights, items, HFCLIPModel, config, features, processor, notes)
 
 
 def find_settings(checkpoint: Checkpoint, weights: View, options) -> tuple[dict[str, Any], list[str]]:

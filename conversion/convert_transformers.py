@@ -77,26 +77,20 @@ def plan(folder: Path) -> Conversion:
     model_class = find_class(written, checkpoint, folder)
     with as_usage_error(folder / "config.json"):
         config = model_class.config_class.from_pretrained(folder)
-    theirs = {"CLIPModel": ("text_config", "vision_config")}.get(_their_name(model_class), ())
-    # transformers lets `text_config_dict` of old configs replace `text_config`.
-    parts = {key: next((written[name] for name in (f"{key}_dict", key) if written.get(name) is not None), {}) for key in theirs}  # fmt: skip
-    parts = parts or {model_class.config_class.base_config_key: written}
-    towers = [parts.get(key) for key in ("vision_config", "text_config")]
+    if model_class is HFCLIPModel:  # transformers lets `text_config_dict` of old configs replace `text_config`
+        keys = ("text_config", "vision_config")
+        parts = {key: next((written[name] for name in (f"{key}_dict", key) if written.get(name) is not None), {}) for key in keys}  # fmt: skip
+    else:
+        parts = {model_class.config_class.base_config_key: written}
     processor, notes = find_processor(folder, model_class)
     if (parts.get("text_config") or {}).get("eos_token_id") == LEGACY_EOS:
         notes.append(
             f"eos_token_id 2 of an old config was repaired: {getattr(config, 'text_config', config).eos_token_id}."
         )
-    return Conversion(
-        checkpoint=checkpoint,
-        weights=View(checkpoint, {name: name for name in checkpoint if not name.endswith("position_ids")}),
-        items=partial(rename, model_class),
-        model_class=model_class,
-        config=config,
-        features=transformers_features(*towers),
-        processor=processor,
-        notes=notes,
-    )
+    weights = View(checkpoint, {name: name for name in checkpoint if not name.endswith("position_ids")})
+    features = transformers_features(parts.get("vision_config"), parts.get("text_config"))
+    items = partial(rename, model_class)
+    return Conversion(checkpoint, weights, items, model_class, config, features, processor, notes)
 
 
 def find_class(written: dict[str, Any], checkpoint: Checkpoint, folder: Path) -> type:
@@ -121,10 +115,6 @@ def find_class(written: dict[str, Any], checkpoint: Checkpoint, folder: Path) ->
     if architecture not in CLASSES:
         raise UsageError(f"{folder}: found a {architecture or model_type}, expected one of {', '.join(CLASSES)}.")
     return CLASSES[architecture]
-
-
-def _their_name(model_class: type) -> str:
-    return {ours: theirs for theirs, ours in CLASSES.items()}[model_class]
 
 
 def rename(model_class: type, weights):

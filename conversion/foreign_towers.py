@@ -195,7 +195,7 @@ def siglip_text_tower(weights: Tensors, model_cfg: dict[str, Any], settings: Set
     fields = openclip_text_fields(model_cfg)
     if fields["causal"] or fields["pooling"] != "last":
         raise UsageError(
-            "Not convertible: text_cfg: a projection with a bias, or none, behind a causal mask or another pooling than "
+            "Not convertible: text_cfg: a projection with a bias, or none, after a causal mask or another pooling than "
             f"'last' (found no_causal_mask {not fields['causal']}, pool_type {fields['pooling']!r}). Only SigLIP's text "
             "tower has it."
         )
@@ -320,7 +320,7 @@ def against_timm(vision: dict[str, Any]) -> str | None:
     """Why an image tower of timm cannot be converted."""
     name, pool, proj = vision["timm_model_name"], vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
     if pool in ("abs_attn", "rot_attn"):
-        return f"timm_pool {pool!r}: OpenCLIP's own attention pooling behind a timm model"
+        return f"timm_pool {pool!r}: OpenCLIP's own attention pooling after a timm model"
     if proj == "mlp":
         return "timm_proj 'mlp': a projection of two layers, where CLIP's is a matrix"
     if is_siglip(vision):

@@ -149,7 +149,7 @@ ATTENTION_VARIANTS = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_att
 INCONVERTIBLE = {
     "multimodal_cfg": "CoCa's decoder writes captions; it is no dual encoder",
     "attentional_pool": "CoCa's pooling by learned queries",
-    "embed_cls": "CoCa's class token behind the text",
+    "embed_cls": "CoCa's class token after the text",
     "ls_init_value": "LayerScale",
     "patch_embed_type": "a patch embedding of its own kind",
     "timm_model_name": "a tower of another library",
@@ -212,13 +212,7 @@ def require_kinds(place: Any, settings: dict[str, Any], part: str = "") -> None:
 
 
 def openclip_config(state_dict: Mapping[str, torch.Tensor], model_cfg: dict[str, Any]) -> HFCLIPConfig:
-    """The architecture of an OpenCLIP checkpoint with OpenCLIP's own towers.
-
-    From shapes, and from its `model_cfg` what shapes cannot tell.
-
-    Raises:
-        UsageError: `model_cfg` asks for something without a counterpart here, each with its reason.
-    """
+    """The architecture of OpenCLIP's own towers: from shapes, and from `model_cfg` what shapes cannot tell."""
     reasons = reasons_against(model_cfg, CONVERTIBLE)
     if "text_projection" not in state_dict and "token_embedding.weight" in state_dict:
         reasons.append("text_cfg: a text tower without projection, or with a bias in it")
@@ -302,10 +296,8 @@ def _config(
     state_dict: Mapping[str, torch.Tensor], text_fields: dict[str, Any], vision_fields: dict[str, Any]
 ) -> HFCLIPConfig:
     """Fields that shapes tell, with those given laid over them (`head_width` stands for the number of heads)."""
-    missing = {"token_embedding.weight", "positional_embedding", "text_projection", "visual.conv1.weight"} - {
-        *state_dict
-    }
-    if missing:
+    needed = {"token_embedding.weight", "positional_embedding", "text_projection", "visual.conv1.weight"}
+    if missing := needed - state_dict.keys():
         raise UsageError(f"No CLIP checkpoint in OpenAI's names: {sorted(missing)} are missing.")
     towers = {"text_config": text_config(state_dict, **text_fields)}
     towers["vision_config"] = vision_config(state_dict, **vision_fields)

@@ -27,16 +27,12 @@ def siglip_image_features(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Embeddings of images, not normalised, from the tensors `visual.trunk. ...`.
+    """Embeddings of images (batch, width), not normalised, from the tensors `visual.trunk. ...`.
 
     Args:
         pixel_values: (batch, channels, height, width) of the size that the position embeddings were made for.
         num_heads: in the blocks and in the attention pool.
         activation: `gelu` or `gelu_tanh`.
-        dtype: of the arithmetic and of the result.
-
-    Returns:
-        (batch, width)
     """
 
     def read(name: str) -> Tensor:

@@ -33,10 +33,7 @@ PROGRAMS = {
 
 
 def require_own(own: str, source: Path, checkpoint: Checkpoint | None = None) -> None:
-    """Raises UsageError, with the right program, where a source is certainly not `own`, a key of `PROGRAMS`.
-
-    Without a checkpoint only what lies in the folder is looked at.
-    """
+    """Raises UsageError, with the right program, where a source is certainly not `own`, a key of `PROGRAMS`."""
     kinds = kinds_of_folder(source)
     if not kinds and checkpoint is not None:
         kinds = kinds_of_tensors(checkpoint)
