@@ -141,7 +141,12 @@ def foreign_plan(
             logit_bias_init_value=-10.0 if "logit_bias" in weights else None,
         )
     towers = (image_tower, text_tower)
-    return config, partial(items_of, *towers), partial(compute_features, *towers), image_tower.notes + text_tower.notes
+    return (
+        config,
+        partial(join_items, *towers),
+        partial(compute_features, *towers),
+        image_tower.notes + text_tower.notes,
+    )
 
 
 def halves(weights: Tensors) -> tuple[View, View]:
@@ -151,7 +156,7 @@ def halves(weights: Tensors) -> tuple[View, View]:
     return View(weights, image), View(weights, words)
 
 
-def items_of(image_tower: Tower, text_tower: Tower, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
+def join_items(image_tower: Tower, text_tower: Tower, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
     image, words = halves(weights)
     yield from image_tower.items(image)
     yield from text_tower.items(words)

@@ -400,7 +400,7 @@ def test_counting_goes_on_where_it_was_killed_and_reads_what_changed(shards, tmp
 
     remote = shutil.copytree(shards, tmp_path / "remote")
     with server(remote, Slow) as (address, requests):
-        line = [sys.executable, ROOT / "training" / "index.py", address + URL, "--data.cache_dir", tmp_path / "cache"]
+        line = [sys.executable, ROOT / "training" / "index.py", address + URL, "--cache-dir", tmp_path / "cache"]
         process = subprocess.Popen(line, env=environment(), stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         partial = None

@@ -26,12 +26,7 @@ HOW = ("without data.caption_key", "with one")  # samples may be usable or not
 def main() -> None:
     parser = argparse.ArgumentParser(description="Counts the samples of remote tars for runs with data.disk.")
     parser.add_argument("url", help="what data.train will be")
-    parser.add_argument(
-        "--data.cache_dir",
-        dest="cache_dir",
-        default=CACHE,
-        help="where the file goes, as of the run (default: %(default)s)",
-    )
+    parser.add_argument("--cache-dir", default=CACHE, help="as data.cache_dir (default: %(default)s)")
     parser.add_argument("--upload", action="store_true", help="put the file beside the tars, for all machines")
     arguments = parser.parse_args()
     if arguments.upload and redact(arguments.url) != arguments.url:

@@ -126,7 +126,7 @@ def read_counts(url: str, cache: Path) -> list[CountedShard]:
 def command(url: str, cache: Path) -> str:
     words = ["python", "training/index.py", url, "--upload"]
     if cache != Path(CACHE).expanduser():
-        words += ["--data.cache_dir", str(cache)]
+        words += ["--cache-dir", str(cache)]
     return shlex.join(words)
 
 
