@@ -308,6 +308,11 @@ LEFT_OUT = {
         "x.csv",
         {"broken row": (2, "x.csv, line 5: 3 columns")},
     ),
+    "rows that a quote swallows": (
+        {**IMAGES, "x.csv": table(ROWS) + '0.jpg,"open\n1.jpg,b\n2.jpg,c\n'},
+        "x.csv",
+        {"broken row": (3, "x.csv, line 5: unexpected end of data")},
+    ),
     "broken lines of a jsonl": (
         {**IMAGES, "x.jsonl": lines(ROWS) + "{\n"},
         "x.jsonl",

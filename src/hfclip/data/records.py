@@ -41,22 +41,23 @@ def _read_csv(file: io.TextIOWrapper, keys: Keys) -> tuple[list[str], Iterator[R
     readings = {separator: next(csv.reader([header], delimiter=separator), []) for separator in SEPARATORS}
     separator = max(SEPARATORS, key=lambda sign: (len(looked_for.intersection(readings[sign])), len(readings[sign])))
     columns = readings[separator]
-    return columns, _csv_rows(csv.reader(file, delimiter=separator), columns)
+    return columns, _csv_rows(csv.reader(file, delimiter=separator, strict=True), columns)
 
 
 def _csv_rows(reader, columns: list[str]) -> Iterator[Row]:
     while True:
+        before = reader.line_num
         try:
             cells = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:
-            yield f"line {reader.line_num + 1}: {error}"
+        except csv.Error as error:  # each line that a quote has swallowed is a broken row
+            yield from [f"line {before + 2}: {error}"] * max(reader.line_num - before, 1)
             continue
         if len(cells) == len(columns):
             yield dict(zip(columns, cells, strict=True))
         elif cells:
-            yield f"line {reader.line_num + 1}: {len(cells)} columns, not {len(columns)}"
+            yield f"line {before + 2}: {len(cells)} columns, not {len(columns)}"
 
 
 def _read_lines(file: io.TextIOWrapper) -> Iterator[Row]:
