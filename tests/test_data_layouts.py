@@ -8,12 +8,16 @@ import pickle
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from hfclip.data.folders import TABLES
+from hfclip.data.records import IMAGE_KEYS
+from hfclip.data.samples import CAPTION_KEYS, IMAGE_ENDINGS
 from hfclip.data.sources import open_source
 from hfclip.errors import UsageError
 
@@ -456,3 +460,9 @@ def test_library_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match="x.parquet' is read by datasets: `pip install datasets`"):
         open_source(str(tmp_path / "x.parquet"))
+
+
+def test_page_names_all_columns_and_formats_that_are_read():
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    assert all(f"`{key}`" in page for key in (*IMAGE_KEYS, *CAPTION_KEYS))
+    assert all(f" {ending}" in page for ending in IMAGE_ENDINGS) and all(kind in page for kind in TABLES)
