@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from training_utils import caption, image_bytes, pairs, tiny_recipe, write_tar
 
 from hfclip.errors import UsageError
+from hfclip.evaluation import all_metrics
 from hfclip.evaluation.retrieval import retrieval_recall
 from training.config import Config
 from training.data.batches import open_data as open_source
@@ -38,7 +39,7 @@ def test_retrieval_leaves_damaged_pairs_out_and_equals_the_definition(tmp_path):
     damaged = [("x.jpg", b"no picture"), ("x.txt", b"a cat"), ("y.jpg", image_bytes(1)), ("y.txt", b"  ")]
     write_tar(tmp_path / "test.tar", [*pairs(range(3)), *damaged, *several, *pairs(range(3, 9))])
     model, processor, evaluator = built(tmp_path, retrieval=str(tmp_path / "test.tar"))
-    found = evaluator(model)
+    found = all_metrics(evaluator(model))
 
     seeds = [0, 1, 2, 50, *range(3, 9)]
     texts = [[caption(seed)] if seed != 50 else ["a red cat", "a blue dog"] for seed in seeds]
@@ -94,13 +95,15 @@ def test_rejects_retrieval_without_a_split_that_is_held_out(tmp_path):
 def test_no_more_held_out_pairs_than_asked_for(tmp_path):
     write_tar(tmp_path / "test.tar", pairs(range(20)))
     _, _, evaluator = built(tmp_path, retrieval=str(tmp_path / "test.tar"), max_samples=7)
-    assert evaluator.pairs.captions == [[caption(seed)] for seed in range(7)]
+    assert [evaluator.pairs.captions(index) for index in range(len(evaluator.pairs))] == [
+        [caption(seed)] for seed in range(7)
+    ]
 
 
 def test_scenes_are_measured_and_drawn_and_the_model_goes_on_training(tmp_path):
     model, _, evaluator = built(tmp_path, zero_shot="scenes", retrieval="scenes", batch_size=100)
     evaluator.labelled = evaluator.labelled[:2]  # enough, and quicker
-    results = evaluator(model)
+    results = all_metrics(evaluator(model))
     assert {"zero_shot/color and shape/top1", "zero_shot/color/top1", "retrieval/text_retrieval_recall@1"} <= set(
         results
     )
@@ -116,8 +119,18 @@ def test_undecodable_labelled_images_are_left_out_and_counted(tmp_path):
         (tmp_path / "classes" / label).mkdir(parents=True)
         (tmp_path / "classes" / label / "0.jpg").write_bytes(data)
     model, _, evaluator = built(tmp_path, zero_shot=str(tmp_path / "classes"))
-    assert evaluator(model)["zero_shot/unreadable_images"] == 1
+    assert evaluator(model)["zero_shot"].metrics["unreadable_images"] == 1
     assert evaluator.draw(model, tmp_path / "x.png").is_file()
+
+
+def test_class_of_which_nothing_can_be_read_is_named(tmp_path, capsys):
+    for number, label in enumerate(("cat", "dog", "owl")):
+        (tmp_path / "classes" / label).mkdir(parents=True)
+        (tmp_path / "classes" / label / "0.jpg").write_bytes(image_bytes(number) if label != "dog" else b"no image")
+    model, _, evaluator = built(tmp_path, zero_shot=str(tmp_path / "classes"))
+    result = evaluator(model)["zero_shot"]
+    assert result.headline == "top1" and result.metrics["unreadable_images"] == 1
+    assert "none of their images can be read: dog." in capsys.readouterr().err
 
 
 def test_rejects_templates_without_place_for_the_label(tmp_path):

@@ -22,6 +22,7 @@ from transformers import BertConfig, Dinov2Config, SiglipTextConfig, SwinConfig
 
 from hfclip import HFCLIPConfig, HFCLIPModel
 from hfclip.errors import UsageError
+from hfclip.evaluation import Result
 from training.config import Config
 from training.data.batches import COUNTED
 from training.flops import ModelFlops, _measure, measured_peak
@@ -374,7 +375,7 @@ def test_trackers_get_the_numbers_of_the_log(tracking_of, tmp_path):
     tracking = tracking_of(trackers=("tensorboard",))
     for step in (1, 2, 3, 4):
         tracking.step(step, metrics(loss=step, skipped=step > 2), 0.0, NO_COUNTS + 1, flops=10**9)
-    tracking.write(4, {"zero_shot/top1": 0.5})
+    tracking.evaluation(4, {"zero_shot": Result({"top1": 0.5, "top5": 0.9}, headline="top1")})
     tracking.accelerator.end_training()
     first, second, evaluation = read_metrics(tmp_path / "run" / "metrics.jsonl")
     events = reader.EventAccumulator(str(tmp_path / "run" / "hfclip")).Reload()
@@ -385,6 +386,7 @@ def test_trackers_get_the_numbers_of_the_log(tracking_of, tmp_path):
         logged = [(line["step"], line[name]) for line in (first, second) if line[name] is not None]
         assert shown == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged], name
     assert events.Scalars("zero_shot/top1")[0].value == evaluation["zero_shot/top1"]
+    assert evaluation["headlines"] == ["zero_shot/top1"] and "zero_shot/top5" in evaluation
     settings = "".join(path.read_text() for path in (tmp_path / "run").rglob("hparams.yml"))
     assert "optim.batch_size: 16\n" in settings and "model.config.vision_config.patch_size: 8\n" in settings
 

@@ -49,6 +49,7 @@ from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from hfclip import HFCLIPModel, HFCLIPProcessor
+from hfclip.evaluation import Result
 
 from . import optim, parallel
 from .data.batches import Collate, PairDataset, build_loader, open_data
@@ -359,7 +360,7 @@ def save(run: Run, done: int) -> None:
     run.saved = done
 
 
-def evaluate(run: Run, done: int) -> dict[str, float]:
+def evaluate(run: Run, done: int) -> dict[str, Result]:
     """Measures the model, or the moving average of its weights where there is one. Collective."""
     if not run.evaluator.measures_anything:
         return {}
@@ -367,7 +368,7 @@ def evaluate(run: Run, done: int) -> dict[str, float]:
         return measure(run, done, model)
 
 
-def measure(run: Run, done: int, model: HFCLIPModel) -> dict[str, float]:
+def measure(run: Run, done: int, model: HFCLIPModel) -> dict[str, Result]:
     with raise_if_a_reader_is_killed():
         results = run.evaluator(model)
     run.tracking.evaluation(done, results)
@@ -384,7 +385,7 @@ def measured_model(run: Run) -> Iterator[HFCLIPModel]:
         yield parallel.replica(run.core) if parallel.is_sharded(run.core) else run.core
 
 
-def finish(run: Run, done: int) -> dict[str, float] | None:
+def finish(run: Run, done: int) -> dict[str, Result] | None:
     """Saves and evaluates the trained model and says how to use it, or how to go on with an interrupted run.
 
     Returns what was measured; None for an interrupted run.

@@ -124,7 +124,9 @@ def _draw(panel: "Axes", lines: list[dict], name: str, **style) -> None:
 
 
 def _draw_evaluations(panel: "Axes", lines: list[dict]) -> None:
-    names = sorted({name for line in lines for name in line if name.endswith(("top1", "recall@1"))})
+    # Lines of earlier versions name no headlines: all that they measured is drawn.
+    measured = [line.get("headlines") or [name for name in line if "/" in name] for line in lines]
+    names = sorted({name for found in measured for name in found})
     for name in names:
         _draw(panel, lines, name, label=name, marker="o")
     panel.set_title("evaluations")

@@ -11,6 +11,7 @@ from hfclip import HFCLIPConfig, __version__
 from hfclip.data.samples import BadSample, Source
 from hfclip.data.streaming import StreamSource
 from hfclip.errors import UsageError, redact
+from hfclip.evaluation import Result, all_metrics
 from hfclip.hub import end_on_interrupt, model_card, push
 
 from ..config import Config
@@ -25,13 +26,13 @@ def check_token(config: Config) -> None:
 
 
 def print_summary(
-    results: dict[str, float], problems: dict[str, int], model_folder: Path, picture: Path | None, labels: list[str]
+    results: dict[str, Result], problems: dict[str, int], model_folder: Path, picture: Path | None, labels: list[str]
 ) -> None:
     """Prints what was measured and how to use the model, with `labels` that its data has."""
-    shown = {name: value for name, value in results.items() if name.endswith(("top1", "recall@1", "recall@5"))}
+    shown = all_metrics(results)
     width = max(map(len, shown), default=0)
     for name, value in shown.items():
-        print(f"  {name:<{width}}  {value:>6.1%}")
+        print(f"  {name:<{width}}  {value:>6.1%}" if isinstance(value, float) else f"  {name:<{width}}  {value:>6}")
     for name, count in problems.items():
         print(f"  {name}: {count}")
     print(f"\nThe model is in {model_folder}" + (f", a picture of predictions in {picture}." if picture else "."))
@@ -60,7 +61,7 @@ def write_card(
     config: Config,
     model_config: HFCLIPConfig,
     steps: int,
-    results: dict[str, float],
+    results: dict[str, Result],
     *,
     name: str,
     title: str | None = None,
@@ -79,7 +80,7 @@ def write_card(
     (folder / "README.md").write_text(redact(card), encoding="utf-8")
 
 
-def publish(config: Config, model_config: HFCLIPConfig, steps: int, results: dict[str, float]) -> None:
+def publish(config: Config, model_config: HFCLIPConfig, steps: int, results: dict[str, Result]) -> None:
     """Pushes the trained model with a card of settings and results. Comes last: no other process waits for it."""
     folder, repo_id = Path(config.run.output_dir) / "model", config.run.push_to_hub
     again = f"{folder} holds the trained model. Publish it:\n    python conversion/push_to_hub.py {folder} {repo_id}"
@@ -91,14 +92,14 @@ def publish(config: Config, model_config: HFCLIPConfig, steps: int, results: dic
         exit_with_message(f"error: {error}\n{again}", status=1)
 
 
-def as_eval_results(config: Config, results: dict[str, float]) -> list[EvalResult]:
+def as_eval_results(config: Config, results: dict[str, Result]) -> list[EvalResult]:
     """What was measured, in the form of model cards."""
     names = {"zero_shot": Path(config.eval.zero_shot or "").name, "retrieval": "held-out pairs"}
     rows = []
-    for key, value in results.items():
-        source, metric = key.rsplit("/", 1)
+    for source, result in results.items():
         task = "zero-shot-retrieval" if source == "retrieval" else "zero-shot-image-classification"
         name = names.get(source, source)
-        if metric != "unreadable_images":
-            rows.append(EvalResult(task, name, name, metric, round(value, 4)))
+        for metric, value in result.metrics.items():
+            if metric != "unreadable_images":
+                rows.append(EvalResult(task, name, name, metric, round(value, 4)))
     return rows

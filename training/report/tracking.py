@@ -16,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
 from hfclip.errors import UsageError, redact
+from hfclip.evaluation import Result, all_metrics, headlines
 from hfclip.precision import PRECISIONS
 
 from ..config import Config
@@ -160,22 +161,22 @@ class Tracking:
         totals = self.accelerator.reduce(self.counts.to(self.accelerator.device), "sum").tolist()
         return {name: total for name, total in zip(COUNTED, totals, strict=True) if total}
 
-    def write(self, step: int, line: dict) -> None:
-        """One line of metrics.jsonl, and the numbers in it to the trackers."""
+    def write(self, step: int, line: dict, **notes: list[str]) -> None:
+        """One line of metrics.jsonl with its notes, and the numbers in it to the trackers."""
         if self.accelerator.is_main_process:
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step, **line}) + "\n")
+                    file.write(json.dumps({"step": step, **line, **notes}) + "\n")
             except OSError as error:
                 raise UsageError(f"{self.path} cannot be written: {error}. Make room and resume.") from error
         self.accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
 
-    def evaluation(self, step: int, results: dict[str, float]) -> None:
+    def evaluation(self, step: int, results: dict[str, Result]) -> None:
         """Writes what was measured after a step, if anything, and shows the headlines."""
         if results:
-            self.write(step, results)
-            shown = [f"{name} {value:.1%}" for name, value in results.items() if name.endswith(("top1", "recall@1"))]
-            self.say(f"step {step}: {', '.join(shown)}")
+            shown = headlines(results)
+            self.write(step, all_metrics(results), headlines=list(shown))
+            self.say(f"step {step}: {', '.join(f'{name} {value:.1%}' for name, value in shown.items())}")
 
     def draw(self, is_last: bool = False) -> None:
         """Draws the curves, unless they were drawn a moment ago and will be again."""

@@ -33,7 +33,7 @@ from ..data.samples import Source, not_blank
 from ..errors import UsageError
 from ..precision import settled_precision
 from ..zero_shot import device_of
-from .chunks import Chunks, Options, Pool
+from .chunks import CHUNK, Chunks, Options, Pool
 from .encoder import Encoder, prepared
 from .processes import Processes, fingerprint_of, usual_workers
 from .store import Embeddings, Store, join
@@ -87,10 +87,12 @@ def embed(
     batch_size = min(batch_size or (32 if device.type == "cpu" else 256), len(source))
     precision = processes.gather(settled_precision(precision, device)[0])[0]
     options = Options(tuple(what), dict(layers or {}), batch_size, precision, dtype)
-    chunks = Chunks(source, processor, options)
+    in_memory = folder is None and cache_dir is None
+    # What is not stored is shared more evenly in chunks of one batch.
+    chunks = Chunks(source, processor, options, batch_size if in_memory else batch_size * max(CHUNK // batch_size, 1))
     if num_workers is None:
-        num_workers = usual_workers(device) if len(source) > chunks.size else 0
-    if folder is None and cache_dir is None:
+        num_workers = usual_workers(device) if len(source) > CHUNK else 0
+    if in_memory:
         computed, header = _compute(model, chunks, processes, num_workers, None)
         computed = {number: result for part in processes.gather(computed) for number, result in part.items()}
         return Embeddings(*join(len(chunks), computed.__getitem__, header, lambda _, *array: np.zeros(*array)))

@@ -30,9 +30,8 @@ class Options(NamedTuple):
 class Chunks(Dataset):
     """Samples by chunk: `keys`, `labels`, `captions` of each, `pixels` of those in `readable`, `problems`."""
 
-    def __init__(self, source: Source, processor: Any, options: Options):
-        self.source, self.processor, self.options = source, processor, options
-        self.size = options.batch_size * max(CHUNK // options.batch_size, 1)
+    def __init__(self, source: Source, processor: Any, options: Options, size: int):
+        self.source, self.processor, self.options, self.size = source, processor, options, size
         images = getattr(processor, "image_processor", None)
         # A quarter of the bytes to hand over; the model's device normalises them, to the same bits.
         self.as_bytes = is_plain(images)

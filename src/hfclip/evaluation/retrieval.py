@@ -1,13 +1,56 @@
-"""Retrieval between images and their captions: recall at k in both directions, on embeddings.
+"""Retrieval between images and their captions: recall at k in both directions.
 
 A chunk of queries is compared with all candidates at a time, so memory is `chunk_size` x candidates, never the whole
 matrix.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..data.samples import Sample, Source
+from ..embeddings import embed
+from ..zero_shot import device_of
+from .task import Result
+
+
+def retrieval(model: nn.Module, processor: Any, data: Source, **options) -> Result:
+    """Recall between the images and captions of `data`; samples without one of them are left out.
+
+    Args:
+        options: of `hfclip.embeddings.embed`.
+
+    Returns:
+        What `retrieval_recall` measures, and `unreadable_images` that have captions if there are any.
+    """
+    found = embed(model, processor, data, **{"precision": "fp32", **options})
+    num_captions = np.diff(found.offsets)
+    unreadable = ~found.image_embeds.any(axis=1)
+    kept = ~unreadable & (num_captions > 0)
+    owner = np.repeat(np.arange(len(found)), num_captions)
+    of_kept = kept[owner]
+    arrays = found.image_embeds[kept], found.text_embeds[of_kept], (kept.cumsum() - 1)[owner[of_kept]]
+    metrics = retrieval_recall(*(torch.from_numpy(array).to(device_of(model)) for array in arrays))
+    num_unreadable = int((unreadable & (num_captions > 0)).sum())
+    metrics |= {"unreadable_images": num_unreadable} if num_unreadable else {}
+    return Result(metrics, headline="text_retrieval_recall@1")
+
+
+class Pairs(Source):
+    """Images in memory with one caption each."""
+
+    def __init__(self, images: Sequence, texts: Sequence[str]):
+        super().__init__()
+        self.images, self.texts, self.length = images, texts, len(texts)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.images[index], self.captions(index), str(index))
+
+    def captions(self, index: int) -> list[str]:
+        return [self.texts[index]]
 
 
 @torch.no_grad()

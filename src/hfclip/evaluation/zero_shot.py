@@ -1,27 +1,36 @@
 """Zero-shot accuracy on a labelled data set, and reading of labelled folders.
 
-folder -> labels, templates, samples -> classifier -> hits of this rank's share -> one sum over ranks -> accuracy
+folder -> labels, templates, samples -> embeddings, shared by all ranks -> classifier -> hits -> accuracy
 """
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import PIL.Image
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from transformers.utils.logging import tqdm
 
 from ..data.files import CLASS_NAMES, read_lines
-from ..data.samples import BadSample, Source, decoding
+from ..data.samples import BadSample, Sample, Source, decoding, say
 from ..data.sources import open_source
 from ..data.webdataset import ShardSource
+from ..embeddings import embed
 from ..errors import UsageError
 from ..image_processing_hfclip import open_image
-from ..zero_shot import DEFAULT_TEMPLATES, Template, ZeroShotClassifier, check_labels, check_templates
+from ..zero_shot import (
+    DEFAULT_TEMPLATES,
+    Template,
+    ZeroShotClassifier,
+    check_labels,
+    check_templates,
+    evaluating,
+)
+from .task import Result
+
+
+ROWS = 1024  # images compared with all labels at a time
 
 
 class LabelledImages(Protocol):
@@ -46,8 +55,8 @@ def zero_shot_accuracy(
 ) -> dict[str, float | int]:
     """Share of images whose label is among the k best of a prompt-ensembled classifier (paper 3.1).
 
-    Every rank of the process group evaluates the images [rank::world_size] on its own copy of the model, and one sum
-    joins the counts, so every rank returns the same result and every image counts once. Equal scores are ranked in
+    Every rank of the process group embeds a share of the images on its own copy of the model, so every rank returns the
+    same result and every image counts once. Equal scores are ranked in
     the order of the labels, as argmax does; labels may repeat, as in OpenAI's list for ImageNet, and then the later
     one of two can only be found at k = 2.
 
@@ -75,32 +84,21 @@ def zero_shot_accuracy(
     if not top_k or min(top_k) < 1:
         raise ValueError(f"top_k is {tuple(top_k)}: expected values of k of at least 1.")
     labels = check_labels(labels)
-    rank, world_size = 0, 1
-    if dist.is_available() and dist.is_initialized():
-        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    share = _Share(dataset, range(rank, len(dataset), world_size))
-    loader = DataLoader(share, batch_size, num_workers=num_workers, collate_fn=_Collate(processor, len(labels)))
-
     distinct = list(dict.fromkeys(labels))
     classifier = ZeroShotClassifier(model, processor, distinct, templates)
-    columns = torch.tensor([distinct.index(label) for label in labels], device=classifier.model.device)
-    # One row a class: its images, and of those the hits at 1 and at each k. Integers, so sums have no order.
-    counts = torch.zeros(len(labels), 2 + len(top_k), dtype=torch.int64, device=columns.device)
-    batches = iter(loader)  # here, since tqdm would ask for a second iterator, with workers of its own
-    for batch in tqdm(batches, desc="Zero-shot accuracy", total=len(loader), disable=None if rank == 0 else True):
-        if batch is None:
-            continue
-        pixel_values, targets = map(torch.from_numpy, batch)
-        targets = targets.to(columns.device)
-        ranks = _rank_of_target(classifier.logits(pixel_values=pixel_values)[:, columns], targets)
-        hits = [torch.ones_like(ranks), ranks < 1, *(ranks < k for k in top_k)]
-        counts.index_add_(0, targets, torch.stack(hits, dim=1).long())
-    if world_size > 1:
-        dist.all_reduce(counts, group=group)
-
-    counts = counts.cpu()
-    if not counts.any():
+    options = {"batch_size": batch_size, "num_workers": num_workers, "precision": "fp32", "group": group}
+    found = embed(classifier.model, processor, _Labelled(dataset, len(labels)), what=("images",), **options)
+    readable = found.image_embeds.any(axis=1)
+    if not readable.any():
         raise ValueError(f"none of the {len(dataset)} images can be decoded: expected at least one.")
+    if lost := sorted(set(found.label_ids[~readable]) - {-1, *found.label_ids[readable]}):
+        say(f"Not measured, since none of their images can be read: {', '.join(labels[target] for target in lost)}.")
+    targets = torch.from_numpy(found.label_ids[readable]).to(classifier.label_embeds.device)
+    ranks = _ranks_of_targets(classifier, torch.from_numpy(found.image_embeds[readable]), labels, targets)
+    # One row a class: its images, and of those the hits at 1 and at each k.
+    counts = torch.zeros(len(labels), 2 + len(top_k), dtype=torch.int64, device=targets.device)
+    hits = [torch.ones_like(ranks), ranks < 1, *(ranks < k for k in top_k)]
+    counts = counts.index_add_(0, targets, torch.stack(hits, dim=1).long()).cpu()
     occurring = counts[counts[:, 0] > 0].double()
     num_samples, _, *hits = counts.sum(dim=0).tolist()
     return {
@@ -109,6 +107,35 @@ def zero_shot_accuracy(
         "num_samples": num_samples,
         "num_skipped": len(dataset) - num_samples,
     }
+
+
+def zero_shot(model: nn.Module, processor: Any, data: "LabelledFolder", **options) -> Result:
+    """The task of `zero_shot_accuracy`, on labelled images.
+
+    Args:
+        data: what has `labels`, `templates` and `samples`, such as a [`LabelledFolder`].
+        options: of `zero_shot_accuracy`.
+
+    Returns:
+        Its fractions, and `unreadable_images` if there are any.
+    """
+    metrics = zero_shot_accuracy(model, processor, data.samples, data.labels, data.templates, **options)
+    del metrics["num_samples"]
+    num_unreadable = metrics.pop("num_skipped")
+    metrics |= {"unreadable_images": num_unreadable} if num_unreadable else {}
+    return Result(metrics, headline="top1")
+
+
+def _ranks_of_targets(classifier: ZeroShotClassifier, embeds: Tensor, labels: list[str], targets: Tensor) -> Tensor:
+    """`(num_images,)`: labels ahead of each image's target. The labels may repeat those of the classifier."""
+    columns = torch.tensor([classifier.labels.index(label) for label in labels], device=targets.device)
+    ranks = []
+    with evaluating(classifier.model) as model:
+        for some, targets_of_some in zip(embeds.split(ROWS), targets.split(ROWS), strict=True):
+            image_embeds = some.to(targets.device)
+            logits = model(image_embeds=image_embeds, text_embeds=classifier.label_embeds).logits_per_image
+            ranks.append(_rank_of_target(logits[:, columns], targets_of_some))
+    return torch.cat(ranks)
 
 
 def _rank_of_target(logits: Tensor, targets: Tensor) -> Tensor:
@@ -124,43 +151,27 @@ class UndecodableImage(ValueError):
     """An image that an evaluation leaves out and counts."""
 
 
-class _Share(Dataset):
-    """The samples at `indices`; None in the place of one that cannot be decoded."""
+class _Labelled(Source):
+    """Pairs of image and target as samples, without captions."""
 
-    def __init__(self, dataset: LabelledImages, indices: range):
-        self.dataset, self.indices = dataset, indices
+    def __init__(self, dataset: LabelledImages, num_labels: int):
+        super().__init__()
+        self.dataset, self.num_labels, self.length = dataset, num_labels, len(dataset)
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Any, int] | None:
+    def __getitem__(self, index: int) -> Sample:
         try:
-            return self.dataset[self.indices[index]]
-        except UndecodableImage:
-            return None
+            if isinstance(self.dataset, LazyImages):  # with the class of an image that cannot be decoded
+                image, _, _, target = self.dataset.source[index]
+            else:
+                image, target = self.dataset[index]
+        except UndecodableImage as error:
+            raise BadSample("unreadable image") from error
+        if not 0 <= target < self.num_labels:
+            raise ValueError(f"found target {target}: expected 0 to {self.num_labels - 1}, an index of `labels`.")
+        return Sample(image if isinstance(image, bytes) else open_image(image), [], str(index), int(target))
 
-
-class _Collate:
-    """`(image, target)` pairs -> `(batch, channels, height, width)` pixel values and `(batch,)` targets.
-
-    Samples that are None are left out; a batch of nothing else is None. Both are arrays, which workers send through a
-    pipe: tensors would go through /dev/shm, of which containers have 64 MB.
-    """
-
-    def __init__(self, processor: Any, num_labels: int):
-        self.processor = processor
-        self.num_labels = num_labels
-
-    def __call__(self, samples: list[tuple[Any, int] | None]) -> tuple[np.ndarray, np.ndarray] | None:
-        decoded = [sample for sample in samples if sample is not None]
-        if not decoded:
-            return None
-        images, targets = zip(*decoded, strict=True)
-        outside = [target for target in targets if not 0 <= target < self.num_labels]
-        if outside:
-            raise ValueError(f"found target {outside[0]}: expected 0 to {self.num_labels - 1}, an index of `labels`.")
-        pixel_values = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return pixel_values.numpy(), np.array(targets)
+    def captions(self, index: int) -> list[str]:
+        return []
 
 
 class LazyImages(Sequence):
@@ -224,6 +235,8 @@ def load_labelled_folder(path: str | Path) -> LabelledFolder:
     if broken := [kind for kind in INCOMPLETE if source.skipped[kind]]:
         raise UsageError(f"{path} is not whole: {source.describe_skipped()}. Mend or remove what has {broken[0]}.")
     labels = check_labels(source.labels)
+    if len(labels) < 2:
+        raise UsageError(f"{path} has one class, {labels[0]!r}, expected two or more to tell apart.")
     _check_shards(path, source)
     targets = [source.label(index) for index in range(len(source))]
     if outside := [target for target in targets if target is None or target >= len(labels)]:
