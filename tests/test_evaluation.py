@@ -280,7 +280,7 @@ def test_rejects_folders_of_no_layout(tmp_path):
     (tmp_path / "one").mkdir()
     write_tar(tmp_path / "one" / "0.tar", {"a.png": png(0), "a.cls": b"0"})
     (tmp_path / "one" / "classnames.txt").write_text("cat\n")
-    with pytest.raises(ValueError, match="has one class, 'cat', expected two or more"):
+    with pytest.raises(ValueError, match="has the labels .'cat'., expected two or more"):
         load_labelled_folder(tmp_path / "one")
     for name in ("dog", "fox"):
         (tmp_path / "images" / name).mkdir()

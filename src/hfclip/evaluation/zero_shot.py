@@ -235,8 +235,6 @@ def load_labelled_folder(path: str | Path) -> LabelledFolder:
     if broken := [kind for kind in INCOMPLETE if source.skipped[kind]]:
         raise UsageError(f"{path} is not whole: {source.describe_skipped()}. Mend or remove what has {broken[0]}.")
     labels = check_labels(source.labels)
-    if len(labels) < 2:
-        raise UsageError(f"{path} has one class, {labels[0]!r}, expected two or more to tell apart.")
     _check_shards(path, source)
     targets = [source.label(index) for index in range(len(source))]
     if outside := [target for target in targets if target is None or target >= len(labels)]:
