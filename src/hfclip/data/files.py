@@ -11,6 +11,7 @@ from typing import BinaryIO
 import fsspec
 from fsspec.implementations.zip import ZipFileSystem
 
+from .samples import LARGEST, BadSample, too_large
 from .tars import is_hidden
 
 
@@ -59,13 +60,20 @@ class Files:
         except Exception as error:  # of zipfile and stores
             raise OSError(f"{type(error).__name__}: {error}") from error
 
-    def read(self, name: str, limit: int = -1) -> bytes:
-        """The first `limit` bytes of a file, or all. Raises OSError."""
-        with self.open(name) as file:
-            try:
-                return file.read(limit)
-            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                raise OSError(f"{type(error).__name__}: {error}") from error
+    def read(self, name: str, what: str) -> bytes:
+        """The "image" or "caption" that a file holds. Raises BadSample."""
+        try:
+            if "://" in name:
+                raise ValueError(f"{name} is a URL: fetch images once, with img2dataset for example")
+            with self.open(name) as file:
+                data = file.read(LARGEST[what] + 1)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            folder = posixpath.join(str(self), posixpath.dirname(name))
+            lost = f"files of {folder} cannot be read ({getattr(error, 'strerror', None) or error})"
+            raise BadSample(f"missing {what}", lost) from error
+        if len(data) > LARGEST[what]:
+            raise too_large(what)
+        return data
 
     def _opened(self) -> tuple[fsspec.AbstractFileSystem, str]:
         process, opened = self._store

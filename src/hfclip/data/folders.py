@@ -13,8 +13,6 @@ from .samples import (
     HELD_OUT,
     HOW_CAPTIONS_ARE_GIVEN,
     IMAGE_ENDINGS,
-    LARGEST,
-    BadSample,
     Keys,
     Sample,
     Source,
@@ -22,7 +20,6 @@ from .samples import (
     json_captions,
     say,
     text_captions,
-    too_large,
 )
 from .tars import is_hidden
 
@@ -58,7 +55,7 @@ class FileSource(Source):
 
     def __getitem__(self, index: int) -> Sample:
         name = self.images[index]
-        return Sample(self._read(name, "image"), self.captions(index), name, self.label(index))
+        return Sample(self.files.read(name, "image"), self.captions(index), name, self.label(index))
 
     def captions(self, index: int) -> list[str]:
         value = self.about[index]
@@ -68,7 +65,7 @@ class FileSource(Source):
             return []
         if not self.beside:
             return caption_list(value)
-        data = self._read(value, "caption")
+        data = self.files.read(value, "caption")
         return json_captions(data, self.key) if ending(value) == "json" else text_captions(data)
 
     def label(self, index: int) -> int | None:
@@ -85,17 +82,6 @@ class FileSource(Source):
         self.images, self.about = self.images[part.from_ : part.to], self.about[part.from_ : part.to]
         self.length = len(self.images)
         return self
-
-    def _read(self, name: str, what: str) -> bytes:
-        try:
-            data = self.files.read(name, LARGEST[what] + 1)
-        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-            folder = posixpath.join(str(self.files), posixpath.dirname(name))
-            lost = f"files of {folder} cannot be read ({getattr(error, 'strerror', None) or error})"
-            raise BadSample(f"missing {what}", lost) from error
-        if len(data) > LARGEST[what]:
-            raise too_large(what)
-        return data
 
 
 def ending(name: str) -> str:

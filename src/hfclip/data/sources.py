@@ -145,7 +145,7 @@ def _open_folder(files: Files, split: str | None, keys: Keys, cache: Path) -> So
     names = files.names()
     if not names:
         raise UsageError(f"{str(files)!r} is empty, expected tars, parquet files, or images with captions.")
-    if files.folder is not None and "README.md" in names and _tells_files(files.read("README.md")):
+    if files.folder is not None and "README.md" in names and _tells_files(files.folder / "README.md"):
         return open_hub(files.place, split, keys)
     files, names = choose_split(files, names, base or None)
     kinds = {ending(name) for name in names}
@@ -166,8 +166,9 @@ def _open_folder(files: Files, split: str | None, keys: Keys, cache: Path) -> So
     return source.cut(split, base if posixpath.basename(files.below) in SPLITS else "train") if part else source
 
 
-def _tells_files(card: bytes) -> bool:
+def _tells_files(path: Path) -> bool:
     """Whether the card of a data set says which files belong to which split."""
+    card = path.read_bytes()
     return card.startswith(b"---") and b"data_files:" in card.split(b"\n---")[0]
 
 

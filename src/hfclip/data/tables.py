@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 
 from ..errors import UsageError
+from .files import Files
 from .records import find_columns
 from .samples import HELD_OUT, BadSample, Keys, Sample, Source, caption_list, say
 from .shards import map_in_threads
@@ -22,11 +23,11 @@ class TableSource(Source):
         folder: where the paths in it begin.
     """
 
-    def __init__(self, table, keys: Keys, name: str, folder: str = ""):
+    def __init__(self, table, keys: Keys, name: str, folder: str = "."):
         from datasets import ClassLabel, Image
 
         super().__init__()
-        self.folder = folder
+        self.files = Files(folder)
         self.label_key = next((key for key, kind in table.features.items() if isinstance(kind, ClassLabel)), None)
         self.labels = self.label_key and [label.replace("_", " ") for label in table.features[self.label_key].names]
         keys = keys._replace(required=keys.required and not self.labels)
@@ -45,7 +46,7 @@ class TableSource(Source):
         if isinstance(image, dict):
             path, image = image.get("path") or path, image.get("bytes") or image.get("path")
         if isinstance(image, str):
-            path, image = image, self._read(image)
+            path, image = image, self.files.read(image, "image")
         if image is None:
             raise BadSample("missing image")
         if not isinstance(image, bytes):
@@ -67,16 +68,6 @@ class TableSource(Source):
             return caption_list(row[self.caption_key])
         number = self._label(row)
         return [] if number is None else [self.labels[number]]
-
-    def _read(self, path: str) -> bytes:
-        if "://" in path:
-            raise BadSample("missing image", f"{path} is a URL: fetch the images once, with img2dataset for example")
-        path = Path(self.folder, path)
-        try:
-            return path.read_bytes()
-        except (OSError, ValueError) as error:
-            lost = f"images of {path.parent} cannot be read ({getattr(error, 'strerror', None) or error})"
-            raise BadSample("missing image", lost) from error
 
 
 def _row(table, index: int) -> dict[str, Any]:
@@ -114,7 +105,7 @@ def open_parquet(paths: list[str], keys: Keys) -> TableSource:
         else:
             raise UsageError(f"{paths[0]!r} cannot be loaded: {reason(error.__cause__ or error)}") from error
     else:
-        source = TableSource(table, keys, paths[0], posixpath.dirname(paths[0]))
+        source = TableSource(table, keys, paths[0], posixpath.dirname(paths[0]) or ".")
     for path in sorted(set(paths) - set(good)):
         if isinstance(found.get(path), Exception):
             source.skip("damaged file", f"{path}: {reason(found[path])}")
