@@ -392,7 +392,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--memory", "GiB of another device")
     add("--peak", "TFLOP/s of another device in the precision of the run")
     add("--world", "devices", type=int)
-    add("--pairs", "in the data, unless --data.max_samples says so")
+    add("--pairs", "in the data; --data.max_samples, if that is set")
     add("--text-tokens", "tokens of a caption on average; padding costs nothing. The paper's code: 77", type=int)
     add("--share", "share of the peak that is achieved")
     add("--link", "GB/s that a device sends to the others and receives at the same time")
@@ -431,7 +431,7 @@ def parse_run(argv: list[str]) -> tuple[PlannedRun, float | None]:
     peak_of_run = {"single" if config.run.precision == "fp32" else "half": peak} if peak else {}
     device = replace(device, memory=memory or device.memory, **peak_of_run)
     if config.data.max_samples is not None:
-        given["pairs"] = config.data.max_samples
+        given.setdefault("pairs", config.data.max_samples)
     check_settings(config, given.get("world", 1), "cuda")
     towers = Towers(build_architecture(config), config.model.freeze, config.optim.text_weights)
     return PlannedRun(config=config, towers=towers, device=device, **given), actual_days
