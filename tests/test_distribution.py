@@ -8,12 +8,21 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from training_utils import ROOT, write_recipe
 
 
 pytest.importorskip("hatchling")
 TRAINING = ["pretrain", "plan", "embed", "index", "curves"]
-CONVERSION = ["convert_openai", "convert_openclip", "convert_transformers", "export", "surgery", "push_to_hub"]
+CONVERSION = [
+    "convert_any",
+    "convert_openai",
+    "convert_openclip",
+    "convert_transformers",
+    "export",
+    "surgery",
+    "push_to_hub",
+]
 
 
 def run(*line: object, folder: Path, packages: Path, timeout: float = 120) -> subprocess.CompletedProcess:
@@ -98,15 +107,20 @@ def test_programs_of_a_clone_run_by_their_path_from_any_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_wheel_trains_the_built_in_run_and_converts(installed, tmp_path):
+def test_command_of_the_wheel_trains_the_built_in_run_changes_classifies_and_embeds(installed, tmp_path):
+    def hfclip(*words: object) -> str:
+        done = run(installed / "bin" / "hfclip", *words, folder=tmp_path, packages=installed)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     recipe = write_recipe(tmp_path, data={"train": "scenes", "max_samples": 48}, optim={"steps": 3})
-    line = ("-m", "accelerate.commands.launch", "--quiet", "-m", "hfclip.training.pretrain", "--config", recipe)
-    done = run(*line, folder=tmp_path, packages=installed)
-    assert done.returncode == 0, done.stderr
-    model = tmp_path / "run" / "model"
-    done = run(
-        "-m", "hfclip.conversion.surgery", "resize", model, "larger", "--image-size", 48,
-        folder=tmp_path, packages=installed,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "larger" / "model.safetensors").is_file()
+    hfclip("train", "--num_processes", 1, "--", "--config", recipe)
+    hfclip("export", "run/model", "exported", "--to", "transformers")
+    hfclip("convert", "exported", "converted")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "photos" / "red.png")
+    (tmp_path / "photos" / "red.txt").write_text("a red square")
+    assert hfclip("classify", "photos", "--model", "converted", "--labels", "a").startswith("photos/red.png\ta 1.000")
+    assert "converted from" in hfclip("info", "converted")
+    hfclip("embed", "--model", "run/model", "--data", "photos", "--out", "embeddings")
+    assert (tmp_path / "embeddings" / "image_embeds.npy").is_file()

@@ -200,6 +200,14 @@ class ZeroShotClassifier:
         with evaluating(self.model) as model:
             return torch.cat([self._logits(model, batch) for batch in batches])
 
+    def rank(self, image_embeds: Tensor, top_k: int = 5) -> list[list[dict]]:
+        """The best labels of images that are embedded already, as in a call; `image_embeds` (num_images, dim) are unit."""
+        _check_count("top_k", top_k)
+        image_embeds = image_embeds.to(self.label_embeds.device)
+        with evaluating(self.model) as model:
+            logits = model(image_embeds=image_embeds, text_embeds=self.label_embeds).logits_per_image
+        return self._ranked(logits, top_k)
+
     def _preprocessed(self, images: Sequence, batch_size: int) -> Iterator[Tensor]:
         """`(batch, channels, height, width)` pixel values, one batch of images opened at a time."""
         if len(images) == 0:

@@ -1,0 +1,1 @@
+"""Programs of the command `hfclip` that need the library alone."""

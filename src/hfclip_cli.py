@@ -1,0 +1,119 @@
+"""The command `hfclip`: a verb is one row of a table, and a program that also runs by itself.
+
+A module beside the package because `import hfclip` imports torch, which takes seconds: help is shown before that.
+"""
+
+import difflib
+import importlib.metadata
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from hfclip_errors import UsageError, require_extra, run
+
+
+def run_program(module: str, arguments: list[str]) -> None:
+    runpy.run_module(module, run_name="__main__")
+
+
+def launch_program(module: str, arguments: list[str]) -> None:
+    """Becomes `accelerate launch` of a program; what stands before "--" is the launcher's own."""
+    require_extra("train")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see training/cores.py: to be set before torch is imported
+    split = arguments.index("--") if "--" in arguments else 0
+    own, rest = arguments[:split], arguments[split + ("--" in arguments) :]
+    launcher = [] if {"-h", "--help"} & {*rest} else ["-m", "accelerate.commands.launch", "--quiet", *own]
+    os.execv(sys.executable, [sys.executable, *launcher, "-m", module, *rest])
+
+
+class Verb(NamedTuple):
+    start: Callable[[str, list[str]], None]
+    module: str
+    does: str
+    example: str
+
+
+VERBS = {
+    "train": Verb(
+        launch_program,
+        "hfclip.training.pretrain",
+        "trains or fine-tunes a model; launcher options stand before --",
+        "hfclip train --num_processes 8 -- --data.train 'shards/{000..099}.tar' --model.preset ViT-B/32",
+    ),
+    "plan": Verb(
+        run_program,
+        "hfclip.training.plan",
+        "predicts memory, time and bottleneck of a run",
+        "hfclip plan --config vit_l_14 --world 64 --device a100",
+    ),
+    "embed": Verb(
+        run_program,
+        "hfclip.training.embed",
+        "stores the embeddings of a data set",
+        "hfclip embed --model FOLDER --data 'shards/{000..099}.tar' --out embeddings",
+    ),
+    "classify": Verb(
+        run_program,
+        "hfclip.commands.classify",
+        "sorts images into labels given in words",
+        "hfclip classify photos/ --model FOLDER --labels cat,dog --top-k 1",
+    ),
+    "info": Verb(
+        run_program,
+        "hfclip.commands.info",
+        "says what a model folder holds",
+        "hfclip info FOLDER",
+    ),
+    "convert": Verb(
+        run_program,
+        "hfclip.conversion.convert_any",
+        "makes a model folder of a checkpoint of OpenAI, OpenCLIP or transformers",
+        "hfclip convert ViT-B-32.pt clip-b32",
+    ),
+    "export": Verb(
+        run_program,
+        "hfclip.conversion.export",
+        "brings a model to ONNX, OpenAI, OpenCLIP or transformers",
+        "hfclip export clip-b32 clip-b32-onnx --to onnx",
+    ),
+    "push": Verb(
+        run_program,
+        "hfclip.conversion.push_to_hub",
+        "publishes a model folder on the Hugging Face Hub",
+        "hfclip push clip-b32 me/clip-b32 --dry-run",
+    ),
+}
+
+
+def main() -> None:
+    run(dispatch)
+
+
+def dispatch() -> None:
+    verb, *arguments = sys.argv[1:] or ["--help"]
+    if verb in ("-h", "--help", "help"):
+        print(help_text())
+    elif verb == "--version":
+        print(importlib.metadata.version("hfclip"))
+    elif verb in VERBS:
+        sys.argv[:] = [f"hfclip {verb}", *arguments]
+        VERBS[verb].start(VERBS[verb].module, arguments)
+    else:
+        close = difflib.get_close_matches(verb, VERBS, 1)
+        meant = f"Did you mean {close[0]!r}?" if close else "`hfclip --help` explains them."
+        raise UsageError(f"found no verb {verb!r}, expected one of {', '.join(VERBS)}. {meant}")
+
+
+def help_text() -> str:
+    lines = ["usage: hfclip VERB ...      hfclip VERB --help explains a verb", "", "verbs:"]
+    for name, verb in VERBS.items():
+        lines += [f"  {name:<10}{verb.does}", f"            $ {verb.example}"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "exit codes: 0 done, 1 partly failed, 2 wrong usage, 130 stopped with Ctrl-C; of train the launcher's",
+        ]
+    )
