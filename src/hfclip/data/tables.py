@@ -173,9 +173,8 @@ def _loading(name: str, split: str | None) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:  # of datasets, huggingface_hub and pyarrow
-        raise UsageError(
-            f"{name!r} is no file or folder here, and `datasets` cannot load it with split {split!r}: {reason(error)}"
-        ) from error
+        place = ":" if Path(name).exists() else " is no file or folder here, and"
+        raise UsageError(f"{name!r}{place} `datasets` cannot load it with split {split!r}: {reason(error)}") from error
 
 
 def _split_of(name: str, splits: list[str], split: str | None) -> str:
