@@ -1,0 +1,56 @@
+"""The snippets of docs/using.md, run one after the other as they stand there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_readme import save_what_is_read
+from training_utils import ROOT
+
+
+COMMAND = [sys.executable, "-c", "import hfclip_cli; hfclip_cli.main()"]
+
+
+def snippets(language: str) -> list[str]:
+    text = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
+    found = re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with the quickstart's model, and photos with captions."""
+    folder = tmp_path_factory.mktemp("using")
+    save_what_is_read(folder)
+    (folder / "photos").mkdir()
+    for index in range(16):
+        Image.new("RGB", (40, 32), (16 * index, 0, 200)).save(folder / "photos" / f"{index}.png")
+        (folder / "photos" / f"{index}.txt").write_text("a red circle" if index % 2 else "a blue square")
+    return folder
+
+
+def test_python_runs(place, monkeypatch):
+    monkeypatch.chdir(place)
+    names = {}
+    for snippet in snippets("python"):
+        exec(compile(snippet, "docs/using.md", "exec"), names)
+    assert names["images"].shape[0] == 16 == len(names["found"].keys) and not names["found"].problems
+
+
+@pytest.mark.slow
+def test_commands_run(place):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for line in "".join(snippets("bash")).splitlines():
+        program, *words = shlex.split(line)
+        assert program == "hfclip"
+        done = subprocess.run(
+            [*COMMAND, *words], cwd=place, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    assert "trained by" in done.stdout  # of `info` on what was fine-tuned
