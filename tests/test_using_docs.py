@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,9 @@ def place(tmp_path_factory) -> Path:
     for index in range(16):
         Image.new("RGB", (40, 32), (16 * index, 0, 200)).save(folder / "photos" / f"{index}.png")
         (folder / "photos" / f"{index}.txt").write_text("a red circle" if index % 2 else "a blue square")
+    for label in ("red circle", "blue square"):
+        (folder / "classes" / label).mkdir(parents=True)
+        shutil.copy(folder / "photos" / "0.png", folder / "classes" / label)
     return folder
 
 
