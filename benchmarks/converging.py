@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         RECIPE["optim"]["steps"] = arguments.steps
-        RECIPE["data"]["cache_dir"] = f"{folder}/cache"
+        os.environ["HFCLIP_CACHE"] = f"{folder}/cache"
         recipe = Path(folder, "recipe.yaml")
         recipe.write_text(yaml.safe_dump(RECIPE))
         curves = {}

@@ -68,8 +68,8 @@ def settings(folder: str, **optim) -> Config:
     return Config.from_dict(
         {
             "model": {"preset": "ViT-B/32", "tokenizer": "given"},
-            "data": {"train": folder, "num_workers": 2, "cache_dir": f"{folder}/cache"},
-            "optim": {"batch_size": BATCH, "warmup_steps": 10, **optim},
+            "data": {"train": folder, "num_workers": 2},
+            "optim": {"batch_size": BATCH, "lr": 5e-4, "warmup_steps": 10, **optim},
         }
     )
 

@@ -20,3 +20,9 @@ def data_dir() -> Path:
     if not folder:
         pytest.skip("needs reference data: set HFCLIP_TEST_DATA to its folder")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(monkeypatch, tmp_path):
+    """Nothing is left in the user's own cache, and no test finds what another has left."""
+    monkeypatch.setenv("HFCLIP_CACHE", str(tmp_path / "cache"))

@@ -28,7 +28,7 @@ from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProces
 from hfclip.errors import UsageError
 from hfclip.hub import check_folder, model_card
 from training import pretrain
-from training.config import parse_arguments
+from training.command import parse_arguments
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "conversion" / "push_to_hub.py"

@@ -7,7 +7,10 @@ import yaml
 from training_utils import tiny_recipe
 
 from hfclip.errors import UsageError
-from training.config import CONFIG_FOLDER, PATHS, SECTIONS, Config, load_yaml, parse_arguments
+from training.command import CONFIG_FOLDER, Command, load_yaml, parse_arguments
+from training.config import PATHS, SECTIONS, Config
+from training.defaults import fill_numbers, keep_numbers
+from training.removed import REMOVED, translate
 
 
 def write(folder, values):
@@ -22,10 +25,10 @@ def test_every_shipped_recipe_is_valid(recipe):
 
 
 def test_no_arguments_mean_the_quickstart():
-    config, resume = parse_arguments([])
+    config, command = parse_arguments([])
     assert config == Config.from_dict(load_yaml("quickstart"))
     assert config.data.train == "scenes"
-    assert resume is None
+    assert command == Command(resume=None, stop_after=None, profile=0)
 
 
 def test_flags_that_name_data_or_a_model_need_no_recipe():
@@ -46,7 +49,7 @@ def test_command_line_overrides_the_file(tmp_path):
     path = write(tmp_path, tiny_recipe(tmp_path))
     arguments = ["--optim.lr", "1e-2", "--data.train=x.tar", "--run.trackers", "tensorboard,wandb", "--model.compile"]
     arguments += ["--model.config", "null", "--model.preset", "ViT-B/32", "--optim.max_grad_norm", "1"]
-    config, resume = parse_arguments(["--config", path, "--resume", "auto", *arguments])
+    config, (resume, *_) = parse_arguments(["--config", path, "--resume", "auto", *arguments])
     assert (config.optim.lr, config.data.train, resume) == (0.01, "x.tar", "auto")
     assert config.run.trackers == ["tensorboard", "wandb"]
     assert config.model.compile and config.model.config is None and config.model.preset == "ViT-B/32"
@@ -67,21 +70,16 @@ def test_saved_config_names_the_same_run(tmp_path):
 
 def test_every_path_expands_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    named = [name for name in PATHS if name not in ("model.checkpoint", "model.vision_checkpoint", "distill.teacher")]
-    arguments = [word for name in named if name != "model.text_checkpoint" for word in (f"--{name}", f"~/{name}")]
+    named = [name for name in PATHS if name not in ("model.checkpoint", "distill.teacher")]
+    arguments = [word for name in named for word in (f"--{name}", f"~/{name}")]
     (tmp_path / "recipe.yaml").write_text("run: {seed: 3}")
-    config, resume = parse_arguments(["--config", "~/recipe.yaml", "--resume", "~/checkpoint-1", *arguments])
+    config, (resume, *_) = parse_arguments(["--config", "~/recipe.yaml", "--resume", "~/checkpoint-1", *arguments])
     assert resume == f"{tmp_path}/checkpoint-1" and config.run.seed == 3
-    assert {config.value(name) for name in named} == {f"{tmp_path}/{name}" for name in named if config.value(name)} | {
-        None
-    }
-    two = {"vision_checkpoint": "~/v", "text_checkpoint": "~/t"}
-    for model, key in (({"checkpoint": "~/c"}, "checkpoint"), (two, "vision_checkpoint"), (two, "text_checkpoint")):
-        config = Config.from_dict(
-            {"model": model, "distill": {"teacher": "~/x"}, "data": {"train": {"~/a": 1, "b": 2}}}
-        )
-        assert getattr(config.model, key).startswith(f"{tmp_path}/") and config.distill.teacher == f"{tmp_path}/x"
-        assert list(config.data.train) == [f"{tmp_path}/a", "b"]
+    assert [config.value(name) for name in named] == [f"{tmp_path}/{name}" for name in named]
+    model, data = {"checkpoint": "~/c"}, {"train": {"~/a": 1, "b": 2}}
+    config = Config.from_dict({"model": model, "distill": {"teacher": "~/x"}, "data": data})
+    assert (config.model.checkpoint, config.distill.teacher) == (f"{tmp_path}/c", f"{tmp_path}/x")
+    assert list(config.data.train) == [f"{tmp_path}/a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +100,10 @@ def test_every_path_expands_the_home_folder(tmp_path, monkeypatch):
         (["--config", "quickstart", "--model.preset", "ViT-B/32"], ["preset and config", "exactly one", "null"]),
         (["--model.preset", "ViT-B/32"], ["model.tokenizer", "null", '"train"', "merges file"]),
         (["--data.train", "x.tar"], ["nothing names the model"]),
-        (["--model.vision_checkpoint", "x"], ["set alone", "text_checkpoint"]),
+        (["--model.vision_checkpoint", "x"], ["model.vision_checkpoint", "from_vision_text_pretrained"]),
+        (["--run.stop_after", "3"], ["flag of the command", "--stop-after"]),
+        (["--stop-after", "-1"], ["--stop-after", "-1.0", "minutes above 0"]),
+        (["--optim.bfloat16", "moments,weights"], ["optim.bfloat16[1]", "'weights'", "'moments', 'text_weights'"]),
         (["--model.patch_dropout", "1"], ["patch_dropout", "0 <= value < 1"]),
         (["--config", "quickstrat"], ["quickstrat", "recipes", "quickstart"]),
         (["--config", ""], ["--config: found an empty word"]),
@@ -122,7 +123,7 @@ def test_rejects_mistaken_arguments(arguments, words):
         ({"optim": {"bach_size": 8}}, ["Did you mean 'optim.batch_size'"]),
         ({"optimizer": {"lr": 1}}, ["section 'optimizer'", "Did you mean 'optim'"]),
         ({"optim": [1, 2]}, ["optim", "[1, 2]", "mapping"]),
-        ({"run": {"trackers": [1]}}, ["run.trackers", "[1]", "list of text"]),
+        ({"run": {"trackers": [1]}}, ["run.trackers[0]", "1", "text"]),
         ("optim: {lr: 1", ["not a YAML file", "line 1"]),
         ("optim: {lr: 1}\nrun: {seed: 1}\noptim: {steps: 2}", ["'optim' is given twice, in lines 1 and 3"]),
         ("optim:\n  lr: 1\n  steps: 2\n  lr: 2", ["'lr' is given twice, in lines 2 and 4"]),
@@ -158,4 +159,95 @@ def test_help_explains_every_setting(capsys):
 
 def test_settings_stay_few():
     """A new setting needs a reason, and perhaps one less elsewhere."""
-    assert sum(len(dataclasses.fields(section)) for section in SECTIONS.values()) <= 62
+    assert sum(len(dataclasses.fields(section)) for section in SECTIONS.values()) <= 49
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings of earlier versions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def old_file(folder, **values):
+    """A file that has all settings of earlier versions, with their defaults but for `values`."""
+    recipe = tiny_recipe(folder)
+    for name, (default, _) in {**REMOVED, "run.stop_after": (None, ""), "run.profile": (0, "")}.items():
+        section, key = name.split(".")
+        recipe.setdefault(section, {})[key] = values.get(key, default)
+    return write(folder, recipe)
+
+
+def test_removed_settings_with_their_defaults_change_nothing(tmp_path):
+    config, command = parse_arguments(["--config", old_file(tmp_path)])
+    assert config == Config.from_dict(tiny_recipe(tmp_path)) and command == Command()
+
+
+def test_removed_settings_are_put_in_their_heirs(tmp_path):
+    path = old_file(tmp_path, moments="bfloat16", text_weights="bfloat16", stop_after=90.0, profile=3)
+    config, command = parse_arguments(["--config", path])
+    assert config.optim.bfloat16 == ["moments", "text_weights"] and command == Command(None, 90.0, 3)
+    assert parse_arguments(["--config", path, "--stop-after", "5"])[1].stop_after == 5
+    assert parse_arguments(["--config", old_file(tmp_path, moments="bfloat16")])[0].optim.bfloat16 == ["moments"]
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_other_values_of_removed_settings_are_refused_with_what_to_do(name, tmp_path):
+    section, key = name.split(".")
+    path = old_file(tmp_path, **{key: 9})
+    with pytest.raises(UsageError, match=rf"^{name}: found 9, but it is (always|no setting now).*[a-z]\.$"):
+        parse_arguments(["--config", path])
+    assert key not in translate({section: {key: 9}}, strict=False)[section]  # a record of what was
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the settings leave open
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def filled(pairs, model=None, largest_batch=None, **sections):
+    config = Config.from_dict({"model": model or {"checkpoint": "clip"}, **sections})
+    said = fill_numbers(config, pairs, largest_batch)
+    return config, said
+
+
+@pytest.mark.parametrize(
+    ("pairs", "batch_size", "epochs", "steps", "save_every"),
+    [
+        (2, 2, 100, 100, 0),
+        (30, 30, 100, 100, 0),
+        (120, 120, 100, 100, 0),
+        (1000, 256, 34, 102, 0),
+        (16000, 256, 5, 310, 124),
+    ],
+)
+def test_open_numbers_follow_the_data(pairs, batch_size, epochs, steps, save_every):
+    config, said = filled(pairs)
+    optim, run = config.optim, config.run
+    assert (optim.batch_size, optim.epochs, optim.lr, run.save_every) == (batch_size, epochs, 1e-5, save_every)
+    assert optim.epochs * (pairs // batch_size) == steps and optim.warmup_steps == steps // 10
+    assert steps / run.log_every >= 20
+    assert said[0] == f"optim.batch_size {batch_size} (auto: {'all' if pairs <= 256 else 'of'} {pairs:,} pairs)"
+    assert len(said) == 7 and filled(pairs)[0] == config
+    assert fill_numbers(config, 10**6) == []  # nothing is open any more
+
+
+def test_a_large_run_from_scratch_has_the_papers_numbers():
+    config, _ = filled(400_000_000, {"preset": "ViT-B/32", "tokenizer": "train"}, optim={"batch_size": 32768})
+    optim, per_epoch = config.optim, 400_000_000 // 32768
+    assert (optim.epochs, optim.lr, optim.warmup_steps) == (32, 5e-4, 2000)
+    assert (config.run.log_every, config.run.save_every, config.eval.every) == (20, per_epoch, per_epoch)
+
+
+def test_given_numbers_stay_and_lead_the_others():
+    config, said = filled(30, optim={"batch_size": 10, "steps": 60, "lr": 1e-3}, run={"save_every": 5})
+    assert (config.optim.batch_size, config.optim.epochs, config.optim.lr) == (10, None, 1e-3)
+    assert (config.optim.warmup_steps, config.run.log_every, config.run.save_every) == (6, 3, 5)
+    assert not any("optim.lr" in line or "batch_size" in line for line in said)
+    assert filled(1000, largest_batch=40)[0].optim.batch_size == 40  # a small source of a mixture
+
+
+def test_a_run_that_goes_on_keeps_its_numbers():
+    before, _ = filled(30)
+    config = Config.from_dict({"model": {"checkpoint": "clip"}, "optim": {"lr": 1e-4}})
+    keep_numbers(config, before)
+    assert fill_numbers(config, 10**6) == []
+    assert (config.optim.batch_size, config.optim.lr) == (30, 1e-4)

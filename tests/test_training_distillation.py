@@ -231,7 +231,7 @@ def test_rejects_teacher_that_is_not_there(tmp_path, processor):
 
 def command_line(folder, shards, out, *options):
     options = ["--precision", "fp32", "--num-workers", "0", *options]
-    return ["--model", str(folder), "--data", str(shards), "--out", str(out), "--cache-dir", str(out.parent), *options]
+    return ["--model", str(folder), "--data", str(shards), "--out", str(out), *options]
 
 
 def embed(*arguments):
@@ -257,7 +257,7 @@ def stored_folder(teacher_folder, shards, tmp_path_factory):
 
 
 def source_of(shards, tmp_path):
-    config = DataConfig(train=str(shards), cache_dir=str(tmp_path / "cache"))
+    config = DataConfig(train=str(shards))
     return open_source(config.train, config, "train", 32)
 
 
@@ -284,7 +284,7 @@ def test_mixture_is_stored_as_training_numbers_it(teacher_folder, processor, tmp
         write_tar(name / "0.tar", pairs(seeds))
     mixture = {str(names[0]): 3.0, str(names[1]): 1.0}
     out = embed(teacher_folder, json.dumps(mixture), tmp_path / "out", "--max-samples", "4")
-    config = DataConfig(train=mixture, cache_dir=str(tmp_path), max_samples=4)
+    config = DataConfig(train=mixture, max_samples=4)
     source = open_source(mixture, config, "train", 32)
     stored = StoredEmbeddings.open(out, source)
     assert len(source) == 8  # four of each

@@ -15,6 +15,7 @@ from training_utils import caption, image_bytes, pairs, tiny_recipe, write_tar
 from hfclip.errors import UsageError
 from hfclip.evaluation import all_metrics
 from hfclip.evaluation.retrieval import retrieval_recall
+from training import evaluation as evaluations
 from training.config import Config
 from training.data.batches import open_data as open_source
 from training.data.loading import Batches, raise_if_a_reader_is_killed
@@ -26,7 +27,7 @@ def built(folder, **evaluation):
     """A random model and the evaluator of a recipe."""
     AcceleratorState._reset_state(reset_partial_state=True)
     data = {"train": "scenes", "max_samples": 300}
-    config = Config.from_dict(tiny_recipe(folder, data=data, eval={"batch_size": 4, **evaluation}))
+    config = Config.from_dict(tiny_recipe(folder, data=data, eval=evaluation))
     architecture = build_architecture(config)
     source = open_source("scenes", config.data, "train", 32)
     architecture, processor = build_processor(config, architecture, source)
@@ -92,16 +93,17 @@ def test_rejects_retrieval_without_a_split_that_is_held_out(tmp_path):
         built(tmp_path, retrieval=str(folder))
 
 
-def test_no_more_held_out_pairs_than_asked_for(tmp_path):
+def test_held_out_pairs_have_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluations, "MAX_PAIRS", 7)
     write_tar(tmp_path / "test.tar", pairs(range(20)))
-    _, _, evaluator = built(tmp_path, retrieval=str(tmp_path / "test.tar"), max_samples=7)
+    _, _, evaluator = built(tmp_path, retrieval=str(tmp_path / "test.tar"))
     assert [evaluator.pairs.captions(index) for index in range(len(evaluator.pairs))] == [
         [caption(seed)] for seed in range(7)
     ]
 
 
 def test_scenes_are_measured_and_drawn_and_the_model_goes_on_training(tmp_path):
-    model, _, evaluator = built(tmp_path, zero_shot="scenes", retrieval="scenes", batch_size=100)
+    model, _, evaluator = built(tmp_path, zero_shot="scenes", retrieval="scenes")
     evaluator.labelled = evaluator.labelled[:2]  # enough, and quicker
     results = all_metrics(evaluator(model))
     assert {"zero_shot/color and shape/top1", "zero_shot/color/top1", "retrieval/text_retrieval_recall@1"} <= set(

@@ -45,11 +45,16 @@ def backward(model, step):
     return loss.item()
 
 
+def halved(moments, text_weights):
+    kinds = {"moments": moments, "text_weights": text_weights}
+    return [name for name, kind in kinds.items() if kind == "bfloat16"]
+
+
 def build(moments, text_weights, seed=0, **settings):
     model = tiny_model()
     if text_weights == "bfloat16":
         halve_text_weights(model)
-    config = OptimConfig(lr=1e-3, moments=moments, text_weights=text_weights, **settings)
+    config = OptimConfig(lr=1e-3, bfloat16=halved(moments, text_weights), **settings)
     return model, build_optimizer(model, config, seed)
 
 
@@ -201,7 +206,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(moments, text_weig
     resumed = HFCLIPModel.from_pretrained(tmp_path, dtype=torch.float32).train()
     if text_weights == "bfloat16":
         halve_text_weights(resumed)
-    settings = OptimConfig(lr=1e-3, moments=moments, text_weights=text_weights)
+    settings = OptimConfig(lr=1e-3, bfloat16=halved(moments, text_weights))
     other = build_optimizer(resumed, settings)
     other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     train(resumed, other, range(3, 6))
@@ -230,7 +235,7 @@ def test_rejects_moments_of_another_type():
     model, optimizer = build("bfloat16", "float32")
     train(model, optimizer, range(1))
     other = LowPrecisionAdamW(optimizer.param_groups, 1e-3, (0.9, 0.98), 1e-6, moments=torch.float32)
-    with pytest.raises(UsageError, match=r"optim.moments: found torch.bfloat16.*expected torch.float32"):
+    with pytest.raises(UsageError, match=r"optim.bfloat16: found moments in torch.bfloat16.*expected torch.float32"):
         other.load_state_dict(optimizer.state_dict())
 
 
@@ -321,7 +326,7 @@ def test_gradient_of_a_token_that_is_in_every_text_keeps_growing():
 
 
 def test_rejects_other_half_precision_weights():
-    settings = OptimConfig(text_weights="bfloat16")
+    settings = OptimConfig(lr=1e-3, bfloat16=["text_weights"])
     build_optimizer(halve_text_weights(tiny_model()), settings)
     with pytest.raises(UsageError, match=r"found \d+ others.*text_model"):
         build_optimizer(tiny_model(), settings)
@@ -330,7 +335,7 @@ def test_rejects_other_half_precision_weights():
     with pytest.raises(UsageError, match=r"found 1 others, first visual_projection.weight \(torch.bfloat16\)"):
         build_optimizer(model, settings)
     with pytest.raises(UsageError, match="float32 weights"):
-        build_optimizer(halve_text_weights(tiny_model()), OptimConfig())
+        build_optimizer(halve_text_weights(tiny_model()), OptimConfig(lr=1e-3))
 
 
 def test_embedding_of_its_own_kind_stays_float32():

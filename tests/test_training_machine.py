@@ -86,13 +86,13 @@ def test_a_resumed_run_keeps_its_precision_on_a_machine_that_would_choose_anothe
 
 
 def test_settings_that_need_bfloat16_say_what_to_do(tmp_path):
-    text_weights = {"text_weights": "bfloat16"}
+    text_weights = {"bfloat16": ["text_weights"]}
     config = Config.from_dict({"model": {"preset": "ViT-B/32", "tokenizer": "train"}, "optim": text_weights})
     if computes_bfloat16(CPU):
         config.run.precision = "fp32"
         expected = "bfloat16 needs run.precision bf16"
     else:
-        expected = "set optim.text_weights to float32"
+        expected = "take text_weights out of optim.bfloat16"
     with pytest.raises(UsageError, match=expected):
         build_accelerator(config)
 

@@ -1,6 +1,7 @@
 """Where model, tokenizer and image processor of a run come from, and what does not fit together."""
 
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from training_utils import caption, tiny_recipe
+from training_utils import ROOT, caption, tiny_recipe
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, ViTConfig, ViTModel
 
 from hfclip import HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
@@ -111,15 +112,21 @@ def test_folder_of_transformers_clip_is_continued(tmp_path):
     assert all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
-def test_two_pretrained_towers_make_a_model(trained, tmp_path):
+def test_two_pretrained_towers_make_a_model(trained, tmp_path, monkeypatch):
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vit = ViTModel(ViTConfig(**tower, image_size=32, patch_size=16))
     vit.save_pretrained(tmp_path / "vit")
     HFCLIPImageProcessor(size=32, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(tmp_path / "vit")
     HFCLIPModel.from_pretrained(trained).text_model.save_pretrained(tmp_path / "text")
     HFCLIPTokenizer.from_pretrained(trained).save_pretrained(tmp_path / "text")
-    origin = {"config": None, "vision_checkpoint": str(tmp_path / "vit"), "text_checkpoint": str(tmp_path / "text")}
-    model, processor = build(recipe(tmp_path, model={**origin, "projection_dim": 8, "tokenizer": None}))
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.S)[1]
+    for word, replacement in {r"google/vit[\w-]+": "vit", r"google-bert/[\w-]+": "text", "=1024": "=8"}.items():
+        code, count = re.subn(word, replacement, code)
+        assert count == 1
+    exec(code, {})
+    origin = {"config": None, "checkpoint": "data/two-towers", "tokenizer": None}
+    model, processor = build(recipe(tmp_path, model=origin))
     assert torch.equal(model.vision_model.embeddings.cls_token, vit.embeddings.cls_token)
     assert model.visual_projection.weight.shape == (8, 32)
     assert list(processor.image_processor.image_std) == [0.25] * 3

@@ -54,16 +54,16 @@ def test_frozen_parameters_are_left_out():
 
 
 def test_adam_defaults_are_those_of_the_paper_for_each_family():
-    transformer, resnet = (build_optimizer(model, OptimConfig()) for model in (vit(), model_with(RESNET)))
+    transformer, resnet = (build_optimizer(model, OptimConfig(lr=1e-3)) for model in (vit(), model_with(RESNET)))
     assert (transformer.defaults["betas"], transformer.defaults["eps"]) == ((0.9, 0.98), 1e-6)
     assert (resnet.defaults["betas"], resnet.defaults["eps"]) == ((0.9, 0.999), 1e-8)
     assert [group["weight_decay"] for group in resnet.param_groups] == [0.2, 0.0]
-    chosen = build_optimizer(vit(), OptimConfig(beta2=0.95, eps=1e-7)).defaults
+    chosen = build_optimizer(vit(), OptimConfig(lr=1e-3, beta2=0.95, eps=1e-7)).defaults
     assert (chosen["betas"], chosen["eps"]) == ((0.9, 0.95), 1e-7)
 
 
 def test_default_is_torchs_fused_adamw():
-    optimizer = build_optimizer(vit(), OptimConfig())
+    optimizer = build_optimizer(vit(), OptimConfig(lr=1e-3))
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
     assert [group["lr_scale"] for group in optimizer.param_groups] == [1.0, 1.0]
 
@@ -155,7 +155,7 @@ def test_groups_of_equal_settings_are_merged_and_come_in_one_order():
 
 
 def test_learning_rate_is_applied_by_layer():
-    optimizer = build_optimizer(deep(), OptimConfig(layer_decay=0.5))
+    optimizer = build_optimizer(deep(), OptimConfig(lr=1e-3, layer_decay=0.5))
     apply_learning_rate(optimizer, 0.01)
     assert [group["lr"] for group in optimizer.param_groups] == [
         0.01 * scale for scale in (1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125)
@@ -166,7 +166,7 @@ def test_learning_rate_is_applied_by_layer():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rejects_half_precision_weights(dtype):
     with pytest.raises(UsageError, match=rf"float32 weights.*{dtype}.*run.precision"):
-        build_optimizer(vit().to(dtype), OptimConfig())
+        build_optimizer(vit().to(dtype), OptimConfig(lr=1e-3))
 
 
 @pytest.mark.parametrize("warmup", [0, 7])
@@ -192,4 +192,4 @@ def test_length_of_a_run():
     assert total_steps(OptimConfig(epochs=2.5, steps=7, warmup_steps=0), steps_per_epoch=10) == 7
     assert total_steps(OptimConfig(epochs=0.01, warmup_steps=0), steps_per_epoch=10) == 1
     with pytest.raises(UsageError, match="found 2000.*fewer than the 20 steps"):
-        total_steps(OptimConfig(epochs=2), steps_per_epoch=10)
+        total_steps(OptimConfig(epochs=2, warmup_steps=2000), steps_per_epoch=10)

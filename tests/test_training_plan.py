@@ -17,7 +17,7 @@ from transformers import BertConfig, ConvNextConfig, Dinov2Config
 
 from hfclip import HFCLIPConfig, HFCLIPModel
 from hfclip.errors import UsageError
-from training.config import OptimConfig
+from training.config import OptimConfig, PhaseConfig
 from training.footprint import Towers
 from training.low_precision import halve_text_weights
 from training.model import checkpoint_activations
@@ -148,17 +148,16 @@ def test_texts_of_other_families_keep_what_their_padding_takes():
     assert own_short < own_long
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-@pytest.mark.parametrize("text_weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("halved", [[], ["moments"], ["text_weights"], ["moments", "text_weights"]])
 @pytest.mark.parametrize("freeze", ["none", "vision"])
-def test_weights_gradients_and_moments_are_what_the_optimizer_holds(moments, text_weights, freeze):
+def test_weights_gradients_and_moments_are_what_the_optimizer_holds(halved, freeze):
     config = architecture()
     model = HFCLIPModel(config)
     if freeze != "none":
         model.freeze(freeze)
-    if text_weights == "bfloat16":
+    if "text_weights" in halved:
         halve_text_weights(model)
-    optimizer = build_optimizer(model, OptimConfig(moments=moments, text_weights=text_weights))
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3, bfloat16=halved))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -170,8 +169,8 @@ def test_weights_gradients_and_moments_are_what_the_optimizer_holds(moments, tex
         "gradients": sum(p.grad.nbytes for p in trained),
         "moments": sum(t.nbytes for t in states),
     }
-    run = planned(f"--optim.moments {moments} --optim.text_weights {text_weights} --model.freeze {freeze}")
-    sizes = model_bytes(replace(run, towers=Towers(config, freeze, text_weights)), cached=False)
+    run = planned(f"--optim.bfloat16 {','.join(halved) or []} --model.freeze {freeze}")
+    sizes = model_bytes(replace(run, towers=Towers(config, freeze, halved)), cached=False)
     for name, size in held.items():
         assert sizes[name] == pytest.approx(size, rel=1e-3), name  # the scalar's moments are not counted above
 
@@ -182,7 +181,7 @@ def held_by_rank(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     accelerator, model = Accelerator(cpu=True), HFCLIPModel(architecture())
     shard(model, accelerator)
-    optimizer = build_optimizer(model, OptimConfig())
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
     pixel_values, input_ids = torch.randn(2, 3, 112, 112), torch.full((2, 5), 999)
     output = model(pixel_values=pixel_values, input_ids=input_ids, embeds_only=True)
     (output.image_embeds * output.text_embeds).sum().backward()
@@ -231,7 +230,7 @@ def test_largest_micro_batch_is_the_largest_that_fits():
 def test_what_saves_memory_lets_larger_micro_batches_fit():
     base = "--world 64 --optim.batch_size 65536 --memory 32"
     largest = make_plan(planned(base, "ViT-B/16")).largest
-    settings = ("model.gradient_checkpointing true", "optim.moments bfloat16", "run.shard_weights true")
+    settings = ("model.gradient_checkpointing true", "optim.bfloat16 moments", "run.shard_weights true")
     for saving in (*settings, "optim.exchange ring"):
         assert make_plan(planned(f"{base} --{saving}", "ViT-B/16")).largest > largest, saving
     assert make_plan(planned(f"{base} --optim.ema_decay 0.999", "ViT-B/16")).largest < largest
@@ -280,10 +279,10 @@ def test_names_the_bottleneck(arguments, bottleneck):
         ),
         (
             "--memory 1",
-            "the most are moments, 3.2 GiB. Try --run.shard_weights true on several devices or --optim.moments bfloat16",
+            "the most are moments, 3.2 GiB. Try --run.shard_weights true on several devices or --optim.bfloat16 moments",
         ),
         (
-            "--optim.moments bfloat16 --run.shard_weights true --memory 1",
+            "--optim.bfloat16 moments --run.shard_weights true --memory 1",
             "Try more devices or a device with more memory",
         ),
         (
@@ -336,7 +335,7 @@ def test_days_follow_from_the_steps():
 
 def test_phases_of_smaller_images_take_less_time():
     base, half = planned("--world 64 --decode 1e6", "ViT-B/16"), planned("--world 64 --decode 1e6", "ViT-B/16")
-    half.config.data.phases = [{"epochs": 16, "image_size": 112, "text_length": 16}]
+    half.config.data.phases = [PhaseConfig(epochs=16, image_size=112, text_length=16)]
     small = make_plan(half).days / make_plan(base).days
     assert 0.5 < small < 0.7  # half of the run, with a quarter of the patches
 
@@ -345,7 +344,11 @@ def test_settings_are_the_trainers_own():
     arguments = "--config vit_b_32 --optim.batch_size 4096 --model.gradient_checkpointing false --world 8"
     config = parse_run(arguments.split())[0].config
     assert (config.optim.batch_size, config.model.gradient_checkpointing) == (4096, False)
-    assert (config.optim.moments, config.run.precision, config.optim.micro_batch_size) == ("bfloat16", "bf16", 2048)
+    assert (config.optim.bfloat16, config.run.precision, config.optim.micro_batch_size) == (
+        ["moments", "text_weights"],
+        "bf16",
+        2048,
+    )
 
 
 def test_length_of_the_run_is_that_of_the_settings():
@@ -381,8 +384,8 @@ def test_precision_that_is_left_to_the_machine_is_what_the_trainer_takes_there()
         ("--model.preset RN50 --link inf", "--link: found inf"),
         ("--model.preset RN50 --run.shard_weights true", "run.shard_weights: found one process"),
         (
-            "--model.preset RN50 --world 8 --run.precision fp16 --optim.text_weights bfloat16",
-            "optim.text_weights: bfloat16 needs run.precision bf16",
+            "--model.preset RN50 --world 8 --run.precision fp16 --optim.bfloat16 text_weights",
+            "optim.bfloat16: text_weights need run.precision bf16",
         ),
     ],
 )

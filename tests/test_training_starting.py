@@ -58,7 +58,7 @@ def test_moved_run_goes_on_where_it_lies_from_any_folder(start, tmp_path, monkey
     write_shards(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    paths = {"data": {"train": "shards", "cache_dir": "~/cache"}, "run": {"output_dir": "~/runs/a"}}
+    paths = {"data": {"train": "shards"}, "run": {"output_dir": "~/runs/a"}}
     recipe = write_recipe(tmp_path, optim={"steps": 3}, eval={"retrieval": "~/shards/{0..0}.tar"}, **paths)
     assert start("--config", recipe.relative_to(tmp_path))[0] == 0
     assert (tmp_path / "runs/a/model").is_dir() and not (tmp_path / "~").exists()

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -210,12 +211,16 @@ def watched(folder):
 
 
 @pytest.mark.parametrize("num_ranks, workers", [(1, 2), (2, 0), (3, 2)])
-def test_batches_are_the_same_for_any_ranks_workers_and_start_on_a_bounded_disk(num_ranks, workers, shards, tmp_path):
+def test_batches_are_the_same_for_any_ranks_workers_and_start_on_a_bounded_disk(
+    num_ranks, workers, shards, tmp_path, monkeypatch
+):
     with server(shards) as (address, _):
-        config = config_of(tmp_path, address + URL, shards, cache_dir=str(tmp_path / "other"))
+        config = config_of(tmp_path, address + URL, shards)
+        monkeypatch.setenv("HFCLIP_CACHE", str(tmp_path / "other"))
         count_shards(config.data.train, tmp_path / "other")
         shutil.copytree(tmp_path / "other" / "counts", tmp_path / "cache" / "counts")
         expected = contents(batches(config, stop=26))  # two epochs of twelve steps, and a bit
+        monkeypatch.setenv("HFCLIP_CACHE", str(tmp_path / "cache"))
         config = config_of(tmp_path, address + URL, shards, num_workers=workers)
         with watched(tmp_path / "cache" / "streamed") as most:
             found = [contents(batches(config, stop=26, rank=rank, num_ranks=num_ranks)) for rank in range(num_ranks)]
@@ -370,7 +375,8 @@ def counted_otherwise(rank, url, shards, folder):
     """What the second of two machines does, whose counts are not those of the first."""
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    config = config_of(folder, url, shards, cache_dir=str(folder / f"cache{rank}"))
+    os.environ["HFCLIP_CACHE"] = str(folder / f"cache{rank}")
+    config = config_of(folder, url, shards)
     with pytest.raises(UsageError, match="the machines have different counts"):
         batches(config, rank=rank, num_ranks=2)
     torch.distributed.destroy_process_group()
@@ -400,7 +406,7 @@ def test_counting_goes_on_where_it_was_killed_and_reads_what_changed(shards, tmp
 
     remote = shutil.copytree(shards, tmp_path / "remote")
     with server(remote, Slow) as (address, requests):
-        line = [sys.executable, ROOT / "training" / "index.py", address + URL, "--cache-dir", tmp_path / "cache"]
+        line = [sys.executable, ROOT / "training" / "index.py", address + URL]
         process = subprocess.Popen(line, env=environment(), stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         partial = None

@@ -71,7 +71,7 @@ def tiny_recipe(folder: Path, **sections: dict) -> dict:
             "tokenizer": "train",
             "vocab_size": 600,
         },
-        "data": {"train": str(folder / "shards"), "num_workers": 0, "cache_dir": str(folder / "cache")},
+        "data": {"train": str(folder / "shards"), "num_workers": 0},
         "optim": {"batch_size": 16, "steps": 6, "lr": 1e-3, "warmup_steps": 2},
         "run": {"output_dir": str(folder / "run"), "precision": "fp32", "log_every": 1, "save_every": 0},
         "eval": {"every": 0},

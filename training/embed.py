@@ -31,7 +31,7 @@ from .machine import computes_on_cpu, num_workers, tune_cpu
 from .objectives.teacher import load_teacher
 
 
-SAME_AS = ("split", "image_key", "caption_key", "max_samples", "cache_dir")  # as the trainer's settings of data
+SAME_AS = ("split", "image_key", "caption_key", "max_samples")  # as the trainer's settings of data
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,6 +26,8 @@ from .machine import num_workers
 
 
 NUM_PICTURES = 24
+BATCH_SIZE = 256  # images or texts at a time on each process
+MAX_PAIRS = 5000  # held-out, of a retrieval evaluation: more make recall harder
 
 
 class LabelledSet(NamedTuple):
@@ -54,7 +56,7 @@ class Evaluator:
         tasks = [(labelled.name, zero_shot, labelled) for labelled in self.labelled]
         tasks += [("retrieval", retrieval, self.pairs)] if self.pairs else []
         workers = num_workers(self.config.data.num_workers)
-        options = {"batch_size": self.config.eval.batch_size, "num_workers": workers}
+        options = {"batch_size": BATCH_SIZE, "num_workers": workers}
         with self.accelerator.autocast():
             return {name: task(model, self.processor, data, **options) for name, task, data in tasks}
 
@@ -96,7 +98,7 @@ def _open_pairs(config: Config, image_size: int) -> Source:
     if config.eval.retrieval == "scenes":
         task = retrieval_task(size=image_size)
         return Pairs(task.images, task.texts)
-    data = replace(config.data, max_samples=config.eval.max_samples)
+    data = replace(config.data, max_samples=MAX_PAIRS)
     try:
         return open_data(config.eval.retrieval, data, None, image_size)
     except UsageError as error:

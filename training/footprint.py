@@ -3,7 +3,7 @@
 All of it is measured on the model itself, without memory for it and without arithmetic, so that any tower is served.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -44,13 +44,13 @@ class Kept:
 class Towers:
     """What the towers of a model cost, measured without memory and without arithmetic."""
 
-    def __init__(self, architecture: HFCLIPConfig, freeze: str = "none", text_weights: str = "float32"):
-        self.architecture, self.freeze, self.text_weights, self._kept = architecture, freeze, text_weights, {}
+    def __init__(self, architecture: HFCLIPConfig, freeze: str = "none", bfloat16: Sequence[str] = ()):
+        self.architecture, self.freeze, self.bfloat16, self._kept = architecture, freeze, bfloat16, {}
 
     def _on_meta(self) -> HFCLIPModel:
         with torch.device("meta"):
             model = HFCLIPModel(self.architecture)
-        if self.text_weights == "bfloat16":
+        if "text_weights" in self.bfloat16:
             halve_text_weights(model)
         if self.freeze != "none":
             model.freeze(self.freeze)

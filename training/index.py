@@ -7,7 +7,6 @@ several machines needs the same file on each: `--upload` puts it beside the tars
 """
 
 import argparse
-from pathlib import Path
 
 from hfclip_errors import start_program
 
@@ -16,7 +15,7 @@ if __name__ == "__main__":
     start_program(__file__, __spec__, "train")
 
 from hfclip.data.counts import count_shards, upload
-from hfclip.data.shards import CACHE
+from hfclip.data.shards import cache_folder
 from hfclip.errors import UsageError, redact, run
 
 
@@ -26,7 +25,6 @@ HOW = ("without data.caption_key", "with one")  # samples may be usable or not
 def main() -> None:
     parser = argparse.ArgumentParser(description="Counts the samples of remote tars for runs with data.disk.")
     parser.add_argument("url", help="what data.train will be")
-    parser.add_argument("--cache-dir", default=CACHE, help="as data.cache_dir (default: %(default)s)")
     parser.add_argument("--upload", action="store_true", help="put the file beside the tars, for all machines")
     arguments = parser.parse_args()
     if arguments.upload and redact(arguments.url) != arguments.url:
@@ -34,7 +32,7 @@ def main() -> None:
             "--upload: found credentials in the URL, which the file would publish. Leave --upload out, and copy the "
             "file to the same place on each machine."
         )
-    path, counted = count_shards(arguments.url, Path(arguments.cache_dir).expanduser())
+    path, counted = count_shards(arguments.url, cache_folder())
     counts = [f"{sum(shard.usable[key] for shard in counted)} usable pairs {how}" for key, how in enumerate(HOW)]
     print(f"{len(counted)} tars, {sum(shard.size for shard in counted) / 1e9:,.1f} GB, {', '.join(counts)}: {path}")
     if arguments.upload:

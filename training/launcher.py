@@ -18,7 +18,8 @@ import psutil
 
 from hfclip_errors import UsageError, redact
 
-from .config import NO_ACCUMULATION, Config
+from .config import Config
+from .typed import NO_ACCUMULATION
 
 
 PROGRAMS = ("accelerate", "accelerate-launch", "torchrun")

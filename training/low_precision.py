@@ -159,7 +159,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 moment = state_dict["state"][number][name]
                 if moment.dtype != self.moments:
                     raise UsageError(
-                        f"optim.moments: found {moment.dtype} in the checkpoint, expected {self.moments}. Put the "
+                        f"optim.bfloat16: found moments in {moment.dtype} in the checkpoint, expected {self.moments}. Put the "
                         "setting back, or start a new run from these weights by `--model.checkpoint`."
                     )
                 self.state[parameter][name] = moment.to(parameter.device, copy=True)

@@ -63,7 +63,7 @@ def computes_on_cpu() -> bool:
 def check_settings(config: Config, processes: int, device_type: str, reason: str = "") -> None:
     """Raises UsageError for settings that do not go together on this many processes of a kind of device."""
     optim, run = config.optim, config.run
-    if optim.batch_size < processes:
+    if optim.batch_size is not None and optim.batch_size < processes:
         raise UsageError(
             f"optim.batch_size: found {optim.batch_size}, expected a pair for each of {processes} processes at least."
         )
@@ -74,9 +74,9 @@ def check_settings(config: Config, processes: int, device_type: str, reason: str
         raise UsageError("run.shard_weights: found one process, expected several to split the weights over.")
     if run.shard_weights and run.precision == "fp16":
         raise UsageError("run.shard_weights: found run.precision fp16, expected bf16 or fp32.")
-    if optim.text_weights == "bfloat16" and (run.precision != "bf16" or run.shard_weights):
-        found = f" Found {run.precision} ({reason}): set optim.text_weights to float32." if reason else ""
-        raise UsageError(f"optim.text_weights: bfloat16 needs run.precision bf16, and run.shard_weights false.{found}")
+    if "text_weights" in optim.bfloat16 and (run.precision != "bf16" or run.shard_weights):
+        found = f" Found {run.precision} ({reason}): take text_weights out of optim.bfloat16." if reason else ""
+        raise UsageError(f"optim.bfloat16: text_weights need run.precision bf16, and run.shard_weights false.{found}")
 
 
 def on_main_process(state: Accelerator | PartialState, function, *arguments):

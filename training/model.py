@@ -1,7 +1,7 @@
 """What is trained: the model, and the tokenizer and image processor that travel with it.
 
 First the architecture, from the settings alone; then the tokenizer, which may be trained on the captions; then the
-weights: of a pretrained model, of two pretrained towers, or random. They are float32 wherever they come from. A
+weights: of a pretrained model, or random. They are float32 wherever they come from. A
 resumed run goes on from its checkpoint as from any pretrained model.
 """
 
@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from hfclip import (
     HFCLIPConfig,
@@ -28,7 +28,8 @@ from hfclip.data.samples import BadSample, Source
 from hfclip.errors import UsageError
 from hfclip.losses import LOSSES
 
-from .config import SECTIONS, Config, ModelConfig, load_yaml
+from .command import load_yaml
+from .config import SECTIONS, Config, ModelConfig
 from .low_precision import halve_text_weights
 
 
@@ -40,8 +41,7 @@ def resumed_from(config: Config, checkpoint: Path | None) -> Config:
     if checkpoint is None:
         return config
     origin = {"checkpoint": str(checkpoint), "preset": None, "config": None, "tokenizer": None}
-    towers = {"vision_checkpoint": None, "text_checkpoint": None}
-    return replace(config, model=replace(config.model, **origin, **towers))
+    return replace(config, model=replace(config.model, **origin))
 
 
 def build_architecture(config: Config) -> HFCLIPConfig:
@@ -95,10 +95,6 @@ def _architecture(model: ModelConfig) -> HFCLIPConfig:
         return HFCLIPConfig.from_preset(model.preset)
     if model.checkpoint is not None:
         return HFCLIPConfig.from_pretrained(model.checkpoint)
-    if model.vision_checkpoint is not None:
-        towers = {"vision": model.vision_checkpoint, "text": model.text_checkpoint}
-        configs = {f"{tower}_config": AutoConfig.from_pretrained(path) for tower, path in towers.items()}
-        return HFCLIPConfig(**configs, projection_dim=model.projection_dim)
     fields = model.config if isinstance(model.config, dict) else load_yaml(model.config)
     sections = [name for name in fields if name in SECTIONS]
     if sections:
@@ -152,9 +148,6 @@ def build_processor(
 def _image_processor(model: ModelConfig, image_size: int) -> HFCLIPImageProcessor:
     if model.checkpoint is not None:
         return HFCLIPImageProcessor.from_pretrained(model.checkpoint)
-    if model.vision_checkpoint is not None:
-        theirs = AutoImageProcessor.from_pretrained(model.vision_checkpoint)
-        return HFCLIPImageProcessor(size=image_size, image_mean=theirs.image_mean, image_std=theirs.image_std)
     return HFCLIPImageProcessor(size=image_size)
 
 
@@ -164,10 +157,9 @@ def _tokenizer(config: Config, source: Source) -> PreTrainedTokenizerBase:
         return _trained_tokenizer(config, source)
     if model.tokenizer is None and model.checkpoint is not None:
         return HFCLIPProcessor.from_pretrained(model.checkpoint).tokenizer
-    name = model.tokenizer or model.text_checkpoint
-    if name.endswith((".gz", ".txt")):
-        return HFCLIPTokenizer.from_openai_bpe(name)
-    return AutoTokenizer.from_pretrained(name)
+    if model.tokenizer.endswith((".gz", ".txt")):
+        return HFCLIPTokenizer.from_openai_bpe(model.tokenizer)
+    return AutoTokenizer.from_pretrained(model.tokenizer)
 
 
 def _trained_tokenizer(config: Config, source: Source) -> HFCLIPTokenizer:
@@ -200,15 +192,11 @@ def build_model(config: Config, architecture: HFCLIPConfig) -> HFCLIPModel:
     try:
         if config.model.checkpoint is not None:
             model = load_model(config.model.checkpoint, config=architecture)
-        elif config.model.vision_checkpoint is not None:
-            logits = {key: getattr(architecture, key) for key in ("logit_scale_init_value", "logit_bias_init_value")}
-            towers = (config.model.vision_checkpoint, config.model.text_checkpoint)
-            model = HFCLIPModel.from_vision_text_pretrained(*towers, config.model.projection_dim, **logits)
         else:
             model = HFCLIPModel(architecture)
     except (OSError, ValueError) as error:
         raise UsageError(f"model: {error}") from error
-    if config.optim.text_weights == "bfloat16":
+    if "text_weights" in config.optim.bfloat16:
         halve_text_weights(model)
     if config.model.freeze != "none":
         model.freeze(config.model.freeze)

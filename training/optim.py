@@ -10,6 +10,7 @@ from hfclip.errors import UsageError
 from hfclip.modeling_hfclip import blocks_of
 
 from .config import OptimConfig
+from .defaults import num_steps
 from .low_precision import LowPrecisionAdamW, text_matrices
 
 
@@ -63,16 +64,16 @@ def _levels(tower: nn.Module) -> list[list[nn.Parameter]]:
 def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; beta2 and epsilon default to the paper's for the kind of vision tower.
 
-    It is torch's fused AdamW, or `LowPrecisionAdamW` where the moments or the text weights are bfloat16.
+    It is torch's fused AdamW, or `LowPrecisionAdamW` where something is kept in bfloat16.
 
     Args:
-        model: in float32 but for what `halve_text_weights` halves, if `text_weights` says so.
+        model: in float32 but for what `halve_text_weights` halves, if `config.bfloat16` says so.
         seed: of the noise of stochastic rounding.
 
     Raises:
         UsageError: if a parameter is of another type. Adam's small updates vanish in half-precision weights.
     """
-    halved = {id(m.weight) for m in text_matrices(model)} if config.text_weights == "bfloat16" else set()
+    halved = {id(m.weight) for m in text_matrices(model)} if "text_weights" in config.bfloat16 else set()
     expected = {True: torch.bfloat16, False: torch.float32}
     wrong = [f"{name} ({p.dtype})" for name, p in model.named_parameters() if p.dtype != expected[id(p) in halved]]
     if wrong:
@@ -86,9 +87,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> tor
     beta2, eps = (0.999, 1e-8) if has_batch_norm else (0.98, 1e-6)
     betas = (0.9, beta2 if config.beta2 is None else config.beta2)
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
-    if config.moments == config.text_weights == "float32":
+    if not config.bfloat16:
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps or eps, fused=True)
-    moments = getattr(torch, config.moments)
+    moments = torch.bfloat16 if "moments" in config.bfloat16 else torch.float32
     return LowPrecisionAdamW(groups, config.lr, betas, config.eps or eps, moments=moments, seed=seed)
 
 
@@ -112,7 +113,7 @@ def total_steps(config: OptimConfig, steps_per_epoch: int) -> int:
     Raises:
         UsageError: if the warm-up would not end within it.
     """
-    total = config.steps or max(round(config.epochs * steps_per_epoch), 1)
+    total = num_steps(config, steps_per_epoch)
     if config.warmup_steps >= total:
         raise UsageError(
             f"optim.warmup_steps: found {config.warmup_steps}, expected fewer than the {total} steps of the run "

@@ -5,16 +5,15 @@
 """
 
 import bisect
-import difflib
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from hfclip import HFCLIPConfig
 from hfclip.errors import UsageError
 
-from .config import Config, _require
+from .config import Config, PhaseConfig
+from .typed import require
 
 
 class Phase(NamedTuple):
@@ -32,25 +31,24 @@ class Phases:
     """The phases of a run, checked.
 
     Args:
-        given: `data.phases`: mappings of `epochs` (above 0) and of some of `image_size`, `text_length` and
-            `patch_dropout`; what a phase leaves out is as in `full`.
+        given: `data.phases`; what a phase leaves out is as in `full`.
         full: The model's own settings, for the rest of the run. None of a phase may be above its size or length.
         stride: Pixels that an image's side must be a multiple of: the patch of a ViT, 32 for a ResNet.
         steps_per_epoch, total_steps: Of the run.
 
     Raises:
-        UsageError: for an unknown name, a wrong type or value, or phases that last longer than the run.
+        UsageError: for sizes that the model has not, or phases that last longer than the run.
     """
 
-    def __init__(self, given: list[dict], full: Phase, *, stride: int, steps_per_epoch: int, total_steps: int):
+    def __init__(self, given: list[PhaseConfig], full: Phase, *, stride: int, steps_per_epoch: int, total_steps: int):
         self.phases = [_checked(entry, full, stride, f"data.phases[{i}]") for i, entry in enumerate(given)] + [full]
         epochs, self.ends = 0.0, []
         for i, entry in enumerate(given):
-            epochs += entry["epochs"]
+            epochs += entry.epochs
             self.ends.append(round(epochs * steps_per_epoch))
             if self.ends[-1] == (self.ends[-2] if i else 0):
                 raise UsageError(
-                    f"data.phases[{i}].epochs: found {entry['epochs']!r}, less than a step; an epoch has "
+                    f"data.phases[{i}].epochs: found {entry.epochs!r}, less than a step; an epoch has "
                     f"{steps_per_epoch} steps. Leave the phase out or make it longer."
                 )
         if self.ends and self.ends[-1] > total_steps:
@@ -74,36 +72,21 @@ def build_phases(
     """
     vision = architecture.vision_config
     full = Phase(architecture.image_size, tokenizer.model_max_length, getattr(vision, "patch_dropout", 0.0))
-    if not architecture.has_patches and any(entry.get("patch_dropout") for entry in config.data.phases):
+    if not architecture.has_patches and any(entry.patch_dropout for entry in config.data.phases):
         raise UsageError(f"data.phases: a {vision.model_type} tower has no patches to drop. Leave patch_dropout out.")
     return Phases(
         config.data.phases, full, stride=architecture.image_stride, steps_per_epoch=steps_per_epoch, total_steps=stop
     )
 
 
-def _checked(entry: dict, full: Phase, stride: int, name: str) -> Phase:
-    known = ("epochs", *Phase._fields)
-    for key in entry:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Expected some of: {', '.join(known)}."
-            raise UsageError(f"{name}: unknown setting {key!r}. {hint}")
-
-    epochs, phase = entry.get("epochs"), full._replace(**{key: entry[key] for key in entry if key != "epochs"})
-    _require(_is_number(epochs) and epochs > 0, f"{name}.epochs", epochs, "a number above 0")
-    size, length, dropout = phase
-    good = _is_whole(size) and 0 < size <= full.image_size and (size % stride == 0 or size == full.image_size)
+def _checked(entry: PhaseConfig, full: Phase, stride: int, name: str) -> Phase:
+    given = {key: getattr(entry, key) for key in Phase._fields}
+    phase = full._replace(**{key: value for key, value in given.items() if value is not None})
+    size, length, _ = phase
+    good = size <= full.image_size and (size % stride == 0 or size == full.image_size)
     expected = f"a multiple of {stride} (pixels), at most the {full.image_size} of the model"
-    _require(good, f"{name}.image_size", size, expected)
-    good = _is_whole(length) and 3 <= length <= full.text_length
-    _require(good, f"{name}.text_length", length, f"3 (start, a token, end) to the model's {full.text_length} tokens")
-    _require(_is_number(dropout) and 0 <= dropout < 1, f"{name}.patch_dropout", dropout, "0 <= value < 1")
-    return phase._replace(patch_dropout=float(dropout))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    require(good, f"{name}.image_size", size, expected)
+    require(
+        length <= full.text_length, f"{name}.text_length", length, f"at most the model's {full.text_length} tokens"
+    )
+    return phase

@@ -30,12 +30,15 @@ if __name__ == "__main__":
 from hfclip.errors import UsageError, run
 from hfclip.losses.tiles import DEVICE_TILE
 
-from .config import Config, _Parser, _require, parse_arguments
+from .command import ArgumentParser, parse_arguments
+from .config import Config, PhaseConfig
 from .data.batches import BYTES_AHEAD
+from .defaults import fill_numbers
 from .footprint import Towers
 from .machine import check_settings
 from .model import build_architecture
 from .step import MOST_ON_DEVICE
+from .typed import require
 
 
 GIB, HALF, FULL = 2**30, 2, 4  # bytes; bytes of a number in half and in single precision
@@ -139,7 +142,7 @@ def model_bytes(run: PlannedRun, cached: bool) -> dict[str, float]:
         "weights": count.weights / split,
         # Until their last micro-batch is through, gradients are whole on each process.
         "gradients": count.gradients / (1 if cached else split),
-        "moments": count.trained * 2 * (HALF if optim.moments == "bfloat16" else FULL) / split,
+        "moments": count.trained * 2 * (HALF if "moments" in optim.bfloat16 else FULL) / split,
     }
     if optim.ema_decay is not None:
         sizes["moving average"] = FULL * count.trained / split
@@ -181,7 +184,7 @@ def batches_ahead(run: PlannedRun) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def step_seconds(run: PlannedRun, num_micro: int, phase: dict | None = None) -> dict[str, float]:
+def step_seconds(run: PlannedRun, num_micro: int, phase: PhaseConfig | None = None) -> dict[str, float]:
     """Seconds of the parts of a step, and "step", which is less than their sum where parts overlap."""
     count, dim, optim = run.towers.parameters, run.towers.architecture.projection_dim, run.config.optim
     sharded, cached = run.config.run.shard_weights, num_micro > 1
@@ -189,7 +192,7 @@ def step_seconds(run: PlannedRun, num_micro: int, phase: dict | None = None) -> 
     towers = run.local * (model + recomputed) / (run.peak * run.share)
     # A product forward; it again and two more backward.
     loss = 8 * run.local * optim.batch_size * dim / (run.device.single * 1e12 * run.share)
-    memory_bytes = count.trained * (2 * FULL + FULL + 4 * (HALF if optim.moments == "bfloat16" else FULL))
+    memory_bytes = count.trained * (2 * FULL + FULL + 4 * (HALF if "moments" in optim.bfloat16 else FULL))
     update = memory_bytes / (run.world if sharded else 1) / (run.device.bandwidth * 1e9)
 
     link, others = run.link * 1e9, (run.world - 1) / run.world
@@ -217,11 +220,11 @@ def step_seconds(run: PlannedRun, num_micro: int, phase: dict | None = None) -> 
     }
 
 
-def pair_flops(run: PlannedRun, cached: bool, phase: dict | None = None) -> tuple[float, float]:
+def pair_flops(run: PlannedRun, cached: bool, phase: PhaseConfig | None = None) -> tuple[float, float]:
     """FLOPs of a pair, forward and backward, and those that are spent again to save memory."""
-    phase, flops, settings = phase or {}, run.towers.flops, run.config.model
-    image = flops.of_image(phase.get("image_size"), phase.get("patch_dropout"))
-    text = flops.of_text(min(run.text_tokens, phase.get("text_length", run.text_tokens)))
+    flops, settings = run.towers.flops, run.config.model
+    image = flops.of_image(phase and phase.image_size, phase and phase.patch_dropout)
+    text = flops.of_text(min(run.text_tokens, phase and phase.text_length or run.text_tokens))
     recomputed = cached * (image.forward + text.forward)
     if settings.gradient_checkpointing:
         recomputed += image.forward * (settings.freeze != "vision") + text.forward * (settings.freeze != "text")
@@ -292,11 +295,15 @@ def _memory_options(run: PlannedRun, what: str) -> list[str]:
         return ["--optim.exchange ring"] if optim.exchange == "gather" else ["more devices"]
     if what in ("own embeddings", "loss tiles"):
         return ["more devices", "a smaller --optim.batch_size"]
-    can_shard = settings.precision != "fp16" and optim.text_weights == "float32"
+    can_shard = settings.precision != "fp16" and "text_weights" not in optim.bfloat16
     options = ["more devices"] if settings.shard_weights else []
     if can_shard and not settings.shard_weights:
         options.append("--run.shard_weights true on several devices")
-    return options if optim.moments == "bfloat16" else [*options, "--optim.moments bfloat16"]
+    return (
+        options
+        if "moments" in optim.bfloat16
+        else [*options, f"--optim.bfloat16 {','.join(['moments', *optim.bfloat16])}"]
+    )
 
 
 def make_plan(run: PlannedRun) -> Plan:
@@ -322,7 +329,7 @@ def _days(run: PlannedRun, num_micro: int) -> float:
     """Days of all phases, each with steps of its own length."""
     total, left = 0.0, run.steps
     for phase in run.config.data.phases:
-        done = min(left, round(run.pairs * phase["epochs"] / run.config.optim.batch_size))
+        done = min(left, round(run.pairs * phase.epochs / run.config.optim.batch_size))
         total += done * step_seconds(run, num_micro, phase)["step"]
         left -= done
     return (total + left * step_seconds(run, num_micro)["step"]) / SECONDS_A_DAY
@@ -381,7 +388,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     usage = "%(prog)s [--config FILE] [--section.setting VALUE ...] [--device NAME] [...]"
     layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = _Parser(description=__doc__, usage=usage, **layout)
+    parser = ArgumentParser(description=__doc__, usage=usage, **layout)
 
     def add(name: str, text: str, **more):
         field = PlannedRun.__dataclass_fields__.get(name.lstrip("-").replace("-", "_"))
@@ -414,7 +421,7 @@ def parse_run(argv: list[str]) -> tuple[PlannedRun, float | None]:
     given = {name: value for name, value in vars(options).items() if value is not None and name != "device"}
     for name, value in given.items():
         expected, highest = ("above 0, at most 1", 1) if name == "share" else ("above 0", math.inf)
-        _require(
+        require(
             0 < value <= highest and value < math.inf, f"--{name.replace('_', '-')}", value, f"a number {expected}"
         )
     if options.device not in DEVICES:
@@ -432,8 +439,9 @@ def parse_run(argv: list[str]) -> tuple[PlannedRun, float | None]:
     device = replace(device, memory=memory or device.memory, **peak_of_run)
     if config.data.max_samples is not None:
         given.setdefault("pairs", config.data.max_samples)
+    fill_numbers(config, int(given.get("pairs", PlannedRun.pairs)))
     check_settings(config, given.get("world", 1), "cuda")
-    towers = Towers(build_architecture(config), config.model.freeze, config.optim.text_weights)
+    towers = Towers(build_architecture(config), config.model.freeze, config.optim.bfloat16)
     return PlannedRun(config=config, towers=towers, device=device, **given), actual_days
 
 

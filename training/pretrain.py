@@ -24,18 +24,19 @@ if __name__ == "__main__":
     start_program(__file__, __spec__, "train")
 
 from . import launcher
-from .config import CONFIG_FILE, Config, parse_arguments
+from .command import Command, parse_arguments
+from .config import CONFIG_FILE, Config
 from .cores import let_waiting_threads_sleep
 from .state import checkpoint, resuming
 
 
 @launcher.program
-def read_command_line() -> tuple[Config, str | None]:
-    """Returns the run that is asked for and what it resumes, unless settings, launcher or folder rule it out."""
-    config, resume = parse_arguments(sys.argv[1:])
+def read_command_line() -> tuple[Config, Command]:
+    """Returns the run that is asked for and how it starts, unless settings, launcher or folder rule it out."""
+    config, command = parse_arguments(sys.argv[1:])
     launcher.check_settings(config)
-    resuming.check_free(Path(config.run.output_dir), resume)
-    return config, resume
+    resuming.check_free(Path(config.run.output_dir), command.resume)
+    return config, command
 
 
 if __name__ == "__main__":
@@ -52,10 +53,11 @@ from hfclip import HFCLIPModel, HFCLIPProcessor
 from hfclip.evaluation import Result
 
 from . import optim, parallel
-from .data.batches import Collate, PairDataset, build_loader, open_data
+from .data.batches import Collate, PairDataset, build_loader, largest_batch, open_data
 from .data.loading import Batches, raise_if_a_reader_is_killed
+from .defaults import fill_numbers, keep_numbers
 from .evaluation import Evaluator
-from .machine import build_accelerator, num_workers, on_main_process
+from .machine import build_accelerator, check_settings, num_workers, on_main_process
 from .model import adapt_to_device, build_architecture, build_model, build_processor, describe, resumed_from
 from .objectives import build_objective
 from .phases import build_phases
@@ -67,6 +69,8 @@ from .state.stopping import Stopping
 from .step import TrainingStep, build_step, num_micro_batches
 
 
+MAX_SILENCE = 45.0  # seconds without a sign of life from any process, after which all of them end
+MAX_BAD_STEPS = 20  # in a row with a non-finite loss or gradient, which end the run; each is skipped
 SECONDS_BETWEEN_LOOKS = 1.0  # for signals and the deadline, while a step waits for its batch
 SECONDS_TO_SAY_SO = 60  # that it waits
 
@@ -106,21 +110,21 @@ class Run:
 
 @launcher.program
 def main() -> None:
-    config, resume = read_command_line()
+    config, command = read_command_line()
     launcher.prefix()
     sys.argv[1:] = map(redact, sys.argv[1:])  # trackers look at them
-    stopping = Stopping(config.run.stop_after)
+    stopping = Stopping(command.stop_after)
     check_trackers(config.run.trackers)
     check_token(config)
-    accelerator = build_accelerator(config, resume)
+    accelerator = build_accelerator(config, command.resume)
     folder, is_main = Path(config.run.output_dir), accelerator.is_main_process
     with (
-        Heartbeat(accelerator.process_index, accelerator.num_processes, config.run.max_silence),
+        Heartbeat(accelerator.process_index, accelerator.num_processes, MAX_SILENCE),
         resuming.undo_if_start_fails(folder, is_main),
     ):
-        run = build(config, resume, accelerator, stopping)
+        run = build(config, command.resume, accelerator, stopping)
         with save_on_failure(run):
-            done = train(run)
+            done = train(run, command.profile)
         results = finish(run, done)
         accelerator.end_training()
         if run.lock is not None:
@@ -139,12 +143,18 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
     folder, main = Path(config.run.output_dir), accelerator.is_main_process
     lock = resuming.lock_run_folder(folder) if main and folder.exists() else None
     resumed, state = on_main_process(accelerator, resuming.find_resumed, folder, resume) or (None, {"step": 0})
-    changes = resuming.check_settings(state.get("config", {}), config) if resumed else []
+    changes = []
+    if resumed:
+        before = resuming.settings_of(state)
+        keep_numbers(config, before)
+        changes = resuming.check_settings(before, config)
 
     origin = resumed_from(config, resumed)
     architecture = build_architecture(origin)
     with accelerator.local_main_process_first():  # one process fetches and indexes, the others find it done
         source = open_data(config.data.train, config.data, config.data.split, architecture.image_size)
+    filled = fill_numbers(config, len(source), largest_batch(source))
+    check_settings(config, accelerator.num_processes, accelerator.device.type)
     dataset = PairDataset(source, config, architecture.image_size)
     start, stop = state["step"], optim.total_steps(config.optim, dataset.steps_per_epoch)
     resuming.check_data(state, list(dataset.order.lengths), stop)
@@ -163,7 +173,7 @@ def build(config: Config, resume: str | None, accelerator: Accelerator, stopping
     tracking = Tracking(accelerator, config, start, stop, step.watch, counts, trackers)
     parts = (config, accelerator, step, processor, loader, evaluator, tracking, stopping, lock)
     run = Run(*parts, start=start, stop=stop, saved=start)
-    log_run_summary(run, resumed, changes)
+    log_run_summary(run, resumed, filled, changes)
     return run
 
 
@@ -201,7 +211,7 @@ def build_step_and_loader(
     return step, build_loader(dataset, collate, config, start=start, stop=stop, **ranks, phases=phases)
 
 
-def log_run_summary(run: Run, resumed: Path | None, changes: list[str]) -> None:
+def log_run_summary(run: Run, resumed: Path | None, filled: list[str], changes: list[str]) -> None:
     """Says what is going to happen."""
     config, accelerator, say = run.config, run.accelerator, run.tracking.say
     batch, processes, per_epoch = config.optim.batch_size, accelerator.num_processes, run.dataset.steps_per_epoch
@@ -211,6 +221,8 @@ def log_run_summary(run: Run, resumed: Path | None, changes: list[str]) -> None:
         f"{config.run.precision} on {processes} x {accelerator.device.type}, "
         f"{num_workers(config.data.num_workers)} worker(s) each, run folder {run.folder}"
     )
+    for line in filled:
+        say(line)
     if left_out := run.dataset.source.describe_skipped():
         say(f"Left out of the data: {left_out}")
     if resumed:
@@ -239,13 +251,12 @@ def save_on_failure(run: Run) -> Iterator[None]:
         raise
 
 
-def train(run: Run) -> int:
+def train(run: Run, num_traced: int = 0) -> int:
     """Runs the steps that are left. Returns the number of steps done, fewer than `run.stop` if it was interrupted."""
     run.stopping.catch_signals()
-    settings, per_epoch = run.config.run, run.dataset.steps_per_epoch
-    save_every = per_epoch if settings.save_every is None else settings.save_every
-    eval_every = per_epoch if run.config.eval.every is None else run.config.eval.every
-    traced = (settings.profile if run.accelerator.is_main_process else 0, run.folder / "profile", run.tracking.say)
+    per_epoch = run.dataset.steps_per_epoch
+    save_every, eval_every = run.config.run.save_every, run.config.eval.every
+    traced = (num_traced if run.accelerator.is_main_process else 0, run.folder / "profile", run.tracking.say)
     if 0 < run.start < run.stop and eval_every and run.start % eval_every == 0:
         if not on_main_process(run.accelerator, run.tracking.has_evaluation, run.start):
             evaluate(run, run.start)  # the run was killed between saving and this
@@ -268,7 +279,7 @@ def train(run: Run) -> int:
             about = {"epoch": done / per_epoch, "logit_scale": run.core.logit_scale.detach().exp()}
             run.tracking.step(done, metrics | about, data_time, counts, flops)
             bad_in_a_row = bad_in_a_row + 1 if metrics["skipped"] else 0
-            if bad_in_a_row >= settings.max_bad_steps:
+            if bad_in_a_row >= MAX_BAD_STEPS:
                 abort_after_bad_steps(run, done, bad_in_a_row, batch)
             if done < run.stop:
                 if save_every and done % save_every == 0:
@@ -352,9 +363,8 @@ def save(run: Run, done: int) -> None:
             metadata = {"config": run.config.record(), "num_processes": run.accelerator.num_processes}
             metadata |= {"samples": list(run.dataset.order.lengths)}
             metadata |= {"counts": counts, "trackers": run.tracking.tracked}
-            keep = {"keep": run.config.run.keep_checkpoints, "keep_every_hours": run.config.run.keep_every_hours}
-            model = (run.core, run.processor)
-            checkpoint.save_checkpoint(run.folder, done, *model, states, metadata, state_dict=weights, **keep)
+            model, keep = (run.core, run.processor), run.config.run.keep_checkpoints
+            checkpoint.save_checkpoint(run.folder, done, *model, states, metadata, keep=keep, state_dict=weights)
             run.tracking.draw()
         run.accelerator.wait_for_everyone()
     run.saved = done

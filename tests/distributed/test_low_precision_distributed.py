@@ -55,7 +55,7 @@ def loss_of(images, texts, logit_scale):
 def run_clip(rank):
     """Everything halved, under DistributedDataParallel: the weights of this rank after some steps."""
     core = tiny_clip()
-    optimizer = build_optimizer(core, OptimConfig(lr=1e-2, moments="bfloat16", text_weights="bfloat16"), seed=5)
+    optimizer = build_optimizer(core, OptimConfig(lr=1e-2, bfloat16=["moments", "text_weights"]), seed=5)
     model = DistributedDataParallel(core)
     torch.manual_seed(rank + 1)  # each rank has pairs, and a global generator, of its own
     for step in range(STEPS):

@@ -29,6 +29,7 @@ from .order import LaneOrder, Order, Place, StepSampler, rank_slice
 
 # What batch["counts"] holds: how often each problem was met, and how many captions were cut.
 COUNTED = (*(f"skipped: {problem}" for problem in PROBLEMS), "truncated captions")
+MAX_BAD_IN_A_ROW = 50  # unusable samples in one place of the batch, one after the other, end the run
 BYTES_AHEAD = 4 << 30  # of decoded images that the workers of a machine prepare
 
 
@@ -41,9 +42,17 @@ def open_data(name: str | dict[str, float], config: DataConfig, split: str | Non
         caption_key=config.caption_key,
         max_samples=config.max_samples,
         image_size=image_size,
-        cache_dir=config.cache_dir,
         disk=config.disk if name == config.train else None,
     )
+
+
+def largest_batch(source: Source) -> int:
+    """The most pairs that a batch can have: of a mixture, each source fills its share."""
+    if not isinstance(source, MixtureSource):
+        return len(source)
+    whole = sum(source.weights)
+    shares = zip(source.lengths, source.weights, strict=True)
+    return min(int(length * whole / weight) for length, weight in shares)
 
 
 class PairDataset(Dataset):
@@ -56,7 +65,7 @@ class PairDataset(Dataset):
 
     def __init__(self, source: Source, config: Config, image_size: int):
         self.source, self.image_size, self.seed = source, image_size, config.run.seed
-        self.max_bad, batch_size = config.data.max_bad_in_a_row, config.optim.batch_size
+        batch_size = config.optim.batch_size
         self.steps_per_epoch = len(source) // batch_size
         if isinstance(source, StreamSource):
             counts = np.diff(source.starts.clip(max=len(source))).tolist()
@@ -94,7 +103,7 @@ class PairDataset(Dataset):
         worker process would end this rank alone, before the others can save.
         """
         place, found, lost = Place(*place), [], []
-        for index, _ in zip(self.order(place.step, place.slot), range(self.max_bad), strict=False):
+        for index, _ in zip(self.order(place.step, place.slot), range(MAX_BAD_IN_A_ROW), strict=False):
             try:
                 example = self._load(index, place)
                 about = {"sample": index, "text_length": place.text_length, "problems": found[:1], "lost": lost}
@@ -106,7 +115,7 @@ class PairDataset(Dataset):
                 return {"failure": str(error), "problems": found[:1]}
         kinds = ", ".join(sorted({PROBLEMS[problem] for problem in found}))
         failure = f"Sample {index} and the {len(found) - 1} tried before it are unusable ({kinds})"
-        return {"failure": f"{failure}. Fix the data, or raise data.max_bad_in_a_row.", "problems": found[:1]}
+        return {"failure": f"{failure}. Fix the data.", "problems": found[:1]}
 
     def _load(self, index: int, place: Place) -> dict:
         # Seeded by the place, not by the process: the same whatever the number of workers and ranks.

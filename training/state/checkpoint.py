@@ -59,7 +59,6 @@ def save_checkpoint(
     metadata: dict,
     *,
     keep: int,
-    keep_every_hours: float | None = None,
     state_dict: "dict[str, Tensor] | None" = None,
 ) -> Path:
     """Writes `checkpoint-<step>`, then removes older ones.
@@ -68,7 +67,6 @@ def save_checkpoint(
         states: state dicts by name ("optimizer", "scaler" ...), given back by `load_states`.
         metadata: JSON values that say what the run was, given back by `read_state`.
         keep: number of newest checkpoints that stay.
-        keep_every_hours: of the others, one per this many hours stays for good.
         state_dict: all weights, where `model` itself holds but a shard of them.
 
     Raises:
@@ -85,7 +83,7 @@ def save_checkpoint(
         state = {"step": step, "saved_at": time.time(), **metadata, "files": files}
         text = json.dumps({**state, "checksum": _checksum(state)}, indent=1)
         (temporary / STATE_FILE).write_text(text, encoding="utf-8")
-    for old in _to_delete(list_checkpoints(run_folder), keep, keep_every_hours):
+    for old in list_checkpoints(run_folder)[:-keep]:
         _remove(old)
     return folder
 
@@ -246,24 +244,6 @@ def recover(parent: Path) -> None:
             os.replace(path, parent / match[2])
         elif match:
             shutil.rmtree(path)
-
-
-def _to_delete(checkpoints: list[Path], keep: int, keep_every_hours: float | None) -> Iterator[Path]:
-    """Yields those of `checkpoints`, oldest first, that are neither among the newest nor to stay for good."""
-    stayed_at = None
-    for checkpoint in checkpoints[:-keep]:
-        saved_at = _saved_at(checkpoint) if keep_every_hours else None
-        if saved_at is None or stayed_at is not None and abs(saved_at - stayed_at) < keep_every_hours * 3600:
-            yield checkpoint
-        else:
-            stayed_at = saved_at
-
-
-def _saved_at(checkpoint: Path) -> float | None:
-    try:
-        return read_json(checkpoint / STATE_FILE)["saved_at"]
-    except (OSError, ValueError, KeyError):  # damaged: not to stay for good
-        return None
 
 
 def _remove(folder: Path) -> None:

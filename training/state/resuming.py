@@ -14,8 +14,9 @@ from filelock import FileLock, Timeout
 
 from hfclip_errors import UsageError
 
-from ..config import CONFIG_FILE, PATHS, Config, recorded
+from ..config import CONFIG_FILE, PATHS, Config
 from ..launcher import prefix
+from ..removed import translate
 from .checkpoint import MODEL_FOLDER, STATE_FILE, list_checkpoints, read_json, read_state, recover, step_of
 
 
@@ -27,10 +28,10 @@ if TYPE_CHECKING:  # torch takes seconds to import; a folder that is in the way 
 FIXED_ON_RESUME = {
     "model": ("preset", "config", "tokenizer"),
     "data": ("train", "split", "max_samples", "phases", "disk", "group_captions"),
-    "optim": ("loss", "batch_size", "layer_decay", "moments", "text_weights"),
+    "optim": ("loss", "batch_size", "layer_decay", "bfloat16"),
     "run": ("seed",),
 }
-HARMLESS_ON_RESUME = ("data.num_workers", "data.cache_dir", "data.max_bad_in_a_row", "optim.exchange")
+HARMLESS_ON_RESUME = ("data.num_workers", "optim.exchange")
 LOCK_FILE = ".lock"
 LEFT_BY_A_START = (LOCK_FILE, "hfclip", "wandb")  # that was killed before its first step: trackers have folders
 
@@ -162,17 +163,22 @@ def precision_of(run_folder: Path, resume: str | None) -> str | None:
     return None
 
 
-def check_settings(saved: dict, config: Config) -> list[str]:
+def settings_of(state: dict) -> Config:
+    """Returns the settings of a checkpoint, also of one from an earlier version."""
+    return Config.from_dict(translate(state["config"], strict=False))
+
+
+def check_settings(saved: Config, config: Config) -> list[str]:
     """Returns a line for each setting that differs from the checkpoint's and changes what the steps compute.
 
     Raises:
         UsageError: for one that decides what a step sees or what the weights are.
     """
-    changes = []
+    changes, earlier = [], saved.record()
     for section, settings in config.record().items():
         for key, value in settings.items():
             name = f"{section}.{key}"
-            before = recorded(name, saved.get(section, {}).get(key))
+            before = earlier[section][key]
             # The order of the data depends on whether it is streamed, not on how much of it is kept.
             if before == value or name == "data.disk" and before and value:
                 continue

@@ -17,7 +17,6 @@ import fsspec
 
 from ..errors import UsageError
 from .shards import (
-    CACHE,
     NUM_THREADS,
     check_space,
     list_remote_tars,
@@ -118,16 +117,13 @@ def read_counts(url: str, cache: Path) -> list[CountedShard]:
         if not path.is_file():
             raise UsageError(
                 f"disk: found no counts of {url!r}, neither in {path.parent} nor beside the tars "
-                f"({reason(error)}). Make them once by `{command(url, cache)}`."
+                f"({reason(error)}). Make them once by `{command(url)}`."
             ) from error
     return _read(path)
 
 
-def command(url: str, cache: Path) -> str:
-    words = ["python", "training/index.py", url, "--upload"]
-    if cache != Path(CACHE).expanduser():
-        words += ["--cache-dir", str(cache)]
-    return shlex.join(words)
+def command(url: str) -> str:
+    return shlex.join(["python", "training/index.py", url, "--upload"])
 
 
 def upload(url: str, path: Path) -> str:

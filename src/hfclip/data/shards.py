@@ -23,7 +23,6 @@ from ..errors import UsageError
 from .stores import RemoteFile, fetch, look_up, open_store, paths_of, reason
 
 
-CACHE = "~/.cache/hfclip"
 COMPRESSED = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd"}  # and what unpacks it
 MAX_PATTERNS = 1_000_000
 NUM_THREADS = 16  # that fetch and index shards: they wait for networks and disks
@@ -249,13 +248,19 @@ def _size_on_disk(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
+def cache_folder() -> Path:
+    """Where remote files and indices are kept: HFCLIP_CACHE, else hfclip/ in XDG_CACHE_HOME or in ~/.cache."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HFCLIP_CACHE") or Path(caches, "hfclip")).expanduser()
+
+
 def check_space(url: str, needed: int, cache: Path) -> None:
     make_folder(cache)
     free = shutil.disk_usage(cache).free
     if needed > free:
         raise UsageError(
             f"{url!r}: the tars that are still to be fetched take {needed / 1e9:,.1f} GB, but {cache} has "
-            f"{free / 1e9:,.1f} GB free. Set cache_dir to a larger disk, or mount the store (s3fs, rclone ...) "
+            f"{free / 1e9:,.1f} GB free. Set HFCLIP_CACHE to a larger disk, or mount the store (s3fs, rclone ...) "
             "and name the tars by their path there: local ones are read in place."
         )
 
@@ -271,7 +276,9 @@ def make_folder(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UsageError(f"cache_dir: {path} cannot be written ({error.strerror}). Name another folder.") from error
+        raise UsageError(
+            f"The cache {path} cannot be written ({error.strerror}). Set HFCLIP_CACHE to another folder."
+        ) from error
 
 
 def _fetch_all(files: fsspec.AbstractFileSystem, shards: list[tuple[RemoteFile, Path]]) -> None:

@@ -17,7 +17,7 @@ from .files import Files
 from .folders import SPLITS, TABLES, choose_split, ending, open_folder, open_tables
 from .samples import HOW_CAPTIONS_ARE_GIVEN, IMAGE_ENDINGS, BadSample, Keys, Sample, Source, decoding, not_blank
 from .scenes import Scenes
-from .shards import CACHE, COMPRESSED, find_shards, patterns_of, refuse_compressed
+from .shards import COMPRESSED, cache_folder, find_shards, patterns_of, refuse_compressed
 from .stores import reason
 from .streaming import StreamSource
 from .tables import open_hub, open_parquet, open_parquet_folder, open_saved
@@ -38,7 +38,7 @@ def open_source(
     require_captions: bool = True,
     max_samples: int | None = None,
     image_size: int = 224,
-    cache_dir: str | os.PathLike = CACHE,
+    cache_dir: str | os.PathLike | None = None,
     disk: float | None = None,
 ) -> Source:
     """Opens image-caption data by its name.
@@ -54,13 +54,14 @@ def open_source(
         require_captions: leaves out samples without captions. If not, such a sample has an empty list of them.
         max_samples: uses only this number of samples, the first ones; of a mixture, those of each source.
         image_size: side in pixels of the built-in scenes.
-        cache_dir: where remote files and the indices of tars are kept.
+        cache_dir: where remote files and the indices of tars are kept. None: `cache_folder()`.
         disk: gigabytes of remote tars that are kept at a time (`StreamSource`). None: all are fetched first.
 
     Raises:
         UsageError: where nothing usable is found, or a weight is not a number above 0.
     """
-    cache, keys = Path(cache_dir).expanduser(), Keys(image_key, caption_key, require_captions)
+    cache = Path(cache_dir).expanduser() if cache_dir else cache_folder()
+    keys = Keys(image_key, caption_key, require_captions)
     if isinstance(name, Mapping):
         if disk is not None:
             raise UsageError("disk: found a mixture, expected one URL of tars. Unset it, or name one source.")

@@ -154,7 +154,7 @@ class ShardCache:
         if there < needed:
             raise UsageError(
                 f"disk: {self.folder} has {there / 1e9:,.1f} GB for shards, expected {needed / 1e9:,.1f}. Lower it, "
-                "or set cache_dir to a larger disk."
+                "or set HFCLIP_CACHE to a larger disk."
             )
 
     def _touch(self, shard: int, path: Path) -> None:
@@ -231,7 +231,7 @@ class StreamSource(ShardSource):
         for shard in counted:
             self.skipped.update(shard.left_out[which])
         self.shards = [Path(shard.path) for shard in counted]
-        self.count_again = command(name, folder)
+        self.count_again = command(name)
         self.cache = ShardCache(urls[0], [shard[:2] for shard in counted], folder / "streamed", limit)
         self.fingerprint = hashlib.sha256(repr(counted).encode()).hexdigest()
         self.rows: dict[int, np.ndarray] = {}
