@@ -328,11 +328,7 @@ def next_batch(run: Run, batches: Batches, step: int) -> dict | None:
 
 
 def abort_after_bad_steps(run: Run, done: int, bad_in_a_row: int, batch: dict[str, torch.Tensor]) -> None:
-    """Ends a run whose steps are not finite, with its state and the batch at hand.
-
-    Raises:
-        UsageError: always.
-    """
+    """Ends a run whose steps are not finite by a UsageError, after saving its state and the batch at hand."""
     save(run, done)
     path = checkpoint.save_offending_batch(run.folder, done, run.accelerator.process_index, batch)
     raise UsageError(
