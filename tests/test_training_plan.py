@@ -57,8 +57,8 @@ def architecture(tower: str = "vit", text=TEXT) -> HFCLIPConfig:
 
 
 @cache
-def towers(preset: str, freeze: str = "none", text_weights: str = "float32") -> Towers:
-    return Towers(HFCLIPConfig.from_preset(preset), freeze, text_weights)
+def towers(preset: str, freeze: str = "none", bfloat16: tuple[str, ...] = ()) -> Towers:
+    return Towers(HFCLIPConfig.from_preset(preset), freeze, bfloat16)
 
 
 def planned(arguments: str = "", preset: str = "ViT-B/32") -> PlannedRun:
@@ -66,7 +66,7 @@ def planned(arguments: str = "", preset: str = "ViT-B/32") -> PlannedRun:
     run, _ = parse_run(
         ["--model.preset", preset, "--optim.batch_size", "32768", "--device", "a100", *arguments.split()]
     )
-    return replace(run, towers=towers(preset, run.config.model.freeze, run.config.optim.text_weights))
+    return replace(run, towers=towers(preset, run.config.model.freeze, tuple(run.config.optim.bfloat16)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_micro_batches_of_the_paper_recipes_fit_80_gb(name):
     if name == "vit_l_14_336":
         config.model.checkpoint, config.model.preset = None, "ViT-L/14@336px"
     config.run.precision = "bf16"
-    towers = Towers(build_architecture(config), text_weights=config.optim.text_weights)
+    towers = Towers(build_architecture(config), bfloat16=config.optim.bfloat16)
     plan = make_plan(PlannedRun(config=config, towers=towers, device=DEVICES["a100"], world=8))
     assert plan.micro_batch == config.optim.micro_batch_size
     assert plan.fits
