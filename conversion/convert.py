@@ -115,7 +115,7 @@ def prove(plan: Conversion, folder: Path, dtype: torch.dtype | None) -> dict[str
 
 def publish(out: Path, options: argparse.Namespace) -> None:
     """Sends the folder to the Hub; if that fails, says how to go on."""
-    words = ["python", "conversion/push_to_hub.py", str(out), options.push_to_hub]
+    words = ["hfclip", "push", str(out), options.push_to_hub]
     words += ["--private"] if options.private else []
     words += ["--revision", options.revision] if options.revision else []
     again = f"{out} holds the model. To publish it: {shlex.join(words)}"

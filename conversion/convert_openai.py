@@ -54,7 +54,7 @@ def main() -> None:
     if not check_hash(checkpoint, options.any_hash):
         conversion.notes.append(
             "taken for a model as OpenAI built them, with QuickGELU and 64 units a head, which tensors cannot tell. "
-            "OpenCLIP's checkpoints go through convert_openclip.py."
+            "OpenCLIP's checkpoints need --from openclip."
         )
     convert(conversion, options.out, options)
 

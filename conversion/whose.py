@@ -19,15 +19,12 @@ from .key_maps import CONSTANTS
 OPENCLIP_CONFIG = "open_clip_config.json"
 # What it is, and what takes it.
 PROGRAMS = {
-    "openai": ("a checkpoint of OpenAI's CLIP", "python conversion/convert_openai.py FILE OUT"),
-    "openclip": ("a checkpoint of OpenCLIP", "python conversion/convert_openclip.py FILE_OR_FOLDER OUT"),
-    "transformers": (
-        "a model of transformers",
-        "python conversion/convert_transformers.py FOLDER OUT, with its folder",
-    ),
+    "openai": ("a checkpoint of OpenAI's CLIP", "hfclip convert FILE OUT --from openai"),
+    "openclip": ("a checkpoint of OpenCLIP", "hfclip convert FILE_OR_FOLDER OUT --from openclip"),
+    "transformers": ("a model of transformers", "hfclip convert FOLDER OUT, with its folder"),
     "hfclip": (
         "a model of hfclip, which needs no conversion",
-        "HFCLIPModel.from_pretrained(FOLDER), or python conversion/export.py to bring it out",
+        "HFCLIPModel.from_pretrained(FOLDER), or hfclip export to bring it out",
     ),
 }
 

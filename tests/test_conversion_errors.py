@@ -13,8 +13,8 @@ from transformers import CLIPConfig, CLIPModel
 from hfclip import HFCLIPConfig, HFCLIPModel
 
 
-OPENAI, OPENCLIP = "python conversion/convert_openai.py", "python conversion/convert_openclip.py"
-TRANSFORMERS, HFCLIP = "python conversion/convert_transformers.py", "HFCLIPModel.from_pretrained(FOLDER)"
+OPENAI, OPENCLIP = "OUT --from openai", "OUT --from openclip"
+TRANSFORMERS, HFCLIP = "hfclip convert FOLDER OUT, with", "HFCLIPModel.from_pretrained(FOLDER)"
 TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=100, bos_token_id=98, eos_token_id=99)  # fmt: skip
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)  # fmt: skip
 

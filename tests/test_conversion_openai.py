@@ -421,7 +421,7 @@ def test_rejects_what_openais_checkpoints_never_hold(weights, tmp_path):
     for changes, expected in (
         (
             {"logit_bias": torch.tensor(-10.0)},
-            "found a checkpoint of OpenCLIP, expected a checkpoint of OpenAI's CLIP. Use python conversion/convert_openclip.py",
+            "found a checkpoint of OpenCLIP, expected a checkpoint of OpenAI's CLIP. Use hfclip convert FILE_OR_FOLDER OUT --from openclip",
         ),
         ({"ln_final.weight": torch.ones(64, dtype=torch.int64)}, "1 of whole numbers, such as"),
     ):

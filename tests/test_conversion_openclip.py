@@ -161,7 +161,7 @@ def test_push_to_hub_publishes_and_says_how_to_go_on_when_refused(golden, data_d
         process = start_script("convert_openclip", *arguments, "--push-to-hub", "anna/clip", **settings)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 1 and "Traceback" not in err and TOKEN not in out + err
-        assert "HTTP 403" in err and f"push_to_hub.py {tmp_path / 'out'} anna/clip" in err
+        assert "HTTP 403" in err and f"hfclip push {tmp_path / 'out'} anna/clip" in err
         assert_computes(tmp_path / "out", tensors)
         fault.times = 0
         process = start_script("convert_openclip", *arguments, "--push-to-hub", "anna/clip", "--private", **settings)

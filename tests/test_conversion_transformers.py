@@ -237,7 +237,7 @@ def test_rejects_folders_that_are_no_clip(theirs, tmp_path):
         (changed(text_config={"hidden_size": "wide"}), "hidden_size"),
         (cut, "no complete safetensors file"),
         (bare, "found no config.json, expected a folder that transformers wrote"),
-        (theirs / "model.safetensors", "convert_transformers.py FOLDER OUT, with its folder"),
+        (theirs / "model.safetensors", "hfclip convert FOLDER OUT, with its folder"),
         (tmp_path / "nothing", "is neither a folder here nor a name on the Hub"),
         ("nobody/nothing", "cannot be fetched from the Hub"),
     ):

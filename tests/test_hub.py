@@ -393,9 +393,9 @@ def test_the_trainer_publishes_and_names_the_command_where_it_cannot(server, tmp
     assert result.returncode == 1 and TOKEN not in result.stdout + result.stderr
     assert "The token may not write to" in result.stderr and "Traceback" not in result.stderr
 
-    (again,) = [line.split() for line in result.stderr.splitlines() if "push_to_hub.py" in line]
-    assert again[0] == "python"
-    subprocess.run([sys.executable, *again[1:]], env=environment(server, tmp_path), check=True, **train)
+    (again,) = [line.split() for line in result.stderr.splitlines() if "hfclip push" in line]
+    hfclip = [sys.executable, "-c", "import hfclip_cli; hfclip_cli.main()"]
+    subprocess.run([*hfclip, *again[1:]], env=environment(server, tmp_path), check=True, **train)
     assert contents(tmp_path / "run" / "model").keys() <= server.files(REPO).keys()
     card = ModelCard(server.files(REPO)["README.md"].decode())
     assert "| Pairs a step | 16 |" in card.text

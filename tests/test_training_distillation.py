@@ -313,7 +313,7 @@ def test_rejects_embeddings_of_other_data(stored_folder, tmp_path):
     write_tar(tmp_path / "longer" / "0.tar", pairs(range(13)))
     with pytest.raises(UsageError, match="holds 12 samples, expected the 13"):
         StoredEmbeddings.open(stored_folder, source_of(tmp_path / "longer", tmp_path))
-    with pytest.raises(UsageError, match="holds no stored embeddings.*training/embed.py"):
+    with pytest.raises(UsageError, match="holds no stored embeddings.*hfclip embed"):
         StoredEmbeddings.open(tmp_path, source_of(tmp_path / "longer", tmp_path))
 
 

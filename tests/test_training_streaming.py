@@ -337,7 +337,9 @@ def test_a_shard_that_is_not_what_was_counted_ends_the_run_by_its_name(harm, wor
 def test_rejects_what_cannot_be_streamed(shards, tmp_path):
     with server(shards) as (address, _):
         url = address + URL
-        with pytest.raises(UsageError, match=r"found no counts.*python training/index.py 'http.*39}.tar' --upload"):
+        with pytest.raises(
+            UsageError, match=r"found no counts.*python -m hfclip.training.index 'http.*39}.tar' --upload"
+        ):
             opened(config_of(tmp_path, url, shards))
         with pytest.raises(UsageError, match="is no URL of tars"):
             opened(config_of(tmp_path, str(shards), shards))

@@ -209,7 +209,7 @@ class DistillConfig:
     teacher: str | None = None
     """An hfclip or transformers CLIP folder or Hub name, run beside the student. null: none."""
     embeddings: str | None = None
-    """Stored embeddings of the teacher instead, made by `training/embed.py` for data.train. null: none."""
+    """Stored embeddings of the teacher instead, made by `hfclip embed` for data.train. null: none."""
     weight: float = 1.0
     """Share of the loss that follows the teacher, 0 to 1; the rest is optim.loss."""
 

@@ -27,23 +27,26 @@ SECONDS_TO_SPEAK = 3.0  # of a machine's first process, which launchers end when
 MODULES = ("accelerate.commands.launch", "accelerate.commands.accelerate_cli", "torch.distributed.run")
 
 
+LAUNCH_FOLDER = Path(__file__).parent / "launch"  # configurations of `accelerate`
+TAKE_OUT = f"Take them out (as in {LAUNCH_FOLDER / 'nodes.yaml'})"
+
 # What an `accelerate` configuration may switch on, by the environment variable that tells, and what to do instead.
 NOT_FOR_CLIP = {
     "ACCELERATE_USE_FSDP": (
-        "fsdp settings, with which the scalar logit_scale cannot be trained. Take them out (as in "
-        "training/launch/nodes.yaml) and set run.shard_weights to true, which is FSDP2."
+        "fsdp settings, with which the scalar logit_scale cannot be trained. "
+        f"{TAKE_OUT} and set run.shard_weights to true, which is FSDP2."
     ),
     "ACCELERATE_USE_DEEPSPEED": (
-        "DeepSpeed settings, whose engine would run the loss and the optimizer in the trainer's place. Take them out (as "
-        "in training/launch/nodes.yaml); run.shard_weights true splits weights and optimizer over the processes, and "
+        "DeepSpeed settings, whose engine would run the loss and the optimizer in the trainer's place. "
+        f"{TAKE_OUT}; run.shard_weights true splits weights and optimizer over the processes, and "
         "optim.micro_batch_size saves memory."
     ),
     "ACCELERATE_USE_MEGATRON_LM": (
-        "Megatron-LM settings, which are for its own language models. Take them out (as in training/launch/nodes.yaml); "
-        "run.shard_weights true splits weights and optimizer over the processes."
+        "Megatron-LM settings, which are for its own language models. "
+        f"{TAKE_OUT}; run.shard_weights true splits weights and optimizer over the processes."
     ),
     "ACCELERATE_USE_PARALLELISM_CONFIG": (
-        "a parallelism_config. Take it out (as in training/launch/nodes.yaml): the run is data parallel, and "
+        f"parallelism settings (parallelism_config). {TAKE_OUT}: the run is data parallel, and "
         "run.shard_weights true splits weights and optimizer over the processes."
     ),
 }
@@ -62,7 +65,7 @@ def check_settings(config: Config) -> None:
     if started_too_few():
         raise UsageError(
             "The launcher was asked for several processes and started one, as it does where it finds no GPUs. Launch with "
-            "`--config_file training/launch/cpu_processes.yaml --num_processes N`, or without --num_processes."
+            f"`--config_file {LAUNCH_FOLDER / 'cpu_processes.yaml'} --num_processes N`, or without --num_processes."
         )
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", ""):

@@ -31,7 +31,7 @@ class StoredEmbeddings:
             self.stored = Embeddings.open(folder)
         except UsageError as error:
             raise UsageError(
-                f"distill.embeddings: {error} training/embed.py does; it ends an interrupted folder if started again."
+                f"distill.embeddings: {error} `hfclip embed` does; it ends an interrupted folder if started again."
             ) from error
         if self.stored.image_embeds is None or self.stored.text_embeds is None:
             raise UsageError(f"distill.embeddings: {folder} holds no embeddings of images and texts both.")
@@ -49,7 +49,7 @@ class StoredEmbeddings:
         if len(stored.stored) < length:
             raise UsageError(
                 f"distill.embeddings: {folder} holds {len(stored.stored)} samples, expected the {length} of data.train. "
-                "Store them again by training/embed.py."
+                "Store them again by `hfclip embed`."
             )
         for index in np.linspace(0, length - 1, min(length, NUM_PROBED)).astype(int).tolist():
             for caption in usable_captions(source, index):
@@ -67,7 +67,7 @@ class StoredEmbeddings:
         if not len(found):
             raise UsageError(
                 f"distill.embeddings: {self.folder} was made for other data: sample {sample} had no caption {caption!r}. "
-                "Store the embeddings again by training/embed.py."
+                "Store the embeddings again by `hfclip embed`."
             )
         return start + int(found[0])
 
@@ -91,7 +91,7 @@ class StoredEmbeddings:
             sample = samples[int(unread.int().argmax())]
             raise UsageError(
                 f"distill.embeddings: sample {sample} could not be read when {self.folder} was made. Store the "
-                "embeddings again by training/embed.py."
+                "embeddings again by `hfclip embed`."
             )
         return {IMAGES: F.normalize(images, dim=1), TEXTS: F.normalize(texts, dim=1)}
 

@@ -86,14 +86,14 @@ class Teacher:
         if difference:
             raise UsageError(
                 f"distill.teacher: {name} reads other token ids than the student: {difference}. Give the student the "
-                "teacher's tokenizer (model.tokenizer), or store the teacher's embeddings by training/embed.py and set "
+                "teacher's tokenizer (model.tokenizer), or store the teacher's embeddings by `hfclip embed` and set "
                 "distill.embeddings."
             )
         context = self.model.config.text_config.max_position_embeddings
         if tokenizer.model_max_length > context:
             raise UsageError(
                 f"distill.teacher: {name} reads texts of at most {context} tokens, but the student's have up to "
-                f"{tokenizer.model_max_length}. Choose another teacher, or store its embeddings by training/embed.py "
+                f"{tokenizer.model_max_length}. Choose another teacher, or store its embeddings by `hfclip embed` "
                 "and set distill.embeddings."
             )
 

@@ -83,7 +83,7 @@ def write_card(
 def publish(config: Config, model_config: HFCLIPConfig, steps: int, results: dict[str, Result]) -> None:
     """Pushes the trained model with a card of settings and results. Comes last: no other process waits for it."""
     folder, repo_id = Path(config.run.output_dir) / "model", config.run.push_to_hub
-    again = f"{folder} holds the trained model. Publish it:\n    python conversion/push_to_hub.py {folder} {repo_id}"
+    again = f"{folder} holds the trained model. Publish it:\n    hfclip push {folder} {repo_id}"
     end_on_interrupt(f"Stopped. {again}")
     try:
         write_card(folder, config, model_config, steps, results, name=repo_id)

@@ -123,7 +123,7 @@ def read_counts(url: str, cache: Path) -> list[CountedShard]:
 
 
 def command(url: str) -> str:
-    return shlex.join(["python", "training/index.py", url, "--upload"])
+    return shlex.join(["python", "-m", "hfclip.training.index", url, "--upload"])
 
 
 def upload(url: str, path: Path) -> str:
