@@ -85,7 +85,7 @@ def batch(group: bool = True) -> dict[str, torch.Tensor]:
 
 
 def step_on(device: str, vision: dict = VIT, text: dict = TEXT, model=HFCLIPModel, objective=PlainLoss, **optim):
-    optim = {"batch_size": BATCH, "steps": 10, "warmup_steps": 1, **optim}
+    optim = {"batch_size": BATCH, "steps": 10, "lr": 5e-4, "warmup_steps": 1, **optim}
     config = Config.from_dict({"model": {"preset": "ViT-B/32", "tokenizer": "given"}, "optim": optim})
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     step = build_step(
