@@ -122,7 +122,7 @@ def test_failed_start_is_in_nobodys_way(start, tmp_path):
     )
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
     status, said = start("--config", recipe)
-    assert status == 2 and "unusable" in said and not run.exists(), said
+    assert status == 2 and "can be used" in said and not run.exists(), said
     run.mkdir()
     (run / ".lock").touch()  # of one that was killed
     assert start("--config", recipe)[0] == 2 and [path.name for path in run.iterdir()] == [".lock"]
