@@ -156,13 +156,16 @@ def test_a_tower_that_needs_values_is_not_counted_and_does_not_end_the_run(caplo
 
 def test_measured_peak_is_the_speed_of_matrix_products():
     left, right = torch.rand(2, 768, 768)
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - start)
-    # Other processes may take the cores during one of the two.
-    assert measured_peak(CPU, torch.float32) == pytest.approx(2 * 768**3 / min(times), rel=0.7)
+
+    def agrees() -> bool:
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - start)
+        return measured_peak(CPU, torch.float32) == pytest.approx(2 * 768**3 / min(times), rel=0.7)
+
+    assert any(agrees() for _ in range(10))  # other processes may take the cores during one of the two
 
 
 # ---------------------------------------------------------------------------------------------------------------------
