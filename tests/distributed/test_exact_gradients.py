@@ -25,6 +25,7 @@ from training import parallel
 from training import step as training_step
 from training.config import Config
 from training.data.order import rank_slice
+from training.flops import ModelFlops
 from training.objectives.contrastive import Contrastive
 from training.phases import Phase, Phases
 from training.report.timing import Stopwatch
@@ -120,6 +121,7 @@ def step_of(core, model, accelerator, config, objective) -> training_step.Traini
         model=model,
         core=core,
         objective=objective(config),
+        flops=ModelFlops(core.config, "none"),
         optimizer=None,
         **training_step.pixel_statistics(HFCLIPImageProcessor(size=16), torch.device("cpu")),
         total_steps=10,
