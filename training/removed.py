@@ -1,5 +1,7 @@
 """Settings that runs had before, and what is said to those who still give them."""
 
+import os
+import sys
 from typing import Any
 
 from hfclip_errors import UsageError
@@ -40,10 +42,11 @@ def answer(name: str) -> str | None:
 
 
 def translate(values: dict, strict: bool = True) -> dict:
-    """Returns the settings of a file without the removed ones: put in their heir, or ignored with their old default.
+    """Returns the settings of a file without the removed ones: put in their heir, or left out.
 
     Args:
-        strict: refuses other values; without, they are ignored, as for a record of what was.
+        strict: says which other values than the old defaults are left out, and refuses those that change the weights;
+            without, all are left out in silence, as for a record of what was.
 
     Raises:
         UsageError: with what to do.
@@ -62,5 +65,9 @@ def translate(values: dict, strict: bool = True) -> dict:
             now = (
                 f"it is always {default!r} now. Take it out" if advice == FIXED else f"it is no setting now. {advice}"
             )
-            raise UsageError(f"{name}: found {value!r}, but {now}.")
+            message = f"{name}: found {value!r}, but {now}."
+            if section in ("model", "optim"):
+                raise UsageError(message)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"left out: {message}", file=sys.stderr)
     return values
