@@ -1,13 +1,14 @@
 """What a model makes of a chunk: a row per image and per caption, each of which depends on itself alone."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_utils import unwrap_model
 
 from ..data.samples import caption_id
 from ..errors import UsageError
@@ -24,10 +25,11 @@ WIDTH = 8  # tokens, of which the width of a batch of texts is a multiple
 def prepared(model: nn.Module, precision: str) -> Iterator[nn.Module]:
     """The model without wrapper in evaluation mode, and as fast and exact as its device allows; then as it was."""
     classes = {module: type(module) for module in model.modules()}
-    is_exact = precision == "fp32"
+    device = device_of(unwrap_model(model))
     try:
-        with evaluating(model) as bare, _exact_convolutions(device_of(bare) if is_exact else torch.device("cpu")):
-            if is_exact and device_of(bare).type == "cpu":
+        # One autocast for all batches: it keeps the weights that it has cast.
+        with evaluating(model) as bare, autocast_for(precision, device), _exact(precision, device):
+            if precision == "fp32" and device.type == "cpu":
                 with suppress(RuntimeError):  # without oneDNN
                     optimize_for_inference(bare)
             yield bare
@@ -37,14 +39,11 @@ def prepared(model: nn.Module, precision: str) -> Iterator[nn.Module]:
                 module.__class__ = plain
 
 
-@contextmanager
-def _exact_convolutions(device: torch.device) -> Iterator[None]:
+def _exact(precision: str, device: torch.device) -> AbstractContextManager:
     """cuDNN computes convolutions in float32, and not by TF32 as torch has it by default."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False):
-        yield
+    if precision != "fp32" or device.type != "cuda":
+        return nullcontext()
+    return torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False)
 
 
 class Encoder:
@@ -101,11 +100,11 @@ class Encoder:
             if self.normalization is not None:
                 mean, std = self.normalization
                 batch = (batch.float() / 255 - mean) / std
-            with autocast_for(self.options.precision, self.device):
-                if self.options.layers:  # the last block, too, computes all positions
-                    embeds = self.model.get_image_features(batch.to(self.model.dtype)).pooler_output
-                else:
-                    embeds = self.model.encode_image(batch.to(self.model.dtype), normalize=False)
+            batch = batch.to(self.model.dtype)
+            if self.options.layers:  # the last block, too, computes all positions
+                embeds = self.model.get_image_features(batch).pooler_output
+            else:
+                embeds = self.model.encode_image(batch, normalize=False)
             rows = {"image_embeds": F.normalize(embeds.float(), dim=-1)}
             rows |= {
                 f"layer.{name}": self._feature(name, how, len(batch)) for name, how in self.options.layers.items()
@@ -140,8 +139,7 @@ class Encoder:
             options = {"padding": "max_length", "max_length": width, "truncation": True, "return_tensors": "pt"}
             for places, number in self._full_batches(same):
                 tokens = self.processor(text=[texts[place] for place in places], **options).to(self.device)
-                with autocast_for(self.options.precision, self.device):
-                    outputs = self.model.get_text_features(tokens["input_ids"], tokens.get("attention_mask"))
+                outputs = self.model.get_text_features(tokens["input_ids"], tokens.get("attention_mask"))
                 embeds = F.normalize(outputs.pooler_output.float(), dim=-1)
                 rows[places[:number]] = embeds[:number].cpu().numpy()
         return rows
