@@ -1,6 +1,7 @@
 """A data set embedded: by several processes, after a kill, in another order, from the cache; and by layers."""
 
 import functools
+import multiprocessing
 import os
 import signal
 import socket
@@ -105,7 +106,7 @@ def test_rows_are_those_of_the_model(model, processor, alone):
 
 def run_process(rank, port, model_folder, shards, folder, num_workers):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2" if port else "1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    multiprocessing.set_start_method("fork", force=True)  # of workers; this process's own would import all once more
     torch.set_num_threads(1)
     options = {"batch_size": 8, "num_workers": num_workers, "precision": "fp32"}
     embed(*load(model_folder), source_of(shards), folder=folder, **options)
