@@ -6,7 +6,7 @@ from test_modeling import BAG_OF_WORDS, CLOSE, EOS, TEXT, images, texts, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextModelWithProjection
 
-from hfclip import HFCLIPTextModelWithProjection, modeling_hfclip_transformer
+from hfclip import HFCLIPTextModelWithProjection, modeling_hfclip_text, packing_hfclip
 
 
 BERT = dict(
@@ -144,8 +144,9 @@ def test_embedding_on_a_device_waits_for_nothing(monkeypatch, attention):
     model.set_attn_implementation(attention)
     ids, mask = padded(0, [20 - n for n in lengths()])
     expected, waits = model.encode_text(texts()), Reads()
-    monkeypatch.setattr(modeling_hfclip_transformer, "is_on_host", lambda tensor: False)
-    monkeypatch.setattr(modeling_hfclip_transformer, "check_texts", lambda *inputs: None)
+    for module in (modeling_hfclip_text, packing_hfclip):
+        monkeypatch.setattr(module, "is_on_host", lambda tensor: False)
+    monkeypatch.setattr(modeling_hfclip_text, "check_texts", lambda *inputs: None)
     for inputs in (dict(input_ids=texts()), dict(input_ids=ids, attention_mask=mask)):
         with waits:
             found = model.encode_text(**inputs)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from hfclip.errors import UsageError
 from hfclip.grad_cache import cached_backward
-from hfclip.modeling_hfclip_transformer import pooled_positions
+from hfclip.packing_hfclip import pooled_positions
 
 from . import optim, parallel
 from .config import Config, OptimConfig

@@ -24,12 +24,8 @@ from .modeling_hfclip import (
     HFCLIPVisionModelWithProjection,
 )
 from .modeling_hfclip_resnet import HFCLIPResNetModel
-from .modeling_hfclip_transformer import (
-    HFCLIPBagOfWordsModel,
-    HFCLIPPreTrainedModel,
-    HFCLIPTextModel,
-    HFCLIPVisionModel,
-)
+from .modeling_hfclip_text import HFCLIPBagOfWordsModel, HFCLIPTextModel
+from .modeling_hfclip_transformer import HFCLIPPreTrainedModel, HFCLIPVisionModel
 from .processing_hfclip import HFCLIPProcessor
 from .tokenization_hfclip import HFCLIPTokenizer
 from .zero_shot import ZeroShotClassifier

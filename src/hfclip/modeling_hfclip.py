@@ -24,13 +24,9 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_hfclip import HFCLIPConfig, HFCLIPTextConfig, HFCLIPVisionConfig
 from .layers_hfclip import with_init_std
 from .modeling_hfclip_resnet import HFCLIPResNetModel
-from .modeling_hfclip_transformer import (
-    HFCLIPBagOfWordsModel,
-    HFCLIPPreTrainedModel,
-    HFCLIPTextModel,
-    HFCLIPVisionModel,
-    without_left_padding,
-)
+from .modeling_hfclip_text import HFCLIPBagOfWordsModel, HFCLIPTextModel
+from .modeling_hfclip_transformer import HFCLIPPreTrainedModel, HFCLIPVisionModel
+from .packing_hfclip import without_left_padding
 
 
 @dataclass
