@@ -28,7 +28,7 @@ from hfclip import HFCLIPModel, HFCLIPProcessor
 from hfclip.data.samples import Sample, Source
 from hfclip.data.sources import open_source
 from hfclip.embeddings import embed
-from hfclip.image_processing_hfclip import open_image
+from hfclip.open_image_hfclip import open_image
 from hfclip.precision import settled_precision
 
 

@@ -24,10 +24,10 @@ from hfclip import HFCLIPImageProcessor
 from hfclip.image_processing_hfclip import (
     center_square_crop,
     normalize,
-    open_image,
     random_square_crop,
     to_pixel_values,
 )
+from hfclip.open_image_hfclip import open_image
 
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
@@ -262,7 +262,7 @@ def test_truncated_file_is_named(tmp_path, processor, file_format):
 
 def test_formats_of_photographs_are_opened_and_no_others(tmp_path, processor):
     """By content, whatever the name says: an EPS file named jpg would start Ghostscript."""
-    from hfclip.image_processing_hfclip import FORMATS
+    from hfclip.open_image_hfclip import FORMATS
 
     PIL.Image.init()
     image, opened = Image.fromarray(noise(40, 50)), set()

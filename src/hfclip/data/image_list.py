@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import UsageError
-from ..image_processing_hfclip import open_image
+from ..open_image_hfclip import open_image
 from .samples import IMAGE_ENDINGS, BadSample, Sample, Source
 
 

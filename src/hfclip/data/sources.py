@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
-from ..image_processing_hfclip import open_image
+from ..open_image_hfclip import open_image
 from .files import Files
 from .folders import SPLITS, TABLES, choose_split, ending, open_folder, open_tables
 from .samples import HOW_CAPTIONS_ARE_GIVEN, IMAGE_ENDINGS, BadSample, Keys, Sample, Source, decoding, not_blank

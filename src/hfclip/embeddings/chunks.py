@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data.samples import BadSample, Source, decoding, not_blank, usable_captions
-from ..image_processing_hfclip import HFCLIPImageProcessor, open_image
+from ..image_processing_hfclip import HFCLIPImageProcessor
+from ..open_image_hfclip import open_image
 
 
 CHUNK = 256  # samples, if a batch is not larger

@@ -18,7 +18,7 @@ from ..data.sources import open_source
 from ..data.webdataset import ShardSource
 from ..embeddings import embed
 from ..errors import UsageError
-from ..image_processing_hfclip import open_image
+from ..open_image_hfclip import open_image
 from ..zero_shot import (
     DEFAULT_TEMPLATES,
     Template,
