@@ -101,7 +101,9 @@ class Encoder:
                 mean, std = self.normalization
                 batch = (batch.float() / 255 - mean) / std
             batch = batch.to(self.model.dtype)
-            if self.options.layers:  # the last block, too, computes all positions
+            # With all positions in the last block, too: attention of a single query splits its work over threads by
+            # where in the batch an image lies.
+            if self.options.layers or self.options.precision == "fp32":
                 embeds = self.model.get_image_features(batch).pooler_output
             else:
                 embeds = self.model.encode_image(batch, normalize=False)
@@ -139,7 +141,9 @@ class Encoder:
             options = {"padding": "max_length", "max_length": width, "truncation": True, "return_tensors": "pt"}
             for places, number in self._full_batches(same):
                 tokens = self.processor(text=[texts[place] for place in places], **options).to(self.device)
-                outputs = self.model.get_text_features(tokens["input_ids"], tokens.get("attention_mask"))
+                # Without a mask where none is needed: attention computes in another way if no text of a batch has padding.
+                mask = None if self.model.config.packs_texts else tokens.get("attention_mask")
+                outputs = self.model.get_text_features(tokens["input_ids"], mask)
                 embeds = F.normalize(outputs.pooler_output.float(), dim=-1)
                 rows[places[:number]] = embeds[:number].cpu().numpy()
         return rows
