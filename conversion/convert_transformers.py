@@ -30,9 +30,9 @@ from hfclip import (
     HFCLIPVisionModel,
     HFCLIPVisionModelWithProjection,
 )
-from hfclip.configuration_hfclip import DUAL_ENCODER, TRANSFORMERS_MODEL_TYPES
 from hfclip.errors import UsageError, as_usage_error
 from hfclip.hub.check import read_json
+from hfclip.translation_hfclip import DUAL_ENCODER, TRANSFORMERS_MODEL_TYPES
 
 from .checkpoints import Checkpoint, View, open_checkpoint
 from .convert import Conversion, build_parser, convert, parse_options, run

@@ -29,8 +29,8 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer, PreTrainedConfig
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
-from hfclip.configuration_hfclip import TRANSFORMERS_MODEL_TYPES
 from hfclip.errors import UsageError
+from hfclip.translation_hfclip import TRANSFORMERS_MODEL_TYPES
 
 from .checkpoints import View, open_checkpoint
 from .convert import add_paths, open_model, run, say

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from hfclip import HFCLIPConfig
-from hfclip.configuration_hfclip import PRESETS
+from hfclip.presets_hfclip import PRESETS
 from training.command import CONFIG_FOLDER, load_yaml
 from training.config import Config
 from training.footprint import Towers

@@ -1,4 +1,4 @@
-"""Configurations of the towers and of the dual encoder, and the nine published architectures as presets.
+"""Configurations of the towers and of the dual encoder.
 
 A tower is chosen by the `model_type` of its config: `hfclip_vit`, `hfclip_resnet`, `hfclip_text` and
 `hfclip_bag_of_words` are ours, any other type is one that `AutoModel` knows. Configs written by transformers'
@@ -17,16 +17,10 @@ from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .limits_hfclip import MAX_NUMBER, MAX_PARAMETERS, limited, refuse_absurd, shown
+from .limits_hfclip import MAX_NUMBER, MAX_PARAMETERS, limited, refuse_absurd
+from .presets_hfclip import fields_of_preset
+from .translation_hfclip import TRANSFORMERS_MODEL_TYPES, build_foreign_config, translate_transformers_config
 
-
-DUAL_ENCODER = "vision-text-dual-encoder"
-TRANSFORMERS_MODEL_TYPES = {
-    "clip": "hfclip",
-    DUAL_ENCODER: "hfclip",
-    "clip_text_model": "hfclip_text",
-    "clip_vision_model": "hfclip_vit",
-}
 
 Pooling = Literal["pooler", "cls", "mean", "last"]
 
@@ -352,17 +346,6 @@ class HFCLIPResNetConfig(HFCLIPBaseConfig):
         )
 
 
-def _foreign_tower(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> PreTrainedConfig:
-    """A config of transformers, from fields that have passed `refuse_absurd`."""
-    try:
-        return config_class(**fields)
-    except Exception as error:  # each class fails in its own way
-        raise ValueError(
-            f"{config_class.__name__}: found settings that it refuses ({type(error).__name__}: {error}), expected a "
-            f"config of `{config_class.model_type}`. Correct them, or leave them out."
-        ) from error
-
-
 TOWER_CONFIGS = {
     config.model_type: config
     for config in (HFCLIPTextConfig, HFCLIPBagOfWordsConfig, HFCLIPVisionConfig, HFCLIPResNetConfig)
@@ -420,7 +403,7 @@ class HFCLIPConfig(HFCLIPBaseConfig):
             if model_type in TOWER_CONFIGS:
                 tower = TOWER_CONFIGS[model_type](**{"projection_dim": self.projection_dim, **fields})
             elif model_type in CONFIG_MAPPING:
-                tower = _foreign_tower(CONFIG_MAPPING[model_type], fields)
+                tower = build_foreign_config(CONFIG_MAPPING[model_type], fields)
             else:
                 near = difflib.get_close_matches(str(model_type), [*TOWER_CONFIGS, *CONFIG_MAPPING], n=1)
                 hint = f" Did you mean `{near[0]}`?" if near else ""
@@ -493,99 +476,4 @@ class HFCLIPConfig(HFCLIPBaseConfig):
         `overrides` replace fields; dicts for `text_config` and `vision_config` replace single fields of those.
         Raises ValueError with the nearest name for an unknown preset.
         """
-        by_lower = {preset.lower(): preset for preset in PRESETS}
-        if name not in PRESETS:
-            near = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.4)
-            hint = f" Did you mean {by_lower[near[0]]!r}?" if near else ""
-            raise ValueError(f"Unknown preset {name!r}: expected one of {', '.join(PRESETS)}.{hint}")
-        projection_dim, vision, text_width = PRESETS[name]
-        text = {
-            "model_type": "hfclip_text",
-            "hidden_size": text_width,
-            "intermediate_size": 4 * text_width,
-            "num_attention_heads": text_width // 64,
-            "num_hidden_layers": 12,
-        }
-        fields = {"text_config": text, "vision_config": vision, "projection_dim": projection_dim}
-        for key, value in overrides.items():
-            part = fields.get(key)
-            # A dict without a type, or with the same, changes fields of the preset's tower; another type replaces it.
-            if (
-                isinstance(part, dict)
-                and isinstance(value, dict)
-                and value.get("model_type", part["model_type"]) == part["model_type"]
-            ):
-                value = {**part, **value}
-            fields[key] = value
-        return cls(**fields)
-
-
-def _vit(width: int, layers: int, patch: int, image_size: int = 224) -> dict[str, Any]:
-    return {
-        "model_type": "hfclip_vit",
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 64,
-        "patch_size": patch,
-        "image_size": image_size,
-    }
-
-
-def _resnet(depths: tuple[int, ...], stem_width: int, image_size: int) -> dict[str, Any]:
-    return {"model_type": "hfclip_resnet", "depths": depths, "stem_width": stem_width, "image_size": image_size}
-
-
-# name: (joint dimensions, image tower, text width); paper tables 19 and 20.
-PRESETS = {
-    "RN50": (1024, _resnet((3, 4, 6, 3), 64, 224), 512),
-    "RN101": (512, _resnet((3, 4, 23, 3), 64, 224), 512),
-    "RN50x4": (640, _resnet((4, 6, 10, 6), 80, 288), 640),
-    "RN50x16": (768, _resnet((6, 8, 18, 8), 96, 384), 768),
-    "RN50x64": (1024, _resnet((3, 15, 36, 10), 128, 448), 1024),
-    "ViT-B/32": (512, _vit(768, 12, 32), 512),
-    "ViT-B/16": (512, _vit(768, 12, 16), 512),
-    "ViT-L/14": (768, _vit(1024, 24, 14), 768),
-    "ViT-L/14@336px": (768, _vit(1024, 24, 14, 336), 768),
-}
-
-
-def translate_transformers_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Rewrites a config that transformers' CLIP or its VisionTextDualEncoderModel wrote into ours, sub-configs included.
-
-    Others pass unchanged.
-
-    Repairs `eos_token_id: 2`, which transformers wrote before its pull request 24773 while pooling at the highest id,
-    the end-of-text token. Merges `text_config_dict` / `vision_config_dict` as transformers does.
-    """
-    config = dict(config)
-    model_type = config.get("model_type")
-    for key, kind in {"model_type": str, **dict.fromkeys(("text_config", "vision_config"), dict)}.items():
-        value = config.get(key)
-        if not isinstance(value, kind | PreTrainedConfig | None):
-            raise ValueError(
-                f"found {key}={shown(value)}, expected {'a name' if kind is str else 'an object of settings'}. Correct "
-                "config.json, or fetch it again."
-            )
-    if model_type == DUAL_ENCODER:
-        for key, default in (("text_config", "bert"), ("vision_config", "vit")):
-            config[key] = {"model_type": default, **(config.get(key) or {})}
-        config["text_pooling"] = config["vision_pooling"] = "pooler"
-    if model_type in TRANSFORMERS_MODEL_TYPES:
-        config["model_type"] = TRANSFORMERS_MODEL_TYPES[model_type]
-        # The class that wrote the folder, and code it does not need.
-        config.pop("architectures", None)
-    if model_type == "clip_text_model" and config.get("eos_token_id") == 2:
-        vocab_size = config.get("vocab_size", HFCLIPTextConfig.vocab_size)
-        if not isinstance(vocab_size, int):
-            raise ValueError(f"found vocab_size={shown(vocab_size)}, expected a whole number. Correct config.json.")
-        config["eos_token_id"] = min(49407, vocab_size - 1)
-        config["bos_token_id"] = config["eos_token_id"] - 1
-    if model_type == "clip":
-        for key, tower_type in (("text_config", "clip_text_model"), ("vision_config", "clip_vision_model")):
-            fields = {"model_type": tower_type, **(config.get(key) or {})}
-            legacy = config.pop(f"{key}_dict", None)
-            if legacy is not None:
-                fields.update(_foreign_tower(CONFIG_MAPPING[tower_type], legacy).to_dict())
-            config[key] = translate_transformers_config(fields)
-    return config
+        return cls(**fields_of_preset(name, overrides))
