@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import gzip
 import html
+import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -27,6 +28,7 @@ from tokenizers import (
     decoders,
     normalizers,
     pre_tokenizers,
+    trainers,
 )
 from tokenizers.models import BPE
 
@@ -236,3 +238,35 @@ def build_backend(vocab: dict[str, int], merges: list, bos: str, eos: str, unk: 
     last, others = decoders.Replace(Regex(WORD_END + r"\z"), ""), decoders.Replace(WORD_END, " ")
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), last, others])
     return backend
+
+
+def train_merges(
+    backend: Tokenizer, texts: Iterable[str], vocab_size: int, length: int | None, **kwargs
+) -> list[tuple[str, str]]:
+    """Merges of byte pairs in the order that texts give them; `kwargs` are for `tokenizers.trainers.BpeTrainer`."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=list(BYTE_SYMBOLS.values()),
+        # Pairs that are equally frequent are merged in the order of their ids, and final symbols would get theirs
+        # in the order of a hash table, another one in every process.
+        special_tokens=[symbol + WORD_END for symbol in BYTE_SYMBOLS.values()],
+        end_of_word_suffix=WORD_END,
+        **kwargs,
+    )
+    backend.train_from_iterator(texts, trainer=trainer, length=length)
+    return [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
+
+
+def training_texts(text_iterator: Iterable[str | Sequence[str]]) -> Iterator[str]:
+    """The texts of an iterable of texts or of batches of them. Raises TypeError for others, ValueError for none."""
+    if isinstance(text_iterator, str):
+        raise TypeError("Training needs an iterable of texts, found one str: pass [text].")
+    text = None
+    for item in text_iterator:
+        is_batch = isinstance(item, Iterable) and not isinstance(item, (str, bytes, Mapping))
+        for text in item if is_batch else [item]:
+            if not isinstance(text, str):
+                raise TypeError(f"Training texts must be str or lists of str, found {type(text).__name__}")
+            yield text
+    if text is None:
+        raise ValueError("Training needs at least one text, found none: is `text_iterator` empty or used up?")

@@ -15,39 +15,34 @@ import difflib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import MethodType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
-from tokenizers import (
-    AddedToken,
-    Encoding,
-    trainers,
-)
+from tokenizers import AddedToken, Encoding
 from tokenizers.models import BPE
 from transformers import BatchEncoding, TokenizersBackend
 from transformers.processing_utils import TextKwargs
 from transformers.tokenization_utils_base import LARGE_INTEGER, TruncationStrategy
 from transformers.utils import PaddingStrategy, TensorType, logging
 
+from .batch_hfclip import Layout, LazyBatchEncoding, pad_rows
 from .bpe_hfclip import (
     BASE_VOCAB,
     BOS,
-    BYTE_SYMBOLS,
     CONTEXT_LENGTH,
     EOS,
     MAX_TOKEN_ID,
-    WORD_END,
     WordIds,
     build_backend,
     clean,
     clean_short,
     read_openai_merges,
     read_vocab,
+    train_merges,
+    training_texts,
 )
 
 
@@ -57,55 +52,6 @@ _MAX_CONTEXT_LENGTH = 2**20
 
 # What a call may name, in the order of their declaration; the base class passes on whatever else it is given.
 _CALL_OPTIONS = tuple(TextKwargs.__annotations__)
-
-
-class _Layout(NamedTuple):
-    """Where the rows of a batch end; lengths in tokens, special tokens included."""
-
-    num_special_tokens: int
-    limit: int | None  # rows are cut to this length, if any
-    stride: int
-    padding: PaddingStrategy
-    max_length: int | None
-    multiple: int | None
-    side: str
-
-    @property
-    def room(self) -> int | None:
-        """Longest row without its special tokens."""
-        return None if self.limit is None else self.limit - self.num_special_tokens
-
-    def width(self, longest: int) -> int | None:
-        """Length that rows are padded to, if any."""
-        if self.padding == PaddingStrategy.DO_NOT_PAD:
-            return None
-        width = longest if self.padding == PaddingStrategy.LONGEST else self.max_length
-        if self.multiple:
-            width += -width % self.multiple
-        return width if self.limit is None else min(width, self.limit)
-
-
-class _LazyBatchEncoding(BatchEncoding):
-    """A `BatchEncoding` that makes its Rust encodings (tokens, words, offsets) when they are first asked for.
-
-    Pickled (by the workers of a data loader) it is a plain `BatchEncoding` of its data.
-    """
-
-    _make_encodings: Callable[[], list[Encoding]] | None = None
-    _made_encodings: list[Encoding] | None = None
-
-    @property
-    def _encodings(self) -> list[Encoding] | None:
-        if self._made_encodings is None and self._make_encodings is not None:
-            self._made_encodings = self._make_encodings()
-        return self._made_encodings
-
-    @_encodings.setter
-    def _encodings(self, encodings: list[Encoding] | None):
-        self._made_encodings = encodings
-
-    def __reduce_ex__(self, protocol):
-        return BatchEncoding, (self.data,)
 
 
 class _ClassOrInstanceMethod:
@@ -131,16 +77,6 @@ def _check_texts(text, text_pair, is_split_into_words: bool) -> Sequence[str]:
         if not isinstance(item, str):
             raise TypeError(f"text must be a str or a list of str, found {type(item).__name__} at index {i}")
     return list(text)
-
-
-def _pad_rows(rows: list[list[int]], width: int, pad_id: int, side: str) -> dict[str, np.ndarray]:
-    """Ids and attention mask, (len(rows), width) int64 each."""
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))[:, None]
-    columns = np.arange(width)
-    mask = columns < lengths if side == "right" else columns >= width - lengths
-    ids = np.full(mask.shape, pad_id, np.int64)
-    ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, lengths.sum())
-    return {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
 
 
 def _context_length(value) -> int:
@@ -333,7 +269,11 @@ class HFCLIPTokenizer(TokenizersBackend):
                 f"vocab_size must be at least {smallest} (512 byte symbols and {len(special_tokens)} special tokens), "
                 f"found {vocab_size}"
             )
-        merges = self._train_merges(text_iterator, vocab_size, length, **kwargs)
+        backend = build_backend({}, [], self.bos_token, self.eos_token, None)
+        if self.clean == "openai":
+            backend.normalizer = None
+        texts = map(self.clean_text, training_texts(text_iterator))
+        merges = train_merges(backend, texts, vocab_size, length, **kwargs)
         tokens, num_merges = dict.fromkeys(BASE_VOCAB), 0  # two merges can give one token
         while num_merges < len(merges) and len(tokens) + len(special_tokens) < vocab_size:
             tokens["".join(merges[num_merges])] = None
@@ -347,35 +287,6 @@ class HFCLIPTokenizer(TokenizersBackend):
         if extra:
             settings["extra_special_tokens"] = extra
         return type(self)(vocab=vocab, merges=merges[:num_merges], **named, **settings)
-
-    def _train_merges(self, text_iterator, vocab_size: int, length: int | None, **kwargs) -> list[tuple[str, str]]:
-        backend = build_backend({}, [], self.bos_token, self.eos_token, None)
-        if self.clean == "openai":
-            backend.normalizer = None
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            initial_alphabet=list(BYTE_SYMBOLS.values()),
-            # Pairs that are equally frequent are merged in the order of their ids, and final symbols would get theirs
-            # in the order of a hash table, another one in every process.
-            special_tokens=[symbol + WORD_END for symbol in BYTE_SYMBOLS.values()],
-            end_of_word_suffix=WORD_END,
-            **kwargs,
-        )
-        backend.train_from_iterator(self._training_texts(text_iterator), trainer=trainer, length=length)
-        return [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
-
-    def _training_texts(self, text_iterator: Iterable[str | Sequence[str]]) -> Iterator[str]:
-        if isinstance(text_iterator, str):
-            raise TypeError("Training needs an iterable of texts, found one str: pass [text].")
-        text = None
-        for item in text_iterator:
-            is_batch = isinstance(item, Iterable) and not isinstance(item, (str, bytes, Mapping))
-            for text in item if is_batch else [item]:
-                if not isinstance(text, str):
-                    raise TypeError(f"Training texts must be str or lists of str, found {type(text).__name__}")
-                yield self.clean_text(text)
-        if text is None:
-            raise ValueError("Training needs at least one text, found none: is `text_iterator` empty or used up?")
 
     # ------------------------------------------------------------------------------------------------------- encoding
 
@@ -421,7 +332,7 @@ class HFCLIPTokenizer(TokenizersBackend):
             if name not in _CALL_OPTIONS:
                 near = difflib.get_close_matches(name, _CALL_OPTIONS, n=1, cutoff=0.0)[0]
                 raise TypeError(f"{type(self).__name__} has no option {name!r}. The nearest is {near!r}.")
-        layout = _Layout(
+        layout = Layout(
             num_special_tokens=self.num_special_tokens_to_add() if add_special_tokens else 0,
             limit=None if truncation_strategy == TruncationStrategy.DO_NOT_TRUNCATE else max_length,
             stride=stride,
@@ -452,7 +363,7 @@ class HFCLIPTokenizer(TokenizersBackend):
             data = {name: value[0] if isinstance(value[0], list) else value for name, value in data.items()}
         if encodings is not None:
             return BatchEncoding(data, encodings, tensor_type=return_tensors)
-        batch = _LazyBatchEncoding(data, tensor_type=return_tensors, n_sequences=1)
+        batch = LazyBatchEncoding(data, tensor_type=return_tensors, n_sequences=1)
         batch._make_encodings = make_encodings
         return batch
 
@@ -471,7 +382,7 @@ class HFCLIPTokenizer(TokenizersBackend):
         return words
 
     def _encode_ids(
-        self, texts: Sequence[str], words: WordIds, layout: _Layout, return_attention_mask: bool, return_tensors
+        self, texts: Sequence[str], words: WordIds, layout: Layout, return_attention_mask: bool, return_tensors
     ) -> tuple[dict[str, Any] | None, int]:
         """Ids and attention mask from the table of words, and how many texts were cut.
 
@@ -492,7 +403,7 @@ class HFCLIPTokenizer(TokenizersBackend):
         elif width < longest:
             return None, 0
         else:
-            data = _pad_rows(rows, width, self.pad_token_id, layout.side)
+            data = pad_rows(rows, width, self.pad_token_id, layout.side)
             tensor_type = None if return_tensors is None else TensorType(return_tensors)
             if tensor_type == TensorType.PYTORCH:  # lists of arrays are stacked without a look at each number
                 data = {name: list(array) for name, array in data.items()}
@@ -502,7 +413,7 @@ class HFCLIPTokenizer(TokenizersBackend):
             del data["attention_mask"]
         return data, num_cut
 
-    def _make_encodings(self, texts: Sequence[str], words: WordIds, layout: _Layout) -> list[Encoding]:
+    def _make_encodings(self, texts: Sequence[str], words: WordIds, layout: Layout) -> list[Encoding]:
         """One Rust encoding a text, cut and padded; what was cut off is in its `overflowing`."""
         if self.clean == "openai":
             encodings = [words.encode_with_offsets(self.clean_text(text)) for text in texts]
