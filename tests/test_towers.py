@@ -115,7 +115,7 @@ def test_it_is_counted_and_planned(config):
 
 def test_its_blocks_have_rates_of_their_own_and_are_split(config):
     model = HFCLIPModel(config)
-    groups = build_optimizer(model, OptimConfig(layer_decay=0.5)).param_groups
+    groups = build_optimizer(model, OptimConfig(lr=1e-3, layer_decay=0.5)).param_groups
     scales = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
     assert [scales[id(block.linear.weight)] for block in model.vision_model.layers] == [0.25, 0.5, 1]
     assert scales[id(model.vision_model.patch_embedding.weight)] == 0.125

@@ -257,7 +257,7 @@ def test_too_many_unusable_samples_in_a_row_fail_with_a_message(tmp_path):
     write_tar(tmp_path / "shards" / "0.tar", [*pairs([0]), *members])
     source = opened(tmp_path)
     failure = batches(config_of(tmp_path), source, stop=1)[0]["failure"]
-    assert "3 tried before it" in failure and "not an image" in failure  # the slot's column ends
+    assert "15 tried before it" in failure and "not an image" in failure  # four columns of four samples
 
 
 def test_truncated_shard_gives_what_it_has(tmp_path):
@@ -725,3 +725,15 @@ def test_a_missing_folder_is_no_hub_name_if_its_parent_is_here(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="found neither a file nor a folder"):
         opened(tmp_path, "data/trian")
+
+
+def test_one_bad_sample_of_a_single_batch_costs_that_sample(tmp_path):
+    (tmp_path / "shards").mkdir(exist_ok=True)
+    members = dict(pairs(range(16)))
+    members["000003.jpg"] = members["000003.jpg"][:100]
+    write_tar(tmp_path / "shards" / "0.tar", sorted(members.items()))
+    config = config_of(tmp_path)
+    config.optim.batch_size = 16
+    found = batches(config, opened(tmp_path), stop=2)
+    assert all("failure" not in batch and len(batch["pixel_values"]) == 16 for batch in found)
+    assert all(int(batch["counts"].sum()) == 1 for batch in found)

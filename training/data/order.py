@@ -65,13 +65,15 @@ class Order:
       the last incomplete batch do where there is one source. So no batch holds a sample twice.
     - Stand-ins: a slot takes the source's p-th sample of the epoch, and if that is unusable the one m places further on,
       where m is the most that the source has in a batch, and so on round the epoch. The slots of a batch differ in
-      p modulo m, so that no batch holds a sample twice here either.
+      p modulo m, so that no batch holds a sample twice here either. Only where all of these are unusable, as in data of
+      a batch or two, those of the next slots follow, which the batch may hold already.
 
     Raises:
         UsageError: if a source has fewer samples than it must give to one batch, or gives less than one to a round.
     """
 
     ROUND = 4096
+    COLUMNS = 4  # slots whose samples a slot may take: mostly damaged data must not train on what little is left
 
     def __init__(self, names: list[str], lengths: list[int], weights: list[float], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
@@ -115,17 +117,18 @@ class Order:
         return step // self.ROUND * self.taken[-1, source] + self.taken[step % self.ROUND, source]
 
     def __call__(self, step: int, slot: int) -> Iterator[int]:
-        """The sample of a slot, then its stand-ins, each once."""
+        """The sample of a slot, then its stand-ins, then those of the next slots; each once."""
         slot = shuffled(slot, self.batch_size, self.seed, step)  # else each rank would have sources of its own
         cuts = self.cuts[step % self.ROUND]
         source = int(np.searchsorted(cuts, slot, side="right")) - 1
         epoch = step // self.epoch_steps[source]
         before = self._taken(step, source) - self._taken(epoch * self.epoch_steps[source], source)
         position, most, length = int(before + slot - cuts[source]), self.most[source], self.lengths[source]
-        row = range(position % most, length, most)
-        for attempt in range(len(row)):
-            place = row[(position // most + attempt) % len(row)]
-            yield self.starts[source] + shuffled(place, length, self.seed, epoch, source)
+        for column in range(min(self.COLUMNS, most)):
+            row = range((position + column) % most, length, most)
+            for attempt in range(len(row)):
+                place = row[(position // most + attempt) % len(row)]
+                yield self.starts[source] + shuffled(place, length, self.seed, epoch, source)
 
 
 class Window(NamedTuple):
