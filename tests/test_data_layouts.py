@@ -466,3 +466,9 @@ def test_page_names_all_columns_and_formats_that_are_read():
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
     assert all(f"`{key}`" in page for key in (*IMAGE_KEYS, *CAPTION_KEYS))
     assert all(f" {ending}" in page for ending in IMAGE_ENDINGS) and all(kind in page for kind in TABLES)
+
+
+def test_what_can_be_no_name_on_the_hub_is_not_asked_there(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="found no such file or folder, and it is no name on the Hub"):
+        open_source("photoz/")

@@ -25,6 +25,7 @@ from hfclip import (
 from hfclip.data.sources import open_source
 from hfclip.embeddings import Embeddings, embed, embed_images, embed_texts
 from hfclip.errors import UsageError
+from hfclip.evaluation.retrieval import retrieval
 
 
 @pytest.fixture(scope="module")
@@ -327,3 +328,11 @@ def test_rejects_folder_without_images_and_texts_without_words(model, processor,
         embed_images(model, processor, tmp_path)
     with pytest.raises(UsageError, match="found text 1 empty"):
         embed_texts(model, processor, ["a", " "])
+
+
+def test_retrieval_of_images_without_captions_is_refused(model, processor, tmp_path):
+    for name, data in pairs(range(4))[::2]:
+        (tmp_path / name).write_bytes(data)
+    source = open_source(str(tmp_path), cache_dir=tmp_path / "cache", require_captions=False)
+    with pytest.raises(UsageError, match="no image with a caption"):
+        retrieval(model, processor, source)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..errors import UsageError
 from .files import Files
@@ -159,6 +160,11 @@ def open_hub(name: str, split: str | None, keys: Keys) -> TableSource:
     """A data set on the Hub."""
     from datasets import get_dataset_split_names, load_dataset
 
+    if not Path(name).exists():
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:  # "photos/": the Hub would be asked several times
+            raise UsageError(f"{name!r}: found no such file or folder, and it is no name on the Hub.") from error
     with _loading(name, split):
         if split is None or Path(name).is_dir() and split.isidentifier():  # "test[:100]" is an expression, not a name
             split = _split_of(name, get_dataset_split_names(name), split)

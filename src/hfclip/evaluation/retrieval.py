@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data.samples import Sample, Source
 from ..embeddings import embed
+from ..errors import UsageError
 from ..zero_shot import device_of
 from .task import Result
 
@@ -25,11 +26,16 @@ def retrieval(model: nn.Module, processor: Any, data: Source, **options) -> Resu
 
     Returns:
         What `retrieval_recall` measures, and `unreadable_images` that have captions if there are any.
+
+    Raises:
+        UsageError: no sample has both an image and a caption.
     """
     found = embed(model, processor, data, **{"precision": "fp32", **options})
     num_captions = np.diff(found.offsets)
     unreadable = ~found.image_embeds.any(axis=1)
     kept = ~unreadable & (num_captions > 0)
+    if not kept.any():
+        raise UsageError(f"retrieval: found {len(found)} samples and no image with a caption, expected at least one.")
     owner = np.repeat(np.arange(len(found)), num_captions)
     of_kept = kept[owner]
     arrays = found.image_embeds[kept], found.text_embeds[of_kept], (kept.cumsum() - 1)[owner[of_kept]]
