@@ -352,7 +352,7 @@ def test_settings_are_the_trainers_own():
 
 
 def test_length_of_the_run_is_that_of_the_settings():
-    assert parse_run(["--config", "quickstart"])[0].steps == 950
+    assert parse_run(["--config", "quickstart"])[0].steps == 1100
     assert parse_run(["--config", "quickstart", "--optim.steps", "7"])[0].steps == 7
 
 
