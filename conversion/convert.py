@@ -5,7 +5,7 @@
         -> proof: embeddings of fixed inputs, by the written model and by `reference` from the source's own tensors
         -> conversion.json, model card -> renamed into place -> Hub, if asked for
 
-Anything that fails on the way leaves no folder behind.
+Anything that fails on the way leaves no folder.
 """
 
 import argparse

@@ -21,7 +21,7 @@ def run_program(module: str, arguments: list[str]) -> None:
 def launch_program(module: str, arguments: list[str]) -> None:
     """Becomes `accelerate launch` of a program; what stands before "--" is the launcher's own."""
     require_extra("train")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see training/cores.py: to be set before torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see training/threads.py: to be set before torch is imported
     split = arguments.index("--") if "--" in arguments else 0
     own, rest = arguments[:split], arguments[split + ("--" in arguments) :]
     launcher = [] if {"-h", "--help"} & {*rest} else ["-m", "accelerate.commands.launch", "--quiet", *own]

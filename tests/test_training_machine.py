@@ -12,15 +12,16 @@ import torch
 import yaml
 from training_utils import ROOT, pairs, pretrain, train, write_recipe, write_tar
 
+from hfclip.cores import cores_of_this_process, cpu_quota, usable_cores
 from hfclip.errors import UsageError
 from hfclip.precision import computes_bfloat16, settled_precision
 from training.config import Config
-from training.cores import cores_of_this_process, cpu_quota, threads_are_given, usable_cores
 from training.machine import (
     build_accelerator,
     num_workers,
     tune_cpu,
 )
+from training.threads import threads_are_given
 
 
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ def test_settings_that_need_bfloat16_say_what_to_do(tmp_path):
     config = Config.from_dict({"model": {"preset": "ViT-B/32", "tokenizer": "train"}, "optim": text_weights})
     if computes_bfloat16(CPU):
         config.run.precision = "fp32"
-        expected = "bfloat16 needs run.precision bf16"
+        expected = "text_weights need run.precision bf16"
     else:
         expected = "take text_weights out of optim.bfloat16"
     with pytest.raises(UsageError, match=expected):
@@ -142,7 +143,7 @@ def test_process_in_a_group_with_a_quota_of_one_core_uses_one():
         (group / "cpu.cfs_quota_us").write_text("60000")
     except OSError as error:
         pytest.skip(f"no group can be made: {error}")
-    code = f"open('{group}/cgroup.procs', 'w').write('0'); from training.cores import usable_cores as u; print(u())"
+    code = f"open('{group}/cgroup.procs', 'w').write('0'); from hfclip.cores import usable_cores as u; print(u())"
     try:
         assert python(code) == "1\n"
     finally:
@@ -155,7 +156,7 @@ def test_usable_cores_are_those_of_the_affinity():
     core = min(os.sched_getaffinity(0))
     assert (
         python(
-            f"import os; os.sched_setaffinity(0, {{{core}}}); from training.cores import *; "
+            f"import os; os.sched_setaffinity(0, {{{core}}}); from hfclip.cores import *; "
             "print(usable_cores(), cores_of_this_process())"
         )
         == "1 1\n"
@@ -171,7 +172,7 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch):
 
 def test_number_of_workers_is_the_users_or_follows_the_machine(monkeypatch):
     assert num_workers(0) == 0 and num_workers(7) == 7
-    monkeypatch.setattr("training.cores.usable_cores", lambda: 16)
+    monkeypatch.setattr("hfclip.cores.usable_cores", lambda: 16)
     for on_cpu, expected in ((True, 4), (False, 15)):
         monkeypatch.setattr("training.machine.computes_on_cpu", lambda on_cpu=on_cpu: on_cpu)
         assert num_workers(None) == expected
@@ -192,7 +193,7 @@ TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", 
     ids=["launched", "launched with OMP_NUM_THREADS", "launched with a flag", "two by torchrun"],
 )
 def test_threads_that_only_the_launcher_chose_are_not_the_users(launcher, told, given, tmp_path):
-    code = "import os; from training.cores import threads_are_given as t; print(os.environ['OMP_NUM_THREADS'], t())"
+    code = "import os; from training.threads import threads_are_given as t; print(os.environ['OMP_NUM_THREADS'], t())"
     said = python(code, launcher=launcher, script=tmp_path / "probe.py", OMP_NUM_THREADS=told)
     assert set(said.splitlines()) == {f"1 {given}"}
 

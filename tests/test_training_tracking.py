@@ -23,9 +23,9 @@ from transformers import BertConfig, Dinov2Config, SiglipTextConfig, SwinConfig
 from hfclip import HFCLIPConfig, HFCLIPModel
 from hfclip.errors import UsageError
 from hfclip.evaluation import Result
+from hfclip.flops import ModelFlops, _measure, measured_peak
 from training.config import Config
 from training.data.batches import COUNTED
-from training.flops import ModelFlops, _measure, measured_peak
 from training.report.curves import draw_curves, draw_losses, read_metrics
 from training.report.timing import WARM_UP, Stopwatch, trace
 from training.report.tracking import Tracking

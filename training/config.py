@@ -114,7 +114,7 @@ class DataConfig:
     caption_key: str | None = None
     """Column, or key of .json members, of the captions (one or a list). null: .txt files, else the usual names."""
     max_samples: int | None = None
-    """Use only the first so many samples. null: all (50,000 built-in scenes)."""
+    """Use this number of samples at most, the first ones. null: all (50,000 built-in scenes)."""
     group_captions: bool = False
     """Pairs with the same caption are positives of each other, not negatives. (Where equal texts have equal embeddings,
     without dropout in the text tower, the contrastive loss and its gradient are the same either way.)"""
@@ -170,7 +170,7 @@ class OptimConfig:
     eps: float | None = None
     """Adam's epsilon. null: 1e-6 for transformers, 1e-8 for the ResNets."""
     layer_decay: float = 1.0
-    """Each block of a tower learns at so many times the rate of the block above it. 1: all at the same rate."""
+    """Each block of a tower learns at this multiple of the rate of the block above it. 1: all at the same rate."""
     bfloat16: list[Literal["moments", "text_weights"]] = field(default_factory=list)
     """What is kept in half of float32's memory, rounded stochastically (the paper's memory savers): AdamW's "moments", the
     "text_weights" of the text tower, both, or nothing."""
@@ -240,7 +240,7 @@ class RunConfig:
     """Weights, gradients and moments are split over the processes (FSDP2) instead of held by each; for models that do
     not fit. The same numbers, more traffic."""
     keep_checkpoints: int = 3
-    """The newest so many are kept."""
+    """How many are kept, the newest ones."""
     trackers: list[str] = field(default_factory=list)
     """Accelerate trackers beside metrics.jsonl: tensorboard, wandb, trackio ..."""
     push_to_hub: str | None = None

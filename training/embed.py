@@ -1,9 +1,9 @@
-"""Stores a teacher's embeddings of training data, for runs with `distill.embeddings`.
+"""Stores the embeddings of a data set: to read with `hfclip.embeddings`, or to distill from with `distill.embeddings`.
 
-    python training/embed.py --model TEACHER --data 'shards/{0000..0099}.tar' --out teacher-embeddings
+    python training/embed.py --model clip-b32 --data 'shards/{0000..0099}.tar' --out embeddings
     accelerate launch training/embed.py ...                                       # shared by several processes
 
-All images and all captions are embedded once, with the teacher's own image processor and tokenizer; images are whole
+All images and all captions are embedded once, with the model's own image processor and tokenizer; images are whole
 central squares. An interrupted command goes on where it was when it is given again, on any number of processes; the
 folder has its name when it is complete. `hfclip.embeddings` says how, and opens it.
 """
@@ -38,12 +38,15 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     out = store(arguments)
     if os.environ.get("RANK", "0") == "0":
-        print(f"The embeddings are in {out}. Train with\n    --distill.embeddings {out}")
+        print(
+            f"The embeddings are in {out}. Read them:\n    hfclip.embeddings.Embeddings.open({str(out)!r}).image_embeds\n"
+            f"Or train a student of this model with\n    --distill.embeddings {out}"
+        )
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Stores a teacher's embeddings of training data.",
+        description="Stores the embeddings of a data set, to read with hfclip.embeddings or to distill from.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

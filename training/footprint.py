@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # torch's documentatio
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hfclip import HFCLIPConfig, HFCLIPModel
+from hfclip.flops import ModelFlops
 
-from .flops import ModelFlops
 from .low_precision import halve_text_weights
 from .model import checkpoint_activations
 from .parallel import fsdp_units, loss_scalars

@@ -9,12 +9,13 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 
+from hfclip.cores import cores_of_this_process, usual_workers
 from hfclip.errors import UsageError
 from hfclip.precision import settled_precision
 
 from .config import Config
-from .cores import cores_of_this_process, threads_are_given
 from .state.resuming import precision_of
+from .threads import threads_are_given
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -23,7 +24,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 def build_accelerator(config: Config, resume: str | None = None) -> Accelerator:
     """Accelerate as the launcher set it up, on the CPU where there is nothing else.
 
-    Settles `config.run.precision`: behind this it is not "auto".
+    Settles `config.run.precision`: after this it is not "auto".
 
     Args:
         resume: as `parse_arguments` gives it; a run that goes on keeps its precision.
@@ -115,12 +116,5 @@ def tune_cpu() -> None:
 
 
 def num_workers(asked: int | None) -> int:
-    """Processes that read and decode for this one: `data.num_workers`, or what the machine has for it.
-
-    Beside a GPU all cores but the one that feeds it. A CPU that trains needs its cores for that, and much longer for an
-    image than it takes to decode it.
-    """
-    if asked is not None:
-        return asked
-    cores = cores_of_this_process()
-    return max(cores // 4 if computes_on_cpu() else cores - 1, 1)
+    """Processes that read and decode for this one: `data.num_workers`, or what the machine has for it."""
+    return usual_workers(computes_on_cpu()) if asked is None else asked

@@ -1,6 +1,6 @@
 """Cheaper parts of a run before the full resolution: smaller images, shorter texts, fewer patches.
 
-`data.phases` lists them in order, each so many epochs long; what is left of the run is at the settings of the model
+`data.phases` lists them in order, each with its number of epochs; what is left of the run is at the settings of the model
 (CLIPA, arXiv:2305.07017; FLIP, arXiv:2212.00794). `Phases.at` is a pure function of the step.
 """
 

@@ -26,8 +26,8 @@ if __name__ == "__main__":
 from . import launcher
 from .command import Command, parse_arguments
 from .config import CONFIG_FILE, Config
-from .cores import let_waiting_threads_sleep
 from .state import checkpoint, resuming
+from .threads import let_waiting_threads_sleep
 
 
 @launcher.program

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from hfclip.errors import UsageError
+from hfclip.flops import ModelFlops
 from hfclip.grad_cache import cached_backward
 from hfclip.packing_hfclip import pooled_positions
 
@@ -29,7 +30,6 @@ from . import optim, parallel
 from .config import Config, OptimConfig
 from .data.order import rank_slice
 from .ema import EMA
-from .flops import ModelFlops
 from .objectives import Objective
 from .phases import Phases
 from .report.timing import Stopwatch

@@ -234,7 +234,7 @@ def build_backend(vocab: dict[str, int], merges: list, bos: str, eos: str, unk: 
     pattern = "|".join([regex.escape(bos.lower()), regex.escape(eos.lower()), WORD_PATTERN])
     split = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, _BYTE_LEVEL])
-    # OpenAI's decode leaves a space behind the last word
+    # OpenAI's decode leaves a space after the last word
     last, others = decoders.Replace(Regex(WORD_END + r"\z"), ""), decoders.Replace(WORD_END, " ")
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), last, others])
     return backend

@@ -177,7 +177,7 @@ class HFCLIPTextConfig(HFCLIPBaseConfig):
 
     @property
     def reads_padding(self) -> bool:
-        """Whether tokens behind the end of a text change its embedding."""
+        """Whether tokens after the end of a text change its embedding."""
         return not self.causal or self.pooling != "eos"
 
     @property
@@ -231,7 +231,7 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
     `image_size` and `patch_size` are in pixels; other image sizes are served by interpolating the positions.
 
     Some of OpenCLIP's towers (CLIPA) have no LayerNorm before the blocks, `pre_layer_norm: false`, or another pooling:
-    `cls` is the class token behind the last LayerNorm, `mean` the mean of the patches behind it, `norm_of_mean` the
+    `cls` is the class token after the last LayerNorm, `mean` the mean of the patches after it, `norm_of_mean` the
     LayerNorm of the mean of the patches.
     """
 
@@ -282,7 +282,7 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
 class HFCLIPResNetConfig(HFCLIPBaseConfig):
     """Modified ResNet with attention pooling (paper section 2.4).
 
-    `depths` are the blocks of the four stages, `stem_width` the channels behind the stem; stage n has
+    `depths` are the blocks of the four stages, `stem_width` the channels after the stem; stage n has
     `stem_width * 4 * 2**n` channels. The attention pool maps to `projection_dim` itself, so the dual encoder adds
     no projection. `num_attention_heads` of the pool defaults to 64 channels a head. `zero_init_residual` starts each
     block as its shortcut, as OpenAI does for long training; small models and short runs learn faster without.

@@ -38,7 +38,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 
 class Bottleneck(GradientCheckpointingLayer):
-    """1x1, 3x3, 1x1 convolutions; a stride is an average pool behind the second one, and in the shortcut."""
+    """1x1, 3x3, 1x1 convolutions; a stride is an average pool after the second one, and in the shortcut."""
 
     expansion = 4
 
@@ -204,7 +204,7 @@ class HFCLIPResNetModel(PreTrainedModel):
                 with None for the others.
 
         Returns:
-            `last_hidden_state` (batch, 32 * stem_width, height / 32, width / 32), the map in front of the pool;
+            `last_hidden_state` (batch, 32 * stem_width, height / 32, width / 32), the map before the pool;
             `pooler_output` (batch, projection_dim), not normalised;
             `hidden_states`: stem (stride 4), then layer1 to layer4 (strides 4, 8, 16, 32).
 

@@ -4,7 +4,7 @@
 
 Departures from transformers' `CLIPModel`, all exact to float tolerance:
 
-- Text is packed. In a causal tower nothing behind the end-of-text token can change the embedding, so a batch of
+- Text is packed. In a causal tower nothing after the end-of-text token can change the embedding, so a batch of
   captions is computed as one flat list of its real tokens; only attention sees a padded form.
 - Where only the embedding is asked for and the texts of a batch are of one length, the last block computes the
   end-of-text tokens alone.
@@ -105,7 +105,7 @@ def asks_for_all_positions(config: PreTrainedConfig, kwargs: dict) -> bool:
 
 
 class HFCLIPTextModel(HFCLIPPreTrainedModel):
-    """Causal text transformer. Its pooled output is the first end-of-text token behind the last LayerNorm."""
+    """Causal text transformer. Its pooled output is the first end-of-text token after the last LayerNorm."""
 
     config_class = HFCLIPTextConfig
     config: HFCLIPTextConfig
@@ -305,7 +305,7 @@ class HFCLIPBagOfWordsModel(HFCLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """`last_hidden_state` (batch, length, hidden): token embeddings; `pooler_output` (batch, hidden).
 
-        The words of a caption are the tokens in front of its first end-of-text token, without the start token.
+        The words of a caption are the tokens before its first end-of-text token, without the start token.
         """
         check_texts(input_ids, attention_mask, self.config)
         pooled = pooled_positions(input_ids, attention_mask, self.config.eos_token_id)

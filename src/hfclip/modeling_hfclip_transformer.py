@@ -234,7 +234,7 @@ class HFCLIPVisionEmbeddings(nn.Module):
 
 
 class HFCLIPVisionModel(HFCLIPPreTrainedModel):
-    """ViT image tower. Its pooled output is the class token behind the last LayerNorm, not yet projected."""
+    """ViT image tower. Its pooled output is the class token after the last LayerNorm, not yet projected."""
 
     config_class = HFCLIPVisionConfig
     config: HFCLIPVisionConfig
@@ -288,7 +288,7 @@ class HFCLIPVisionModel(HFCLIPPreTrainedModel):
         )
 
     def pool(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(batch, 1 + patches, hidden) -> (batch, hidden), behind the last LayerNorm, by the config's `pooling`."""
+        """(batch, 1 + patches, hidden) -> (batch, hidden), after the last LayerNorm, by the config's `pooling`."""
         if self.config.pooling == "cls":
             return self.post_layernorm(hidden_states[:, 0])
         if self.config.pooling == "norm_of_mean":

@@ -75,7 +75,7 @@ class PackedTexts:
 
     @classmethod
     def of(cls, text_lengths: list[int], device: torch.device) -> "PackedTexts":
-        """The first so many tokens of each text. All is decided on the host, and then sent to the device."""
+        """The first tokens of each text, a number for each. All is decided on the host, and then sent to the device."""
         lengths = torch.tensor(text_lengths)
         width, num_real = max(text_lengths), sum(text_lengths)
         real = torch.arange(width) < lengths[:, None]

@@ -20,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from training_utils import fork, free_port
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
+from hfclip.flops import ModelFlops
 from hfclip.losses import LOSSES
 from training import parallel
 from training import step as training_step
 from training.config import Config
 from training.data.order import rank_slice
-from training.flops import ModelFlops
 from training.objectives.contrastive import Contrastive
 from training.phases import Phase, Phases
 from training.report.timing import Stopwatch

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from hfclip.errors import UsageError, redact
 from hfclip.evaluation import Result, all_metrics, headlines
+from hfclip.flops import measured_peak
 from hfclip.precision import PRECISIONS
 
 from ..config import Config
 from ..data.batches import COUNTED
-from ..flops import measured_peak
 from .curves import METRICS_FILE, draw_curves, read_metrics
 from .timing import Stopwatch
 

@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from hfclip import HFCLIPConfig, HFCLIPModel
 from hfclip.errors import as_usage_error, run
+from hfclip.flops import ModelFlops
 from hfclip.hub.card import describe
-from hfclip.training.flops import ModelFlops
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..cores import usual_workers
 from ..data.image_list import ImageList
 from ..data.samples import Source, not_blank
 from ..errors import UsageError
@@ -35,7 +36,7 @@ from ..precision import settled_precision
 from ..zero_shot import device_of
 from .chunks import CHUNK, Chunks, Options, Pool
 from .encoder import Encoder, prepared
-from .processes import Processes, fingerprint_of, usual_workers
+from .processes import Processes, fingerprint_of
 from .store import Embeddings, Store, join
 
 
@@ -91,7 +92,7 @@ def embed(
     # What is not stored is shared more evenly in chunks of one batch.
     chunks = Chunks(source, processor, options, batch_size if in_memory else batch_size * max(CHUNK // batch_size, 1))
     if num_workers is None:
-        num_workers = usual_workers(device) if len(source) > CHUNK else 0
+        num_workers = usual_workers(device.type == "cpu") if len(source) > CHUNK else 0
     if in_memory:
         computed, header = _compute(model, chunks, processes, num_workers, None)
         computed = {number: result for part in processes.gather(computed) for number, result in part.items()}

@@ -6,7 +6,6 @@ import os
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -36,13 +35,6 @@ class Processes(NamedTuple):
         if self.size > 1:
             dist.all_gather_object(values, value, group=self.group)
         return values
-
-
-def usual_workers(device: torch.device) -> int:
-    """A CPU that computes needs its cores for that; beside a GPU all cores but the one that feeds it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(cores // 4 if device.type == "cpu" else cores - 1, 1)
 
 
 def fingerprint_of(model: nn.Module, chunks: Chunks, processes: Processes, num_workers: int) -> str:

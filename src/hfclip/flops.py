@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
-from hfclip import HFCLIPConfig
-from hfclip.modeling_hfclip import pooled_by
+from .configuration_hfclip import HFCLIPConfig
+from .modeling_hfclip import pooled_by
 
 
 logger = logging.getLogger(__name__)
