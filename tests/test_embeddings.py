@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_utils import FORKED, caption, image_bytes, model_with_tokenizer, pairs, write_tar
+from training_utils import FORKED, ROOT, caption, image_bytes, model_with_tokenizer, pairs, write_tar
 
 from hfclip import (
     HFCLIPConfig,
@@ -152,6 +154,26 @@ def test_killed_embedding_goes_on_where_it_was(model_folder, shards, alone, tmp_
     embed_exactly(model, processor, source_of(shards), folder=tmp_path / "out", batch_size=8)
     assert_same(tmp_path / "out", alone)
     assert sum(seen) <= 600 - 256 * num_done + 8
+
+
+@pytest.mark.slow
+def test_program_that_is_interrupted_goes_on_when_it_is_given_again(model_folder, shards, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "training/embed.py"), "--model", str(model_folder), "--data", str(shards)]
+    command += ["--out", str(out), "--precision", "fp32", "--batch-size", "8", "--num-workers", "1"]
+    environment = {**os.environ, "HFCLIP_CACHE": str(tmp_path / "cache")}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        deadline = time.monotonic() + 200
+        while not list(tmp_path.glob(".out.partial/*/chunk-00000.safetensors")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[1]
+    assert process.returncode == 130 and "The same command goes on from here." in said and "Traceback" not in said
+    assert not out.exists()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "Embeddings.open" in done.stdout, done.stderr
+    assert len(Embeddings.open(out)) == 600
 
 
 def test_order_of_shards_does_not_change_rows(model, processor, shards, alone):
