@@ -1,7 +1,11 @@
-"""Evaluations. One is a file with one task, `task(model, processor, data, **options) -> Result`.
+"""Evaluations. One is a file with one task, `task(model, processor, data, **options) -> Result`, and a row of `tasks.TASKS`.
 
     zero_shot.py    accuracy of a prompt-ensembled classifier on labelled images
     retrieval.py    recall between images and their captions
+
+    task.py         Result: metrics, their headline, and tables, plots, arrays, protocol for a report
+    tasks.py        the table of tasks; a task's keyword-only parameters are flags of `hfclip evaluate`
+    data.py         data sets by name, their splits, labelled folders
 
 A task embeds its data by `hfclip.embeddings.embed`: processes share the work, and all return the same. Another one needs no
 change elsewhere: whoever shows results asks them for their `headline`.
@@ -12,7 +16,9 @@ change elsewhere: whoever shows results asks them for their `headline`.
         return Result({"mean_cosine": cosines.mean()}, headline="mean_cosine")
 """
 
-from .task import Result, all_metrics, headlines
+from .data import DataSet
+from .task import Plot, Result, all_metrics, headlines
+from .tasks import TASKS
 
 
-__all__ = ["Result", "all_metrics", "headlines"]
+__all__ = ["TASKS", "DataSet", "Plot", "Result", "all_metrics", "headlines"]

@@ -1,33 +1,38 @@
-"""Zero-shot accuracy on a labelled data set, and reading of labelled folders.
+"""Zero-shot accuracy on a labelled data set.
 
-folder -> labels, templates, samples -> embeddings, shared by all ranks -> classifier -> hits -> accuracy
+labels, templates, samples -> embeddings, shared by all ranks -> classifier -> hits -> accuracy
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import PIL.Image
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..data.files import CLASS_NAMES, read_lines
-from ..data.samples import BadSample, Sample, Source, decoding, say
-from ..data.sources import open_source
-from ..data.webdataset import ShardSource
+from ..data.samples import BadSample, Sample, Source, say
 from ..embeddings import embed
-from ..errors import UsageError
 from ..open_image_hfclip import open_image
 from ..zero_shot import (
     DEFAULT_TEMPLATES,
     Template,
     ZeroShotClassifier,
     check_labels,
-    check_templates,
     evaluating,
 )
+from .data import LabelledFolder, LazyImages, UndecodableImage, load_labelled_folder
 from .task import Result
+
+
+__all__ = [
+    "LabelledFolder",
+    "LabelledImages",
+    "LazyImages",
+    "UndecodableImage",
+    "load_labelled_folder",
+    "zero_shot",
+    "zero_shot_accuracy",
+]
 
 
 ROWS = 1024  # images compared with all labels at a time
@@ -52,6 +57,7 @@ def zero_shot_accuracy(
     top_k: Sequence[int] = (1, 5),
     num_workers: int = 0,
     group: dist.ProcessGroup | None = None,
+    **embedding,
 ) -> dict[str, float | int]:
     """Share of images whose label is among the k best of a prompt-ensembled classifier (paper 3.1).
 
@@ -70,6 +76,7 @@ def zero_shot_accuracy(
         top_k: values of k. A k that is not below the number of labels gives 1.
         num_workers: processes a rank that read and preprocess images.
         group: ranks that share the work. Default: all if `torch.distributed` is initialised, else this process.
+        embedding: further options of `hfclip.embeddings.embed`; `precision` is "fp32" if it is not given.
 
     Returns:
         `top<k>` for each k and `mean_per_class_recall` (mean over the classes that occur of their top-1 accuracy),
@@ -86,7 +93,7 @@ def zero_shot_accuracy(
     labels = check_labels(labels)
     distinct = list(dict.fromkeys(labels))
     classifier = ZeroShotClassifier(model, processor, distinct, templates)
-    options = {"batch_size": batch_size, "num_workers": num_workers, "precision": "fp32", "group": group}
+    options = {"batch_size": batch_size, "num_workers": num_workers, "precision": "fp32", "group": group, **embedding}
     found = embed(classifier.model, processor, _Labelled(dataset, len(labels)), what=("images",), **options)
     readable = found.image_embeds.any(axis=1)
     if not readable.any():
@@ -109,21 +116,24 @@ def zero_shot_accuracy(
     }
 
 
-def zero_shot(model: nn.Module, processor: Any, data: "LabelledFolder", **options) -> Result:
+def zero_shot(
+    model: nn.Module, processor: Any, data: LabelledFolder, *, top_k: Sequence[int] = (1, 5), **options
+) -> Result:
     """The task of `zero_shot_accuracy`, on labelled images.
 
     Args:
         data: what has `labels`, `templates` and `samples`, such as a [`LabelledFolder`].
+        top_k: values of k of the accuracy that counts a label among the k best.
         options: of `zero_shot_accuracy`.
 
     Returns:
         Its fractions, and `unreadable_images` if there are any.
     """
-    metrics = zero_shot_accuracy(model, processor, data.samples, data.labels, data.templates, **options)
+    metrics = zero_shot_accuracy(model, processor, data.samples, data.labels, data.templates, top_k=top_k, **options)
     del metrics["num_samples"]
     num_unreadable = metrics.pop("num_skipped")
     metrics |= {"unreadable_images": num_unreadable} if num_unreadable else {}
-    return Result(metrics, headline="top1")
+    return Result(metrics, headline=f"top{min(top_k)}", protocol={"templates": len(data.templates)})
 
 
 def _ranks_of_targets(classifier: ZeroShotClassifier, embeds: Tensor, labels: list[str], targets: Tensor) -> Tensor:
@@ -147,10 +157,6 @@ def _rank_of_target(logits: Tensor, targets: Tensor) -> Tensor:
     return ((logits > of_target) | ((logits == of_target) & earlier)).sum(dim=1)
 
 
-class UndecodableImage(ValueError):
-    """An image that an evaluation leaves out and counts."""
-
-
 class _Labelled(Source):
     """Pairs of image and target as samples, without captions."""
 
@@ -172,83 +178,3 @@ class _Labelled(Source):
 
     def captions(self, index: int) -> list[str]:
         return []
-
-
-class LazyImages(Sequence):
-    """`(PIL image, target)` pairs of a labelled source, read and decoded when asked for. Safe to share with worker
-    processes.
-
-    Raises UndecodableImage with the name of an image that cannot be decoded.
-    """
-
-    def __init__(self, source: Source):
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        name = f"sample {index}"
-        try:
-            image, _, name, target = self.source[index]
-            with decoding(image):
-                return open_image(image), target
-        except BadSample as bad:
-            raise UndecodableImage(f"{name} cannot be decoded: {bad.__cause__ or bad}") from bad
-
-
-class LabelledFolder(NamedTuple):
-    """`labels[target]` names the target of a sample; `templates` are those of the folder or the default."""
-
-    labels: list[str]
-    templates: list[str]
-    samples: LazyImages
-
-
-TEMPLATES_FILE = "zeroshot_classification_templates.txt"
-INCOMPLETE = ("missing image", "missing caption", "truncated shard", "damaged shard", "not a tar")
-
-
-def load_labelled_folder(path: str | Path) -> LabelledFolder:
-    """Labels, templates and samples of images with labels; images are not opened yet.
-
-    - WebDataset as clip-benchmark publishes it: uncompressed tars, in which each image has a `<key>.cls` with the index
-      of its label, a line of `classnames.txt`.
-    - A folder or zip with two or more folders, one per class, with images anywhere below it. Targets count the folders
-      in alphabetical order; labels are the lines of `classnames.txt`, or else the folders' names with underscores read
-      as spaces.
-    - A table with a column of class labels, here or on the Hub.
-
-    `classnames.txt` (a label a line) and `zeroshot_classification_templates.txt` (a template a line, `{c}` for the
-    label; empty lines do not count) are looked for in `path`, then in the folder above, which holds them for all splits.
-
-    Raises:
-        UsageError: nothing of these, files that do not fit together, damaged shards.
-        ValueError: empty labels, a template without placeholder.
-    """
-    source = open_source(str(path))
-    if len(set(source.labels or ())) < 2:
-        raise UsageError(
-            f"{path} has the labels {source.labels}, expected two or more: a folder per class, tars with .cls members and "
-            f"a {CLASS_NAMES}, or a table with a column of class labels."
-        )
-    if broken := [kind for kind in INCOMPLETE if source.skipped[kind]]:
-        raise UsageError(f"{path} is not whole: {source.describe_skipped()}. Mend or remove what has {broken[0]}.")
-    labels = check_labels(source.labels)
-    _check_shards(path, source)
-    targets = [source.label(index) for index in range(len(source))]
-    if outside := [target for target in targets if target is None or target >= len(labels)]:
-        raise UsageError(
-            f"{path}: sample {targets.index(outside[0])} has class {outside[0]}, expected 0 to {len(labels) - 1}, a line "
-            f"of {CLASS_NAMES}."
-        )
-    templates = [line for line in read_lines(Path(path), TEMPLATES_FILE) or () if line] or DEFAULT_TEMPLATES
-    return LabelledFolder(labels, check_templates(templates), LazyImages(source))
-
-
-def _check_shards(path: str | Path, source: Source) -> None:
-    declared = read_lines(Path(path), "nshards.txt")
-    if declared and isinstance(source, ShardSource) and int(declared[0]) != len(source.shards):
-        raise UsageError(
-            f"{path} has {len(source.shards)} shards, but nshards.txt says {declared[0]}: fetch them all."
-        )

@@ -1,0 +1,191 @@
+"""What a task is given: labelled images, images with captions, or a data set of which it opens the splits it needs."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+
+from ..data.files import CLASS_NAMES, read_lines
+from ..data.folders import SPLITS
+from ..data.samples import BadSample, Sample, Source, decoding
+from ..data.sources import open_source
+from ..data.webdataset import ShardSource
+from ..errors import UsageError
+from ..open_image_hfclip import open_image
+from ..zero_shot import DEFAULT_TEMPLATES, check_labels, check_templates
+
+
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+INCOMPLETE = ("missing image", "missing caption", "truncated shard", "damaged shard", "not a tar")
+
+
+class DataSet:
+    """A data set by its name; its splits are opened when a task asks for them.
+
+    Args:
+        place: what `hfclip.data.open_source` reads, or a place for each split, `{"train": ..., "test": ...}`.
+        name: under which it is reported. None: the last part of the place.
+        limit: images of each split at most, spread evenly over it: data sets are often sorted by class.
+    """
+
+    def __init__(
+        self, place: str | os.PathLike | Mapping[str, str], *, name: str | None = None, limit: int | None = None
+    ):
+        places = place if isinstance(place, Mapping) else {None: place}
+        self.places, self.limit = {split: os.path.expanduser(str(where)) for split, where in places.items()}, limit
+        self.name = name or Path(next(reversed(self.places.values()))).name
+
+    def labelled(self, split: str | None = None) -> "LabelledFolder":
+        """Labels, templates and labelled images of a split; None: of that which is held out.
+
+        Raises:
+            UsageError: there is no such split, or it is not what `load_labelled_folder` reads.
+        """
+        return load_labelled_folder(*self._place_of(split), limit=self.limit)
+
+    def captioned(self, split: str | None = None) -> Source:
+        """The samples of a split with their captions.
+
+        Raises:
+            UsageError: there is no such split, or it has no captions.
+        """
+        place, split = self._place_of(split)
+        return evenly(open_source(place, split=split), self.limit)
+
+    def has(self, split: str) -> bool:
+        """Whether a split is there."""
+        try:
+            self._place_of(split)
+        except UsageError:
+            return False
+        return True
+
+    def _place_of(self, split: str | None) -> tuple[str, str | None]:
+        """Where a split lies, and the split of what lies there. Raises UsageError rather than reading another one."""
+        if None not in self.places:
+            wanted = split or next((name for name in ("test", "validation") if name in self.places), "test")
+            if wanted not in self.places:
+                raise UsageError(f"{self.name}: found the splits {', '.join(self.places)}, expected {wanted}.")
+            return self.places[wanted], None
+        place = self.places[None]
+        if split is None or not os.path.exists(place):  # what is not here says itself which splits it has
+            return place, split
+        there = sorted(entry.name for entry in os.scandir(place) if entry.is_dir()) if os.path.isdir(place) else []
+        if split not in {SPLITS.get(name, name) for name in there} and not any(Path(place).glob("**/*.parquet")):
+            raise UsageError(
+                f"{place}: found {f'the folders {there[:5]}' if there else 'no folders of splits'}, expected one named "
+                f"{split!r}. Name a place for each split: {{train: PLACE, test: PLACE}}."
+            )
+        return place, split
+
+
+class _Part(Source):
+    """Some samples of a source."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        super().__init__()
+        self.source, self.indices, self.length = source, indices, len(indices)
+        self.labels, self.skipped, self.examples = source.labels, source.skipped, source.examples
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[self.indices[index]]
+
+    def captions(self, index: int) -> list[str]:
+        return self.source.captions(self.indices[index])
+
+    def label(self, index: int) -> int | None:
+        return self.source.label(self.indices[index])
+
+
+def evenly(source: Source, limit: int | None) -> Source:
+    """The source, or `limit` of its samples at equal distances."""
+    if limit is None or limit >= len(source):
+        return source
+    return _Part(source, np.linspace(0, len(source), limit, endpoint=False).astype(int).tolist())
+
+
+class UndecodableImage(ValueError):
+    """An image that an evaluation leaves out and counts."""
+
+
+class LazyImages(Sequence):
+    """`(PIL image, target)` pairs of a labelled source, read and decoded when asked for. Safe to share with worker
+    processes.
+
+    Raises UndecodableImage with the name of an image that cannot be decoded.
+    """
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        name = f"sample {index}"
+        try:
+            image, _, name, target = self.source[index]
+            with decoding(image):
+                return open_image(image), target
+        except BadSample as bad:
+            raise UndecodableImage(f"{name} cannot be decoded: {bad.__cause__ or bad}") from bad
+
+
+class LabelledFolder(NamedTuple):
+    """`labels[target]` names the target of a sample; `templates` are those of the folder or the default."""
+
+    labels: list[str]
+    templates: list[str]
+    samples: LazyImages
+
+
+def load_labelled_folder(path: str | Path, split: str | None = None, limit: int | None = None) -> LabelledFolder:
+    """Labels, templates and samples of images with labels; images are not opened yet.
+
+    - WebDataset as clip-benchmark publishes it: uncompressed tars, in which each image has a `<key>.cls` with the index
+      of its label, a line of `classnames.txt`.
+    - A folder or zip with two or more folders, one per class, with images anywhere below it. Targets count the folders
+      in alphabetical order; labels are the lines of `classnames.txt`, or else the folders' names with underscores read
+      as spaces.
+    - A table with a column of class labels, here or on the Hub.
+
+    `classnames.txt` (a label a line) and `zeroshot_classification_templates.txt` (a template a line, `{c}` for the
+    label; empty lines do not count) are looked for in `path`, then in the folder above, which holds them for all splits.
+
+    Args:
+        split: of folders named as splits are. None: the one that is held out.
+        limit: images at most, spread evenly.
+
+    Raises:
+        UsageError: nothing of these, files that do not fit together, damaged shards.
+        ValueError: empty labels, a template without placeholder.
+    """
+    source = open_source(str(path), split=split)
+    if len(set(source.labels or ())) < 2:
+        raise UsageError(
+            f"{path} has the labels {source.labels}, expected two or more: a folder per class, tars with .cls members and "
+            f"a {CLASS_NAMES}, or a table with a column of class labels."
+        )
+    if broken := [kind for kind in INCOMPLETE if source.skipped[kind]]:
+        raise UsageError(f"{path} is not whole: {source.describe_skipped()}. Mend or remove what has {broken[0]}.")
+    labels = check_labels(source.labels)
+    _check_shards(path, source)
+    targets = [source.label(index) for index in range(len(source))]
+    if outside := [target for target in targets if target is None or target >= len(labels)]:
+        raise UsageError(
+            f"{path}: sample {targets.index(outside[0])} has class {outside[0]}, expected 0 to {len(labels) - 1}, a line "
+            f"of {CLASS_NAMES}."
+        )
+    templates = [line for line in read_lines(Path(path), TEMPLATES_FILE) or () if line] or DEFAULT_TEMPLATES
+    return LabelledFolder(labels, check_templates(templates), LazyImages(evenly(source, limit)))
+
+
+def _check_shards(path: str | Path, source: Source) -> None:
+    declared = read_lines(Path(path), "nshards.txt")
+    if declared and isinstance(source, ShardSource) and int(declared[0]) != len(source.shards):
+        raise UsageError(
+            f"{path} has {len(source.shards)} shards, but nshards.txt says {declared[0]}: fetch them all."
+        )
