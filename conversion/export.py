@@ -233,7 +233,8 @@ def transformers_config(config: HFCLIPConfig) -> CLIPConfig:
             raise UsageError(f"transformers' CLIPModel has no tower of type {fields['model_type']}.")
         if fields.get("eos_token_id") == 2:
             raise UsageError("text_config.eos_token_id is 2, for which transformers pools at the highest id instead.")
-        ours_alone = {"causal", "pooling", "pre_layer_norm", "patch_dropout", "auto_map", "architectures"}
+        ours_alone = {"causal", "pooling", "pre_layer_norm", "patch_dropout", "projection_type"}
+        ours_alone |= {"auto_map", "architectures"}
         towers[key] = {name: value for name, value in fields.items() if name not in ours_alone}
         towers[key]["model_type"] = types[fields["model_type"]]
     return CLIPConfig(

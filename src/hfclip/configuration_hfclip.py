@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .limits_hfclip import MAX_NUMBER, MAX_PARAMETERS, limited, refuse_absurd
 from .presets_hfclip import fields_of_preset
+from .projection_hfclip import ProjectionType, require_projection
 from .translation_hfclip import TRANSFORMERS_MODEL_TYPES, build_foreign_config, translate_transformers_config
 
 
@@ -174,6 +175,7 @@ class HFCLIPTextConfig(HFCLIPBaseConfig):
     eos_token_id: int = 49407
     causal: bool = True
     pooling: Literal["eos", "first", "last"] = "eos"
+    projection_type: ProjectionType = "linear"
 
     @property
     def reads_padding(self) -> bool:
@@ -254,6 +256,7 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
     patch_dropout: int | float = 0.0
     pre_layer_norm: bool = True
     pooling: Literal["cls", "mean", "norm_of_mean"] = "cls"
+    projection_type: ProjectionType = "linear"
     initializer_factor: int | float = 1.0
 
     @property
@@ -357,12 +360,13 @@ class HFCLIPConfig(HFCLIPBaseConfig):
     """Dual encoder: an image tower, a text tower, and a joint space of `projection_dim` dimensions.
 
     Each sub-config is a config object, or a dict with a `model_type` (default: our ViT and our text transformer).
-    A tower of a type that only AutoModel knows is pooled by a named rule before its linear projection:
+    A tower of a type that only AutoModel knows is pooled by a named rule before its projection:
 
     - `pooler`: the tower's own `pooler_output` (default for images),
     - `cls`: the first position, `mean`: the mean over real positions (default for foreign text towers),
       `last`: the last real position.
 
+    `text_projection_type` and `vision_projection_type` are kinds of `projection_hfclip`, by default `linear`.
     `logit_scale_init_value` is the natural logarithm of the initial scale, ln(1/0.07) in the paper.
     `logit_bias_init_value` exists for models trained with the sigmoid loss (SigLIP: -10) and is None otherwise.
     """
@@ -375,6 +379,8 @@ class HFCLIPConfig(HFCLIPBaseConfig):
     projection_dim: int = 512
     text_pooling: Pooling | None = None
     vision_pooling: Pooling | None = None
+    text_projection_type: ProjectionType | None = None
+    vision_projection_type: ProjectionType | None = None
     logit_scale_init_value: float | int = 2.6592
     logit_bias_init_value: float | int | None = None
     initializer_factor: int | float = 1.0
@@ -385,6 +391,8 @@ class HFCLIPConfig(HFCLIPBaseConfig):
         own_text = self.text_config.model_type in TOWER_CONFIGS
         self.text_pooling = self.text_pooling or ("pooler" if own_text else "mean")
         self.vision_pooling = self.vision_pooling or "pooler"
+        self.text_projection_type = self._projection_type(self.text_projection_type, self.text_config)
+        self.vision_projection_type = self._projection_type(self.vision_projection_type, self.vision_config)
         super().__post_init__(**kwargs)
 
     def _fields_of_parts(self) -> set[str]:
@@ -414,6 +422,13 @@ class HFCLIPConfig(HFCLIPBaseConfig):
         if tower.model_type in TOWER_CONFIGS and not tower.pooler_is_projected:
             tower.projection_dim = self.projection_dim
         return tower
+
+    @staticmethod
+    def _projection_type(kind: ProjectionType | None, tower: PreTrainedConfig) -> ProjectionType:
+        kind = kind or getattr(tower, "projection_type", None) or "linear"
+        if isinstance(tower, HFCLIPTextConfig | HFCLIPVisionConfig):
+            tower.projection_type = kind  # also for the tower alone, with its projection
+        return kind
 
     @property
     def image_size(self) -> int:
@@ -468,6 +483,7 @@ class HFCLIPConfig(HFCLIPBaseConfig):
                 "'pooler', since the tower defines its own pooling",
                 "Named rules are for towers built by AutoModel.",
             )
+            require_projection(self, modality)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "HFCLIPConfig":

@@ -27,6 +27,7 @@ from .modeling_hfclip_resnet import HFCLIPResNetModel
 from .modeling_hfclip_text import HFCLIPBagOfWordsModel, HFCLIPTextModel
 from .modeling_hfclip_transformer import HFCLIPPreTrainedModel, HFCLIPVisionModel
 from .packing_hfclip import without_left_padding
+from .projection_hfclip import projection, projection_of, tower_width
 
 
 @dataclass
@@ -96,21 +97,6 @@ def blocks_of(tower: PreTrainedModel) -> list[nn.Module] | None:
     return max(lists, key=lambda found: sum(p.numel() for block in found for p in block.parameters()), default=None)
 
 
-def tower_width(config, rule: str = "pooler") -> int:
-    """Size of a tower's pooled output."""
-    if getattr(config, "pooler_is_projected", False):
-        return config.projection_dim
-    if rule == "pooler" and getattr(config, "projection_size", None):
-        return config.projection_size  # SigLIP's text towers end in a linear layer
-    width = getattr(config, "hidden_size", None) or (getattr(config, "hidden_sizes", None) or [None])[-1]
-    if width is None:
-        raise ValueError(
-            f"Cannot tell the output size of a `{config.model_type}` tower: its config has neither `hidden_size` nor "
-            "`hidden_sizes`. Choose another tower."
-        )
-    return width
-
-
 def pool(outputs: ModelOutput, rule: str, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """(batch, hidden) from a tower's outputs by a named rule; see `HFCLIPConfig`.
 
@@ -151,11 +137,6 @@ def pooled_by(
     )
 
 
-def projection(width: int, projection_dim: int) -> nn.Linear:
-    """The linear map from a tower's pooled output into the joint space."""
-    return with_init_std(nn.Linear(width, projection_dim, bias=False), width**-0.5)
-
-
 def at_least_float32(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
@@ -179,8 +160,8 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         if config.text_config.model_type not in TOWERS and config.text_pooling != "pooler":
             # Its pooling layer would never be used, and have no gradient.
             self.text_model.pooler = None
-        self.visual_projection = self._projection(config.vision_config, config.vision_pooling)
-        self.text_projection = self._projection(config.text_config, config.text_pooling)
+        self.visual_projection = projection_of(config, "vision")
+        self.text_projection = projection_of(config, "text")
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = None if config.logit_bias_init_value is None else nn.Parameter(torch.empty(()))
         self._frozen_towers: list[nn.Module] = []
@@ -193,11 +174,6 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             init.constant_(self.logit_scale, self.config.logit_scale_init_value)
             if self.logit_bias is not None:
                 init.constant_(self.logit_bias, self.config.logit_bias_init_value)
-
-    def _projection(self, tower_config, rule: str) -> nn.Module:
-        if getattr(tower_config, "pooler_is_projected", False):
-            return nn.Identity()
-        return projection(tower_width(tower_config, rule), self.config.projection_dim)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding, as tools for language models (resizing, quantisation) expect it."""
@@ -457,7 +433,7 @@ class HFCLIPTextModelWithProjection(HFCLIPPreTrainedModel):
     def __init__(self, config: HFCLIPTextConfig):
         super().__init__(config)
         self.text_model = HFCLIPTextModel._from_config(config)
-        self.text_projection = projection(config.hidden_size, config.projection_dim)
+        self.text_projection = projection(config.hidden_size, config.projection_dim, config.projection_type)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -495,7 +471,7 @@ class HFCLIPVisionModelWithProjection(HFCLIPPreTrainedModel):
     def __init__(self, config: HFCLIPVisionConfig):
         super().__init__(config)
         self.vision_model = HFCLIPVisionModel._from_config(config)
-        self.visual_projection = projection(config.hidden_size, config.projection_dim)
+        self.visual_projection = projection(config.hidden_size, config.projection_dim, config.projection_type)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
