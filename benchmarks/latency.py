@@ -70,7 +70,7 @@ def to_openclip(model: HFCLIPModel) -> torch.nn.Module:
     import open_clip
     from open_clip.model import CLIP
 
-    from conversion.key_maps import openai_items
+    from hfclip.foreign.key_maps import openai_items
 
     text, vision = model.config.text_config, model.config.vision_config
     theirs = CLIP(

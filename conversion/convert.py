@@ -31,16 +31,16 @@ import hfclip
 from hfclip import HFCLIPConfig, HFCLIPModel, HFCLIPProcessor, errors
 from hfclip.configuration_hfclip import TOWER_CONFIGS
 from hfclip.errors import UsageError, as_usage_error
+from hfclip.foreign.checkpoints import Checkpoint, View, open_checkpoint, rounded, sha256_of
+from hfclip.foreign.whose import advice, require_own
 from hfclip.hub import check_target, end_on_interrupt, model_card, push
 from hfclip.hub.card import describe
 from hfclip.hub.check import mismatches, read_json
 
-from .checkpoints import Checkpoint, View, open_checkpoint, rounded, sha256_of
 from .folder import new_folder, require_free
 from .proof import compare, compute_features, differences, fixed_inputs, show, streamed
 from .reference import Recorder, unread
 from .safetensors_files import num_bytes, write_weights
-from .whose import advice, require_own
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

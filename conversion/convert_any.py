@@ -21,10 +21,10 @@ if __name__ == "__main__":
     start_program(__file__, __spec__, "convert")
 
 from hfclip.errors import UsageError
+from hfclip.foreign.checkpoints import open_checkpoint
+from hfclip.foreign.whose import PROGRAMS, kinds_of_folder, kinds_of_tensors
 
-from .checkpoints import open_checkpoint
 from .convert import run
-from .whose import PROGRAMS, kinds_of_folder, kinds_of_tensors
 
 
 KINDS = ("openai", "openclip", "transformers")

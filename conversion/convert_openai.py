@@ -18,11 +18,11 @@ if __name__ == "__main__":
 
 from hfclip import HFCLIPImageProcessor, HFCLIPModel
 from hfclip.errors import UsageError
+from hfclip.foreign.checkpoints import Checkpoint, View
+from hfclip.foreign.key_maps import CONSTANTS, hfclip_items, openai_config
+from hfclip.foreign.processors import join, openai_tokenizer
 
-from .checkpoints import Checkpoint, View
 from .convert import Conversion, build_parser, convert, open_source, parse_options, run, say
-from .key_maps import CONSTANTS, hfclip_items, openai_config
-from .processors import join, openai_tokenizer
 from .reference_settings import openai_features
 
 

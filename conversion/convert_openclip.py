@@ -12,12 +12,11 @@ weights (EMA) `--weights` chooses one.
 
 Converted are OpenCLIP's own ViT, ResNet and text towers with all their activations, masks, poolings, context lengths
 and vocabularies, trained with the contrastive or the sigmoid loss; SigLIP, image towers of timm, and BERT-like text
-towers of transformers (`foreign_towers`). Whatever has no counterpart is refused with its reason: CoCa, LayerScale,
+towers of transformers (`foreign/towers.py`). Whatever has no counterpart is refused with its reason: CoCa, LayerScale,
 other attention blocks, text towers with class tokens, projections of two layers. See docs/conversion.md.
 """
 
 import importlib.util
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,16 @@ from transformers import AutoTokenizer
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from hfclip.errors import UsageError, as_usage_error
+from hfclip.foreign.checkpoints import Checkpoint, View
+from hfclip.foreign.key_maps import CONSTANTS, hfclip_items, openclip_config, require_kinds
+from hfclip.foreign.openclip_shapes import ASK, model_name, name_of_run, settings_from_shapes
+from hfclip.foreign.processors import TOKENIZER_FILES, has_any, join, openai_tokenizer
+from hfclip.foreign.towers import SIGLIP_PREPROCESS, foreign_plan, is_foreign
+from hfclip.foreign.whose import OPENCLIP_CONFIG
 from hfclip.hub.check import read_json
 
-from .checkpoints import Checkpoint, View
 from .convert import Conversion, build_parser, convert, open_source, parse_options, run, say
-from .foreign_towers import SIGLIP_PREPROCESS, foreign_plan, is_foreign
-from .key_maps import CONSTANTS, hfclip_items, openclip_config, require_kinds
-from .openclip_shapes import ASK, model_name, name_of_run, settings_from_shapes
-from .processors import TOKENIZER_FILES, has_any, join, openai_tokenizer
-from .reference_settings import compute_source_features, openclip_settings
-from .whose import OPENCLIP_CONFIG
+from .reference_towers import openclip_features
 
 
 def main() -> None:
@@ -106,9 +105,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 def architecture(weights: dict[str, torch.Tensor], model_cfg: dict[str, Any], options) -> tuple:
     """Config, items and features of `Conversion`, and notes; `weights` are on the meta device."""
     if is_foreign(model_cfg):
-        return foreign_plan(weights, model_cfg, openclip_settings(model_cfg), options.text_model)
-    config = openclip_config(weights, model_cfg)
-    return config, hfclip_items, partial(compute_source_features, *openclip_settings(model_cfg)), []
+        config, items = foreign_plan(weights, model_cfg, options.text_model)
+    else:
+        config, items = openclip_config(weights, model_cfg), hfclip_items
+    return config, items, *openclip_features(model_cfg, config.text_config)
 
 
 def weight_names(checkpoint: Checkpoint, chosen: str | None) -> dict[str, str]:

@@ -31,14 +31,14 @@ from hfclip import (
     HFCLIPVisionModelWithProjection,
 )
 from hfclip.errors import UsageError, as_usage_error
+from hfclip.foreign.checkpoints import Checkpoint, View, open_checkpoint
+from hfclip.foreign.processors import IMAGE_FILES, TOKENIZER_FILES, has_any, join
+from hfclip.foreign.whose import advice, require_own
 from hfclip.hub.check import read_json
 from hfclip.translation_hfclip import DUAL_ENCODER, TRANSFORMERS_MODEL_TYPES
 
-from .checkpoints import Checkpoint, View, open_checkpoint
 from .convert import Conversion, build_parser, convert, parse_options, run
-from .processors import IMAGE_FILES, TOKENIZER_FILES, has_any, join
 from .reference_settings import LEGACY_EOS, transformers_features
-from .whose import advice, require_own
 
 
 CLASSES = {

@@ -30,13 +30,14 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer, PreTr
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from hfclip.errors import UsageError
+from hfclip.foreign.checkpoints import View, open_checkpoint
+from hfclip.foreign.key_maps import openai_config, openai_items, openclip_config
+from hfclip.foreign.processors import join, open_processor
+from hfclip.foreign.whose import OPENCLIP_CONFIG
 from hfclip.translation_hfclip import TRANSFORMERS_MODEL_TYPES
 
-from .checkpoints import View, open_checkpoint
 from .convert import add_paths, open_model, run, say
 from .folder import new_folder, partial_folder, require_free
-from .key_maps import openai_config, openai_items, openclip_config
-from .processors import join, open_processor
 from .proof import compare, compute_features, fixed_inputs, streamed
 from .reference_settings import (
     compute_source_features,
@@ -45,7 +46,6 @@ from .reference_settings import (
     transformers_features,
 )
 from .safetensors_files import write_weights
-from .whose import OPENCLIP_CONFIG
 
 
 ONNX_TOLERANCE = 1e-4  # relative, of float32 against float32

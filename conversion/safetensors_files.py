@@ -1,63 +1,27 @@
-"""safetensors files: their tensors' places, and files written tensor by tensor.
+"""Weights written into safetensors files tensor by tensor.
 
 A conversion never holds more than a tensor or two of the model, so it fits in little memory whatever the model's size.
 """
 
 import json
-import math
 import os
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from hfclip.errors import UsageError
+from hfclip.foreign.checkpoints import DTYPES
 
 from .folder import require_space
-from .pickles import MAX_TENSORS, CheckpointError, Entry, Span
 
 
 MAX_SHARD_BYTES = 5_000_000_000
-DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-}
 DTYPE_NAMES = {
     dtype: name for name, dtype in DTYPES.items() if not name.startswith("F8")
 }  # which isfinite does not know
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Places of the tensors, and the metadata. The library judges the file; the bytes are then read directly, because
-    its tensors are views of a memory map."""
-    try:
-        with safe_open(path, framework="np"):
-            pass
-    except SafetensorError as error:
-        raise CheckpointError(f"no complete safetensors file ({error}); download or copy it again.") from error
-    with path.open("rb") as file:
-        header_size = struct.unpack("<Q", file.read(8))[0]
-        header = json.loads(file.read(header_size))
-    values = header.pop("__metadata__", None) or {}
-    if not 0 < len(header) <= MAX_TENSORS:
-        raise CheckpointError(f"{len(header)} tensors in it; expected 1 to {MAX_TENSORS}.")
-    entries = {}
-    for name, record in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if record["dtype"] not in DTYPES:
-            raise CheckpointError(f"tensor {name!r} has dtype {record['dtype']}, which torch cannot hold.")
-        begin, end = record["data_offsets"]
-        shape = tuple(record["shape"])
-        # (a, b, c) -> (b * c, c, 1)
-        stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        span = Span(path, 8 + header_size + begin, end - begin)
-        entries[name] = Entry(span, DTYPES[record["dtype"]], shape, stride)
-    return entries, values
 
 
 def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:

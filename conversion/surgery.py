@@ -24,11 +24,11 @@ import torch
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from hfclip.errors import UsageError, as_usage_error
+from hfclip.foreign.checkpoints import View
+from hfclip.foreign.processors import join, open_processor
 
-from .checkpoints import View
 from .convert import add_paths, on_meta, open_model, run, say
 from .folder import new_folder, require_free
-from .processors import join, open_processor
 from .proof import compare, compute_features, fixed_inputs
 from .safetensors_files import write_weights
 

@@ -12,7 +12,7 @@ from conversion_utils import all_kinds, assert_same, small_archive, write_archiv
 from safetensors.torch import save_file
 from test_conversion_pickles import call, program, text
 
-from conversion.checkpoints import CheckpointError, open_checkpoint
+from hfclip.foreign.checkpoints import CheckpointError, open_checkpoint
 
 
 def test_safetensors_is_bit_exact(tmp_path):

@@ -28,10 +28,10 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from conversion import foreign_towers
-from conversion.foreign_towers import SIGLIP_TANH, SIGLIP_VITS
 from conversion.reference import Settings, image_features
 from hfclip import HFCLIPModel
+from hfclip.foreign import towers
+from hfclip.foreign.towers import SIGLIP_TANH, SIGLIP_VITS
 
 
 FLOAT64 = 1e-12  # relative: two orders of summation differ by about 1e-15
@@ -44,7 +44,7 @@ def small_siglip(monkeypatch):
     """SigLIP ViTs that timm does not have, small enough for a test; where timm is installed, it is taught them."""
     monkeypatch.setitem(SIGLIP_VITS, "tiny", (WIDTH, 12))
     monkeypatch.setitem(SIGLIP_VITS, "tinyopt", (WIDTH, 12))
-    monkeypatch.setattr(foreign_towers, "SIGLIP_TANH", re.compile(f"vit_tinyopt.*|{SIGLIP_TANH.pattern}"))
+    monkeypatch.setattr(towers, "SIGLIP_TANH", re.compile(f"vit_tinyopt.*|{SIGLIP_TANH.pattern}"))
     if TIMM_IS_INSTALLED:
         teach_timm("vit_tiny_patch16_siglip_50", torch.nn.GELU)
         teach_timm("vit_tinyopt_patch16_siglip_50", partial(torch.nn.GELU, approximate="tanh"))
@@ -250,7 +250,7 @@ def test_siglip_sizes_are_timms(kind):
     name = next(name for name in timm.list_models("vit_*_siglip_*") if name.startswith(f"vit_{kind}_") and "gap" not in name)  # fmt: skip
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
-    width, heads, activation = foreign_towers.siglip_kind(name)
+    width, heads, activation = towers.siglip_kind(name)
     act = model.blocks[0].mlp.act
     is_tanh = getattr(act, "approximate", "none") == "tanh" or "Tanh" in type(act).__name__
     assert (width, heads) == (model.embed_dim, model.blocks[0].attn.num_heads)

@@ -34,8 +34,8 @@ from test_modeling import PUBLISHED_PARAMETERS
 from transformers import AutoModel, AutoProcessor
 
 from conversion.convert_openai import PUBLISHED
-from conversion.key_maps import hfclip_items, openai_config
 from hfclip import HFCLIPConfig, HFCLIPModel
+from hfclip.foreign.key_maps import hfclip_items, openai_config
 
 
 NUMBERS = {"input_resolution": 224, "context_length": 77, "vocab_size": 49408}

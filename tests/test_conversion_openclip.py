@@ -15,10 +15,10 @@ from test_hub import TOKEN, environment
 from test_key_maps import read_golden
 from transformers import AutoModel, AutoProcessor
 
-from conversion.key_maps import hfclip_items, openclip_config
-from conversion.openclip_shapes import model_name, settings_from_shapes
 from hfclip import HFCLIPTokenizer
 from hfclip.errors import UsageError
+from hfclip.foreign.key_maps import hfclip_items, openclip_config
+from hfclip.foreign.openclip_shapes import model_name, settings_from_shapes
 
 
 OPENCLIP = ["openclip_resnet_tiny", "openclip_vit_gelu_tiny", "openclip_vit_quickgelu_tiny", "openclip_vit_siglip_head_tiny"]  # fmt: skip

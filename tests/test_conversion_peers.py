@@ -9,8 +9,8 @@ import pytest
 import torch
 from conversion_utils import relative, run_script
 
-from conversion.foreign_towers import siglip_kind
 from hfclip import HFCLIPModel
+from hfclip.foreign.towers import siglip_kind
 
 
 pytestmark = pytest.mark.peers

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conversion_utils import all_kinds, assert_same, rewrite_zip, same, small_archive, views, write_archive
 
-from conversion.checkpoints import CheckpointError, open_checkpoint
+from hfclip.foreign.checkpoints import CheckpointError, open_checkpoint
 
 
 # What is read

@@ -16,7 +16,7 @@ from conversion_utils import HALF, ROOT, assert_same, rewrite_zip, same, save_to
 from safetensors.torch import save_file
 from test_key_maps import read_golden
 
-from conversion.checkpoints import CheckpointError, open_checkpoint
+from hfclip.foreign.checkpoints import CheckpointError, open_checkpoint
 
 
 @pytest.mark.parametrize("name", ["openai_vit_tiny", "openai_resnet_tiny"])
@@ -49,7 +49,7 @@ def test_opening_and_reading_one_by_one_take_little_memory(tmp_path, kind):
     # VmHWM is the peak of this process alone. Both ways of reading are measured, so that a blind gauge is noticed.
     program = f"""
 import re, sys, torch
-from conversion.checkpoints import open_checkpoint
+from hfclip.foreign.checkpoints import open_checkpoint
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1000
 torch.zeros(10).sum()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from conversion.key_maps import hfclip_items, openai_config, openai_items, openclip_config
 from hfclip import HFCLIPModel
+from hfclip.foreign.key_maps import hfclip_items, openai_config, openai_items, openclip_config
 
 
 GOLDEN = [

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hfclip_errors import UsageError
+from ..errors import UsageError
 
 
 # Far above any CLIP (ViT-bigG with its optimizer: 4,000 tensors, a pickle of 1 MB), far below what exhausts a machine.

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from hfclip import HFCLIPConfig
-from hfclip.errors import UsageError, as_usage_error
+from ..configuration_hfclip import HFCLIPConfig
+from ..errors import UsageError, as_usage_error
 
 
 # OpenAI's name -> ours. `{n}` is the number of a block.

@@ -5,8 +5,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPProcessor, HFCLIPTokenizer
-from hfclip.errors import UsageError, as_usage_error
+from ..configuration_hfclip import HFCLIPConfig
+from ..errors import UsageError, as_usage_error
+from ..image_processing_hfclip import HFCLIPImageProcessor
+from ..processing_hfclip import HFCLIPProcessor
+from ..tokenization_hfclip import HFCLIPTokenizer
 
 
 OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"  # has the vocabulary of OpenAI's nine models

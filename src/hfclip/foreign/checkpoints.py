@@ -10,6 +10,7 @@ file before memory is taken for it.
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -22,10 +23,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .pickles import CheckpointError, Dtype, Entry, Span, Storage, flatten, interpret
-from .safetensors_files import read_safetensors
+from .pickles import MAX_TENSORS, CheckpointError, Dtype, Entry, Span, Storage, flatten, interpret
 
 
 # Far above any CLIP, far below what exhausts a machine.
@@ -34,6 +35,12 @@ MAX_ZIP_DIRECTORY = 32 * 2**20  # bytes
 MAX_PICKLE = 64 * 2**20  # bytes
 PIECE = 2**20  # bytes read at a time where a file is only passed through
 
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
 # What a folder may hold, best first.
 FOLDER_FILES = (
     "model.safetensors",
@@ -265,6 +272,36 @@ def check_crc(span: Span, data: torch.Tensor | None = None) -> None:
             "its bytes do not fit the checksum in the file: it is damaged (download or copy it again), or was saved "
             "without checksums (torch.serialization.set_crc32_options(False))."
         )
+
+
+# safetensors files
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Places of the tensors, and the metadata. The library judges the file; the bytes are then read directly, because
+    its tensors are views of a memory map."""
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"no complete safetensors file ({error}); download or copy it again.") from error
+    with path.open("rb") as file:
+        header_size = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(header_size))
+    values = header.pop("__metadata__", None) or {}
+    if not 0 < len(header) <= MAX_TENSORS:
+        raise CheckpointError(f"{len(header)} tensors in it; expected 1 to {MAX_TENSORS}.")
+    entries = {}
+    for name, record in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if record["dtype"] not in DTYPES:
+            raise CheckpointError(f"tensor {name!r} has dtype {record['dtype']}, which torch cannot hold.")
+        begin, end = record["data_offsets"]
+        shape = tuple(record["shape"])
+        # (a, b, c) -> (b * c, c, 1)
+        stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        span = Span(path, 8 + header_size + begin, end - begin)
+        entries[name] = Entry(span, DTYPES[record["dtype"]], shape, stride)
+    return entries, values
 
 
 # Zip archives of torch

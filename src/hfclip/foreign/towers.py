@@ -6,31 +6,24 @@
     text tower with a bias in its projection, or none  -> siglip_text_model
     OpenCLIP's own tower beside one of these           -> our own, as in `key_maps`
 
-Each half of a checkpoint becomes a `Tower`: its config, its pooling rule, its tensors under our names, and what it
-computes from the source's own tensors. A tower that ends in the joint space itself gets an identity matrix as its
-projection, which changes no bit of its output.
-
-What the source computes is asked of the source's own code: timm, and transformers as OpenCLIP calls it. Nothing that
-tells the result how to compute (`SIGLIP_VITS`, `TEXT_POOLERS`) takes part in it, so that a wrong entry shows in the
-proof. Without timm a SigLIP's image tower is compared with plain PyTorch, and a note says what that leaves unproven.
+Each half of a checkpoint becomes a `Tower`: its config, its pooling rule, its tensors under our names. A tower that ends
+in the joint space itself gets an identity matrix as its projection, which changes no bit of its output.
 """
 
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import cpu_offload
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from hfclip import HFCLIPConfig
-from hfclip.errors import UsageError, as_usage_error
-from hfclip.limits_hfclip import refuse_absurd
-
+from ..configuration_hfclip import HFCLIPConfig
+from ..errors import UsageError, as_usage_error
+from ..limits_hfclip import refuse_absurd
 from .checkpoints import View
 from .key_maps import (
     CONVERTIBLE,
@@ -42,8 +35,6 @@ from .key_maps import (
     text_config,
     vision_config,
 )
-from .reference import Settings, image_features, text_features
-from .reference_siglip import count_blocks, siglip_image_features
 
 
 Tensors = Mapping[str, Tensor]
@@ -85,15 +76,11 @@ class Tower:
 
     config, pooling: for `HFCLIPConfig`.
     items: the source's tensors -> ours, under our names.
-    features: (the source's tensors, pixel_values or input_ids) -> embeddings in float64, not normalised.
-    notes: what `features` does not prove, for the user.
     """
 
     config: dict[str, Any] | PreTrainedConfig
     pooling: str
     items: Callable[[Tensors], Iterator[tuple[str, Tensor]]]
-    features: Callable[[Tensors, Tensor], Tensor]
-    notes: list[str] = field(default_factory=list)
 
 
 def is_foreign(model_cfg: dict[str, Any]) -> bool:
@@ -103,13 +90,12 @@ def is_foreign(model_cfg: dict[str, Any]) -> bool:
 
 
 def foreign_plan(
-    weights: Tensors, model_cfg: dict[str, Any], settings: tuple[Settings, Settings], text_model: str | None
-) -> tuple[HFCLIPConfig, Callable, Callable, list[str]]:
-    """Config, items, features and notes (see `convert.Conversion`) of a checkpoint with a tower from another library.
+    weights: Tensors, model_cfg: dict[str, Any], text_model: str | None
+) -> tuple[HFCLIPConfig, Callable[[Tensors], Iterator[tuple[str, Tensor]]]]:
+    """Config, and tensors under our names, of a checkpoint with a tower from another library.
 
     Args:
         weights: on the meta device, in OpenCLIP's names without `text.`.
-        settings: of OpenCLIP's own image tower and own text tower, for `reference`.
         text_model: folder or Hub name of the text tower's config, if not `hf_model_name`.
 
     Raises:
@@ -127,10 +113,10 @@ def foreign_plan(
     if is_hf:
         text_tower = hugging_face_tower(words, model_cfg, text_model or text["hf_model_name"])
     elif "text_projection" in words:
-        text_tower = own_text_tower(words, model_cfg, settings[1])
+        text_tower = own_text_tower(words, model_cfg)
     else:
-        text_tower = siglip_text_tower(words, model_cfg, settings[1])
-    image_tower = timm_tower(image, model_cfg) if is_timm else own_image_tower(image, model_cfg, settings[0])
+        text_tower = siglip_text_tower(words, model_cfg)
+    image_tower = timm_tower(image, model_cfg) if is_timm else own_image_tower(image, model_cfg)
     with as_usage_error("The architecture"):
         config = HFCLIPConfig(
             text_config=text_tower.config,
@@ -140,13 +126,7 @@ def foreign_plan(
             projection_dim=model_cfg["embed_dim"],
             logit_bias_init_value=-10.0 if "logit_bias" in weights else None,
         )
-    towers = (image_tower, text_tower)
-    return (
-        config,
-        partial(join_items, *towers),
-        partial(compute_features, *towers),
-        image_tower.notes + text_tower.notes,
-    )
+    return config, partial(join_items, image_tower, text_tower)
 
 
 def halves(weights: Tensors) -> tuple[View, View]:
@@ -165,16 +145,6 @@ def join_items(image_tower: Tower, text_tower: Tower, weights: Tensors) -> Itera
             yield name, weights[name].reshape(())  # OpenCLIP may train them in a list of one
 
 
-def compute_features(
-    image_tower: Tower, text_tower: Tower, weights: Tensors, pixel_values, input_ids
-) -> dict[str, Tensor]:
-    image, words = halves(weights)
-    return {
-        "image_features": image_tower.features(image, pixel_values),
-        "text_features": text_tower.features(words, input_ids),
-    }
-
-
 def identity(size: int, like: Tensor) -> Tensor:
     return torch.eye(size, dtype=like.dtype, device=like.device)
 
@@ -182,20 +152,18 @@ def identity(size: int, like: Tensor) -> Tensor:
 # OpenCLIP's own towers
 
 
-def own_image_tower(weights: Tensors, model_cfg: dict[str, Any], settings: Settings) -> Tower:
-    config = vision_config(weights, **openclip_vision_fields(model_cfg))
-    return Tower(config, "pooler", hfclip_items, partial(image_features, settings=settings, dtype=torch.float64))
+def own_image_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
+    return Tower(vision_config(weights, **openclip_vision_fields(model_cfg)), "pooler", hfclip_items)
 
 
-def own_text_tower(weights: Tensors, model_cfg: dict[str, Any], settings: Settings) -> Tower:
-    config = text_config(weights, **openclip_text_fields(model_cfg))
-    return Tower(config, "pooler", hfclip_items, partial(text_features, settings=settings, dtype=torch.float64))
+def own_text_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
+    return Tower(text_config(weights, **openclip_text_fields(model_cfg)), "pooler", hfclip_items)
 
 
 # SigLIP
 
 
-def siglip_text_tower(weights: Tensors, model_cfg: dict[str, Any], settings: Settings) -> Tower:
+def siglip_text_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
     """OpenCLIP's text tower of SigLIP: no mask, pooled at the last position, a projection with a bias or none."""
     fields = openclip_text_fields(model_cfg)
     if fields["causal"] or fields["pooling"] != "last":
@@ -211,8 +179,7 @@ def siglip_text_tower(weights: Tensors, model_cfg: dict[str, Any], settings: Set
     padding = {"pad_token_id": 0 if own["vocab_size"] == 256_000 else 1, "bos_token_id": None, "eos_token_id": 1}
     config = {"model_type": "siglip_text_model", **{key: own[key] for key in kept}, **padding}
     config["projection_size"] = model_cfg["embed_dim"]
-    features = partial(text_features, settings=settings, dtype=torch.float64)
-    return Tower(config, "pooler", partial(siglip_text_items, model_cfg["embed_dim"]), features)
+    return Tower(config, "pooler", partial(siglip_text_items, model_cfg["embed_dim"]))
 
 
 def siglip_text_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
@@ -262,7 +229,7 @@ def siglip_image_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
         "model_type": "siglip_vision_model",
         "hidden_size": width,
         "intermediate_size": trunk["blocks.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": count_blocks(weights),
+        "num_hidden_layers": len({match[1] for key in trunk if (match := re.match(r"blocks\.(\d+)\.", key))}),
         "num_attention_heads": num_heads,
         "num_channels": num_channels,
         "image_size": image_size,
@@ -270,25 +237,7 @@ def siglip_image_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
         "hidden_act": "gelu_pytorch_tanh" if activation == "gelu_tanh" else "gelu",
         "layer_norm_eps": 1e-6,
     }
-    if has_timm():
-        return Tower(config, "pooler", siglip_image_items, partial(siglip_features_by_timm, name))
-    features = partial(siglip_image_features, num_heads=num_heads, activation=activation, dtype=torch.float64)
-    note = (
-        f"{num_heads} heads and the activation {activation} of {name} are taken from a table and were not proven, since "
-        "timm is not installed. To prove them: pip install timm, and convert again."
-    )
-    return Tower(config, "pooler", siglip_image_items, features, [note])
-
-
-@torch.no_grad()
-def siglip_features_by_timm(name: str, weights: Tensors, pixel_values: Tensor) -> Tensor:
-    """What timm computes, one layer's weights in memory at a time."""
-    import timm
-
-    with torch.device("meta"):
-        model = timm.create_model(name, num_classes=0, global_pool="map").double().eval()
-    trunk = View(weights, {key.removeprefix("visual.trunk."): key for key in weights})
-    return cpu_offload(model, torch.device("cpu"), state_dict=trunk)(pixel_values.double())
+    return Tower(config, "pooler", siglip_image_items)
 
 
 def siglip_image_items(weights: Tensors) -> Iterator[tuple[str, Tensor]]:
@@ -336,10 +285,7 @@ def against_timm(vision: dict[str, Any]) -> str | None:
 
 
 def timm_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
-    """A tower of timm: `siglip_vision_model` where it is one, the timm model itself where not.
-
-    The source is then computed by timm as well, with the source's own tensors, set up as OpenCLIP does.
-    """
+    """A tower of timm: `siglip_vision_model` where it is one, the timm model itself where not."""
     vision = model_cfg["vision_cfg"]
     name, pool = vision["timm_model_name"], vision.get("timm_pool", "avg")
     if is_siglip(vision):
@@ -358,7 +304,7 @@ def timm_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
         "image_size": vision.get("image_size", 224),
         "num_channels": 3,
     }
-    return Tower(config, "pooler", partial(timm_items, model_cfg["embed_dim"]), partial(timm_features, name, pool))
+    return Tower(config, "pooler", partial(timm_items, model_cfg["embed_dim"]))
 
 
 def timm_projection(weights: Tensors) -> str | None:
@@ -383,26 +329,6 @@ def timm_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, Tensor]]
         yield "visual_projection.weight", identity(embed_dim, like)
 
 
-@torch.no_grad()
-def timm_features(name: str, pool: str, weights: Tensors, pixel_values: Tensor) -> Tensor:
-    import timm
-
-    trunk = {key.removeprefix("visual.trunk."): key for key in weights if key.startswith("visual.trunk.")}
-    projection = timm_projection(weights)
-    if projection == "visual.head.proj":
-        model = timm.create_model(name)
-        model.reset_classifier(0, **({"global_pool": pool} if pool else {}))
-    else:
-        classes = len(weights[f"{projection}.weight"]) if projection else 0
-        model = timm.create_model(name, num_classes=classes, global_pool=pool)
-    model.load_state_dict({key: weights[theirs] for key, theirs in trunk.items()})
-    embeds = model.double().eval()(pixel_values.double())
-    if projection == "visual.head.proj":
-        bias = weights[f"{projection}.bias"].double() if f"{projection}.bias" in weights else 0
-        embeds = embeds @ weights[f"{projection}.weight"].double().t() + bias
-    return embeds
-
-
 # Text towers of transformers
 
 
@@ -417,10 +343,7 @@ def against_text_model(text: dict[str, Any]) -> str | None:
 
 
 def hugging_face_tower(weights: Tensors, model_cfg: dict[str, Any], name: str) -> Tower:
-    """BERT, RoBERTa or XLM-RoBERTa; `name` is the folder or the Hub name of its config.
-
-    The source is computed by the same class of transformers, which is OpenCLIP's code too, with the source's tensors.
-    """
+    """BERT, RoBERTa or XLM-RoBERTa; `name` is the folder or the Hub name of its config."""
     try:
         refuse_absurd(name, PreTrainedConfig.get_config_dict(name)[0])
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -431,11 +354,14 @@ def hugging_face_tower(weights: Tensors, model_cfg: dict[str, Any], name: str) -
     if config.model_type not in TEXT_MODELS:
         why = ": AutoModel builds its decoder as well" if config.is_encoder_decoder else ""
         raise UsageError(f"Not convertible: a text tower {config.model_type}{why}; expected {', '.join(TEXT_MODELS)}.")
-    pooler = model_cfg["text_cfg"].get("hf_pooler_type", "mean_pooler")
-    if pooler is None:
-        pooler = "cls_pooler" if config.model_type == "bert" else "mean_pooler"
-    features = partial(hugging_face_features, config, pooler)
-    return Tower(config, TEXT_POOLERS[pooler], partial(hugging_face_items, model_cfg["embed_dim"]), features)
+    pooling = TEXT_POOLERS[pooler_of(model_cfg, config)]
+    return Tower(config, pooling, partial(hugging_face_items, model_cfg["embed_dim"]))
+
+
+def pooler_of(model_cfg: dict[str, Any], config: PreTrainedConfig) -> str:
+    """OpenCLIP's pooler of a text tower; a null in its settings stands for the default of its family."""
+    default = "cls_pooler" if config.model_type == "bert" else "mean_pooler"
+    return model_cfg["text_cfg"].get("hf_pooler_type", "mean_pooler") or default
 
 
 def hugging_face_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
@@ -446,18 +372,3 @@ def hugging_face_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, 
             yield name.replace("transformer.", "text_model.", 1), weights[name]
     if "proj.weight" not in weights:
         yield "text_projection.weight", identity(embed_dim, weights["transformer.embeddings.word_embeddings.weight"])
-
-
-@torch.no_grad()
-def hugging_face_features(config: PreTrainedConfig, pooler: str, weights: Tensors, input_ids: Tensor) -> Tensor:
-    model = AutoModel.from_config(config, add_pooling_layer=pooler == "cls_pooler").double().eval()
-    inner = {name.removeprefix("transformer."): name for name in weights if name.startswith("transformer.")}
-    model.load_state_dict({name: weights[theirs] for name, theirs in inner.items()})
-    mask = (input_ids != config.pad_token_id).long()
-    outputs = model(input_ids=input_ids, attention_mask=mask)
-    if pooler == "mean_pooler":
-        # (batch, seq, width) -> (batch, width)
-        pooled = (outputs.last_hidden_state * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-    else:
-        pooled = outputs.pooler_output if pooler == "cls_pooler" else outputs.last_hidden_state[:, 0]
-    return pooled @ weights["proj.weight"].double().t() if "proj.weight" in weights else pooled

@@ -9,10 +9,9 @@ import json
 import re
 from pathlib import Path
 
-from hfclip.configuration_hfclip import TOWER_CONFIGS
-from hfclip.errors import UsageError
-from hfclip.translation_hfclip import TRANSFORMERS_MODEL_TYPES
-
+from ..configuration_hfclip import TOWER_CONFIGS
+from ..errors import UsageError
+from ..translation_hfclip import TRANSFORMERS_MODEL_TYPES
 from .checkpoints import Checkpoint, open_checkpoint
 from .key_maps import CONSTANTS
 

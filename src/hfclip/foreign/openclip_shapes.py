@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hfclip.errors import UsageError
+from ..errors import UsageError
 
 
 # ViT by OpenCLIP's letter: layers and width. Wider ones than L have heads of another size than 64.
