@@ -60,6 +60,12 @@ VERBS = {
         "sorts images into labels given in words",
         "hfclip classify photos/ --model FOLDER --labels cat,dog --top-k 1",
     ),
+    "evaluate": Verb(
+        run_program,
+        "hfclip.commands.evaluate",
+        "measures a model on data: zero-shot accuracy, retrieval ...",
+        "hfclip evaluate zero-shot --model FOLDER --data cifar10/test",
+    ),
     "info": Verb(
         run_program,
         "hfclip.commands.info",

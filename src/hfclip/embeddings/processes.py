@@ -42,12 +42,12 @@ def fingerprint_of(model: nn.Module, chunks: Chunks, processes: Processes, num_w
     own = list(range(processes.rank, len(chunks), processes.size))
     found = dict(chunks.load(own, num_workers, "reading", processes.rank == 0))
     content = {number: digest.hex() for part in processes.gather(found) for number, digest in part.items()}
-    parts = [_preprocessing(chunks.processor), chunks.options._asdict(), sorted(content.items())]
+    parts = [preprocessing_of(chunks.processor), chunks.options._asdict(), sorted(content.items())]
     record = [model_fingerprint(model), len(chunks.source), chunks.source.labels, *parts]
     return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _preprocessing(processor: Any) -> list:
+def preprocessing_of(processor: Any) -> list:
     """What an image processor and a tokenizer do, without the name and version of what wrote it."""
     images, tokenizer = getattr(processor, "image_processor", None), getattr(processor, "tokenizer", None)
     settings = {} if images is None else images.to_dict()

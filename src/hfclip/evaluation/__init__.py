@@ -6,6 +6,8 @@
     task.py         Result: metrics, their headline, and tables, plots, arrays, protocol for a report
     tasks.py        the table of tasks; a task's keyword-only parameters are flags of `hfclip evaluate`
     data.py         data sets by name, their splits, labelled folders
+    running.py      a task on a model and data by their names; what is stored is not computed again
+    records.py      a result as a file
 
 A task embeds its data by `hfclip.embeddings.embed`: processes share the work, and all return the same. Another one needs no
 change elsewhere: whoever shows results asks them for their `headline`.

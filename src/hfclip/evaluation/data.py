@@ -1,9 +1,11 @@
 """What a task is given: labelled images, images with captions, or a data set of which it opens the splits it needs."""
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -13,7 +15,7 @@ from ..data.folders import SPLITS
 from ..data.samples import BadSample, Sample, Source, decoding
 from ..data.sources import open_source
 from ..data.webdataset import ShardSource
-from ..errors import UsageError
+from ..errors import UsageError, redact
 from ..open_image_hfclip import open_image
 from ..zero_shot import DEFAULT_TEMPLATES, check_labels, check_templates
 
@@ -34,9 +36,11 @@ class DataSet:
     def __init__(
         self, place: str | os.PathLike | Mapping[str, str], *, name: str | None = None, limit: int | None = None
     ):
+        if limit is not None and limit < 1:
+            raise UsageError(f"limit is {limit}, expected at least 1.")
         places = place if isinstance(place, Mapping) else {None: place}
         self.places, self.limit = {split: os.path.expanduser(str(where)) for split, where in places.items()}, limit
-        self.name = name or Path(next(reversed(self.places.values()))).name
+        self.name = name or _name_of(self.place)
 
     def labelled(self, split: str | None = None) -> "LabelledFolder":
         """Labels, templates and labelled images of a split; None: of that which is held out.
@@ -63,6 +67,18 @@ class DataSet:
             return False
         return True
 
+    @property
+    def place(self) -> str:
+        """Where it lies; where its last split lies, if each has a place of its own."""
+        return next(reversed(self.places.values()))
+
+    def describe(self) -> dict[str, Any]:
+        """What a record says of it; `fingerprint` is of the names and sizes of its files, and of its labels and templates."""
+        contents = [[split, *_contents(place)] for split, place in self.places.items()]
+        digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+        places = {split or "place": redact(place) for split, place in self.places.items()}
+        return {"name": self.name, **places, **({"limit": self.limit} if self.limit else {}), "fingerprint": digest}
+
     def _place_of(self, split: str | None) -> tuple[str, str | None]:
         """Where a split lies, and the split of what lies there. Raises UsageError rather than reading another one."""
         if None not in self.places:
@@ -82,6 +98,16 @@ class DataSet:
         return place, split
 
 
+def _contents(place: str) -> list:
+    """What tells a local place from another; a name on the Hub or a pattern is told by itself."""
+    path = Path(place)
+    if not path.exists():
+        return [redact(place)]
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    sizes = [(file.relative_to(path).as_posix(), file.stat().st_size) for file in files]
+    return [sizes, *(read_lines(path, name) for name in (CLASS_NAMES, TEMPLATES_FILE))]
+
+
 class _Part(Source):
     """Some samples of a source."""
 
@@ -98,6 +124,12 @@ class _Part(Source):
 
     def label(self, index: int) -> int | None:
         return self.source.label(self.indices[index])
+
+
+def _name_of(place: str) -> str:
+    """The last parts of a place that say what it is: "cifar10/test" of "/data/cifar10/test"."""
+    *_, above, last = ["", *redact(place).rstrip("/").split("/")]
+    return f"{above}/{last}" if SPLITS.get(last) and above else last
 
 
 def evenly(source: Source, limit: int | None) -> Source:

@@ -25,6 +25,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from ..errors import UsageError
 
 
+EMBEDDING = ("batch_size", "num_workers", "precision", "cache_dir")  # options that every task hands on
+
+
 class Task(NamedTuple):
     module: str
     function: str
@@ -48,11 +51,10 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-def options_of(function: Callable) -> list[str]:
-    """Names of a function's keyword-only parameters."""
-    return [
-        name for name, p in inspect.signature(function).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
+def defaults_of(function: Callable) -> dict[str, Any]:
+    """A function's keyword-only parameters with their defaults."""
+    parameters = inspect.signature(function).parameters.items()
+    return {name: p.default for name, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def add_flags(parser: Any, function: Callable, names: Collection[str] | None = None) -> None:
@@ -62,8 +64,9 @@ def add_flags(parser: Any, function: Callable, names: Collection[str] | None = N
         parser: an `ArgumentParser` or a group of its arguments.
     """
     hints, explained = get_type_hints(function), _explanations(function)
-    for name in names or options_of(function):
-        default = inspect.signature(function).parameters[name].default
+    defaults = defaults_of(function)
+    for name in names or defaults:
+        default = defaults[name]
         said = explained.get(name, "").replace("%", "%%")
         said += "" if default is None or "efault" in said else f" (default: {_words(default)})"
         reading = _reading(hints[name])

@@ -1,0 +1,211 @@
+"""The command `hfclip evaluate` and `hfclip.evaluation.running`, on real folders, in real processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from test_evaluation import write_tar
+from training_utils import ROOT
+
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip.commands import evaluate as command
+from hfclip.errors import UsageError
+from hfclip.evaluation import DataSet
+from hfclip.evaluation.running import evaluate
+
+
+LABELS = ["cat", "dog", "bus"]
+TEMPLATES = ["a photo of a {c}.", "the {c}"]
+
+
+def save_model(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(model_type="hfclip_text", vocab_size=524, bos_token_id=522, eos_token_id=523, **tower)
+    vision = dict(model_type="hfclip_vit", image_size=32, patch_size=16, **tower)
+    HFCLIPModel(HFCLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    tokenizer = HFCLIPTokenizer.train_new_from_iterator(LABELS + TEMPLATES * 2, 524)
+    HFCLIPProcessor(image_processor=HFCLIPImageProcessor(size=32), tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def noise(index: int) -> bytes:
+    values = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    path = Path(os.environ["PYTEST_TMP"]) / "noise.png"
+    Image.fromarray(values).save(path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two models, and a data set in the layout of clip-benchmark with train and test."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    os.environ["PYTEST_TMP"] = str(folder)
+    save_model(folder / "small"), save_model(folder / "other", seed=1)
+    for split, number in (("train", 30), ("test", 601)):
+        (folder / "pets" / split).mkdir(parents=True)
+        files = {}
+        for i in range(number):
+            files |= {
+                f"{i:04}.png": noise(i),
+                f"{i:04}.cls": str(i % 3).encode(),
+                f"{i:04}.txt": LABELS[i % 3].encode(),
+            }
+        write_tar(folder / "pets" / split / "0.tar", files)
+    (folder / "pets" / "classnames.txt").write_text("\n".join(LABELS))
+    (folder / "pets" / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES))
+    return folder
+
+
+@pytest.fixture
+def unused_port() -> str:
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return str(listening.getsockname()[1])
+
+
+@pytest.fixture
+def hfclip(place, monkeypatch, capsys):
+    """Runs `hfclip evaluate` in this process: output, and messages."""
+    monkeypatch.chdir(place)
+
+    def run(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["hfclip evaluate", *map(str, words)])
+        command.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def start(*words: object, **environment: str) -> subprocess.Popen:
+    program = [sys.executable, "-m", "hfclip.commands.evaluate", *map(str, words)]
+    settings = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(program, env=settings, stderr=subprocess.PIPE, start_new_session=True, text=True)
+
+
+def stored(folder: Path) -> dict[str, str]:
+    """The part of each result that does not depend on when it was computed, as text."""
+    records = {path.relative_to(folder): json.loads(path.read_text()) for path in folder.rglob("*.json")}
+    return {str(path): json.dumps(record["result"]) for path, record in records.items()}
+
+
+def test_result_tells_all_that_it_depends_on(hfclip, place, tmp_path):
+    out = tmp_path / "results"
+    line = hfclip("zero-shot", "--model", "small", "--data", "pets", "--out", out, "--limit", 40, "--top-k", 1, 2)
+    assert line.startswith("zero-shot\tpets\tsmall\ttop1 ")
+    path = out / "small" / "pets" / "zero-shot-limit=40-top_k=1_2.json"
+    record = json.loads(path.read_text())
+    result = record["result"]
+    assert result["options"] == {"top_k": [1, 2]} and result["data"][0]["limit"] == 40
+    assert set(result["metrics"]) == {"top1", "top2", "mean_per_class_recall"} and result["headline"] == "top1"
+    assert result["versions"]["torch"] == torch.__version__ and len(result["model"]["fingerprint"]) == 64
+    assert record["run"]["processes"] == 1 and record["run"]["seconds"] > 0
+    before = path.stat().st_mtime_ns
+    assert (
+        hfclip("zero-shot", "--model", "small", "--data", "pets", "--out", out, "--limit", 40, "--top-k", 1, 2) == line
+    )
+    assert path.stat().st_mtime_ns == before  # not computed again
+    save_model(place / "small", seed=2)
+    hfclip("zero-shot", "--model", "small", "--data", "pets", "--out", out, "--limit", 40, "--top-k", 1, 2)
+    assert json.loads(path.read_text())["result"]["model"]["fingerprint"] != result["model"]["fingerprint"]
+    save_model(place / "small")
+
+
+def test_two_processes_give_the_numbers_of_one(place, tmp_path, unused_port):
+    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": unused_port}
+    words = ["zero-shot", "--model", place / "small", "--data", place / "pets", "--out", tmp_path / "two"]
+    both = [start(*words, "--cache-dir", tmp_path / "cache", RANK=rank, **launcher) for rank in "01"]
+    evaluate("zero-shot", str(place / "small"), str(place / "pets"), out=tmp_path / "one")
+    for process in both:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert stored(tmp_path / "two") == stored(tmp_path / "one") != {}
+
+
+def test_killed_and_resumed_gives_the_same_result(place, tmp_path):
+    words = ["zero-shot", "--model", place / "small", "--data", place / "pets", "--batch-size", 8]
+    killed = start(*words, "--out", tmp_path / "out", "--cache-dir", tmp_path / "cache")
+    while killed.poll() is None and not list(tmp_path.rglob("chunk-*.safetensors")):
+        time.sleep(0.002)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL and not stored(tmp_path / "out")
+    model, data = str(place / "small"), str(place / "pets")
+    evaluate("zero-shot", model, data, out=tmp_path / "out", cache_dir=tmp_path / "cache", batch_size=8)
+    evaluate("zero-shot", model, data, out=tmp_path / "whole")
+    assert stored(tmp_path / "out") == stored(tmp_path / "whole") != {}
+
+
+def test_suite_runs_each_model_on_each_data_set(hfclip, tmp_path):
+    suite = tmp_path / "suite.yaml"
+    runs = [
+        {"task": "zero-shot", "data": ["pets", "pets/train"]},
+        {"task": "retrieval", "data": "pets", "models": ["other"]},
+    ]
+    suite.write_text(yaml.safe_dump({"models": ["small", "other"], "defaults": {"limit": 20}, "runs": runs}))
+    assert hfclip(suite, "--out", tmp_path, "--dry-run").count("to do\t") == 5 and not list(tmp_path.rglob("*.json"))
+    results = [json.loads(line) for line in hfclip(suite, "--out", tmp_path, "--json").splitlines()]
+    found = [(result["model"]["name"], result["data"][0]["name"], result["task"]) for result in results]
+    assert found == [
+        ("small", "pets", "zero-shot"),
+        ("small", "pets/train", "zero-shot"),
+        ("other", "pets", "zero-shot"),
+        ("other", "pets/train", "zero-shot"),
+        ("other", "pets", "retrieval"),
+    ]
+    assert hfclip(suite, "--out", tmp_path, "--dry-run").count("kept\t") == 5
+
+
+def test_a_suite_goes_on_after_a_data_set_that_cannot_be_read(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    (tmp_path / "empty").mkdir()
+    words = ["zero-shot", "--model", "small", "--data", str(tmp_path / "empty"), "pets", "--limit", "9"]
+    monkeypatch.setattr(sys, "argv", ["hfclip evaluate", *words, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 1 and out.startswith("zero-shot\tpets\t") and "error: zero-shot on empty: " in err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--model", "small"], "found no task"),
+        (["zeroshot"], "found no task 'zeroshot', expected one of zero-shot, retrieval"),
+        (["zero-shot", "--data", "pets"], "zero-shot: found no --model"),
+        (["zero-shot", "--model", "small", "--data", "pets", "--limit", "0"], "limit is 0"),
+        (["zero-shot", "--model", "small", "--data", "pets", "--top-q", "1"], "Unrecognized arguments: --top-q"),
+        (["zero-shot", "--model", "small", "--data", "./nowhere"], "neither a file nor a folder"),
+        (["zero-shot", "--model", "pets", "--data", "pets"], "model pets"),
+        (["zero-shot", "--model", "small", "--data", "{train: pets}"], "found the splits train, expected test"),
+        (["suite.yaml"], "suite.yaml: "),
+    ],
+)
+def test_wrong_usage_is_told(words, message, place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["hfclip evaluate", *words, "--out", str(tmp_path)])
+    with pytest.raises(UsageError) as error:
+        command.main()
+    assert message in str(error.value)
+
+
+def test_a_split_that_is_not_there_is_not_replaced_by_another(place):
+    assert len(DataSet(place / "pets").labelled("train").samples) == 30
+    assert len(DataSet(place / "pets").labelled().samples) == 601
+    with pytest.raises(UsageError, match="expected one named 'validation'"):
+        DataSet(place / "pets").labelled("validation")
+    with pytest.raises(UsageError, match="expected one named 'train'"):
+        DataSet(place / "pets" / "test").labelled("train")
+    apart = DataSet({"train": str(place / "pets/train"), "test": str(place / "pets/test")}, limit=7)
+    assert apart.has("train") and not apart.has("validation") and len(apart.labelled("train").samples) == 7
+    assert {target for _, target in apart.labelled().samples} == {0, 1, 2}  # spread over the classes
