@@ -20,7 +20,7 @@ from training_utils import ROOT
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from hfclip.commands import evaluate as command
 from hfclip.errors import UsageError
-from hfclip.evaluation import DataSet
+from hfclip.evaluation import DataSet, registry
 from hfclip.evaluation.running import evaluate
 
 
@@ -209,3 +209,40 @@ def test_a_split_that_is_not_there_is_not_replaced_by_another(place):
     apart = DataSet({"train": str(place / "pets/train"), "test": str(place / "pets/test")}, limit=7)
     assert apart.has("train") and not apart.has("validation") and len(apart.labelled("train").samples) == 7
     assert {target for _, target in apart.labelled().samples} == {0, 1, 2}  # spread over the classes
+
+
+# ------------------------------------------------------------------------------------------------------------ registry
+
+
+def test_page_of_data_sets_is_the_registry():
+    assert (ROOT / "docs/datasets.md").read_text(encoding="utf-8") == registry.as_markdown() + "\n"
+
+
+def test_registry_has_what_the_paper_measures():
+    sets = registry.registered()
+    assert sum(row.group == "paper" for row in sets.values()) == 27
+    assert all(row.why for row in sets.values() if row.same_protocol is False)
+    for name in ("sun397", "eurosat", "resisc45", "clevr_counts", "pcam", "caltech101"):
+        assert sets[name].same_protocol is False
+    means = {
+        task: np.mean([registry.published(task, name, "ViT-L/14@336px")[0].value for name in list(sets)[:27]])
+        for task in ("zero-shot", "linear-probe")
+    }
+    assert means == pytest.approx({"zero-shot": 0.6758, "linear-probe": 0.8506}, abs=1e-4)
+    (paper, released) = registry.published("zero-shot", "imagenet1k", "ViT-B/32")
+    assert (paper.value, released.value) == (0.632, 0.6332) and paper.verified
+
+
+def test_registered_data_are_measured_by_the_papers_metric_beside_its_numbers(hfclip, place, tmp_path):
+    os.rename(place / "pets", place / "wds_vtab-pets")
+    os.symlink(place / "wds_vtab-pets", place / "pets")
+    words = ["zero-shot", "--model", "small", "--data", "pets", "--data-root", place, "--expect", "ViT-B/32"]
+    out = hfclip(*words, "--out", tmp_path / "out")
+    assert "NOT the paper's protocol: 601 images, the paper has 3,669" in out
+    (path,) = (tmp_path / "out").rglob("*.json")
+    result = json.loads(path.read_text())["result"]
+    recall = result["metrics"]["mean_per_class_recall"]
+    line = f"mean_per_class_recall {recall:.2%}, paper 87.00% (Table 11): {100 * recall - 87:+.2f} points"
+    assert line in out and "released weights 87.00%" in out
+    with pytest.raises(UsageError, match="expected one of ViT-L/14@336px"):
+        hfclip(*words[:-1], "ViT-B/33")

@@ -2,7 +2,9 @@
 
     hfclip evaluate zero-shot --model FOLDER --data cifar10/test
     hfclip evaluate retrieval --model FOLDER OTHER --data photos/ --out results --json
+    hfclip evaluate zero-shot --model FOLDER --data food101 pets --data-root /data --expect ViT-B/32
     hfclip evaluate suite.yaml --out results
+    hfclip evaluate --list                        # tasks and data sets that have a name
     hfclip evaluate TASK --help                   # the options of a task
     torchrun --nproc-per-node 8 -m hfclip.commands.evaluate zero-shot ...
 
@@ -27,6 +29,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 import yaml
@@ -37,6 +40,7 @@ from hfclip.embeddings import embed
 from hfclip.errors import UsageError, run
 from hfclip.evaluation import TASKS, DataSet
 from hfclip.evaluation.records import Record
+from hfclip.evaluation.registry import compare, published_models, registered, tell_protocol
 from hfclip.evaluation.running import Job, open_model
 from hfclip.evaluation.tasks import EMBEDDING, add_flags, defaults_of, find_task
 
@@ -45,32 +49,38 @@ def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
     is_first = os.environ.get("RANK", "0") == "0"
     if arguments[0].list:
-        print(list_tasks())
+        print(list_all())
         return
     logging.disable_progress_bar()  # of weights; embedding has one of its own
-    jobs = [entry for parsed in arguments for entry in jobs_of(parsed)]
-    models = list(dict.fromkeys(job.model for job, _ in jobs))
-    jobs.sort(key=lambda entry: models.index(entry[0].model))  # each is opened once
+    jobs = [planned for parsed in arguments for planned in jobs_of(parsed)]
+    models = list(dict.fromkeys(planned.job.model for planned in jobs))
+    jobs.sort(key=lambda planned: models.index(planned.job.model))  # each is opened once
     if arguments[0].dry_run:
-        for job, out in jobs:
-            print(f"{'kept' if job.path(out).exists() else 'to do'}\t{job.path(out)}")
+        for job, asked in jobs:
+            path = job.path(asked.out)
+            print(f"{'kept' if path.exists() else 'to do'}\t{path}")
         return
-    failed = run_jobs(jobs, arguments[0].json, is_first)
+    failed = run_jobs(jobs, is_first)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     if failed:
         sys.exit(1)
 
 
-def run_jobs(jobs: list[tuple[Job, Path]], as_json: bool, prints: bool) -> int:
+class Planned(NamedTuple):
+    job: Job
+    asked: argparse.Namespace
+
+
+def run_jobs(jobs: list[Planned], prints: bool) -> int:
     """Runs them model by model, and says what each gave. Returns how many of several failed."""
     failed = 0
-    for name, of_model in itertools.groupby(jobs, key=lambda entry: entry[0].model):
+    for name, of_model in itertools.groupby(jobs, key=lambda planned: planned.job.model):
         opened = None
-        for job, out in of_model:
+        for job, asked in of_model:
             try:
                 opened = opened or (open_model(name) if name else None)
-                record = job.run(opened, out)
+                record = job.run(opened, asked.out)
             except UsageError as error:
                 if len(jobs) == 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the others wait for this process
                     raise
@@ -78,21 +88,29 @@ def run_jobs(jobs: list[tuple[Job, Path]], as_json: bool, prints: bool) -> int:
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 continue
             if prints:
-                print(json.dumps(record.result, ensure_ascii=False) if as_json else describe(job, record), flush=True)
+                say = (
+                    json.dumps(record.result, ensure_ascii=False)
+                    if asked.json
+                    else describe(job, record, asked.expect)
+                )
+                print(say, flush=True)
     return failed
 
 
-def describe(job: Job, record: Record) -> str:
-    """A result in a line, and a line for each note."""
+def describe(job: Job, record: Record, expect: str | None) -> str:
+    """A result in a line, and lines of what there is to know, and of what was published if that is asked for."""
     metrics = ", ".join(
         f"{name} {value:.2%}" if isinstance(value, float) else f"{name} {value:,}"
         for name, value in record.metrics.items()
     )
-    where = f"\t{record.path}" if record.path else ""
-    return "\n".join([f"{job.task}\t{job.names}\t{job.model}\t{metrics}{where}", *record.result["notes"]])
+    lines = [f"{job.task}\t{job.names}\t{job.model}\t{metrics}\t{record.path}", *record.result["notes"]]
+    if expect:
+        found = compare(record.result, None if expect == SAME else expect)
+        lines += map(str, found or ["nothing was published of this task, data set and architecture"])
+    return "\n    ".join(lines + [said for said in [tell_protocol(record.result)] if said])
 
 
-def jobs_of(parsed: argparse.Namespace) -> list[tuple[Job, Path]]:
+def jobs_of(parsed: argparse.Namespace) -> list[Planned]:
     """One for each model and, unless the task compares them, each data set."""
     if parsed.task is None:
         raise UsageError(f"found no task, expected one of {', '.join(TASKS)} as the first word, or a suite.")
@@ -101,10 +119,12 @@ def jobs_of(parsed: argparse.Namespace) -> list[tuple[Job, Path]]:
         if not getattr(parsed, flag):
             raise UsageError(f"{parsed.task}: found no --{flag}, expected at least one.")
     options = {name: getattr(parsed, name) for name in (*defaults_of(row.load()), *EMBEDDING) if hasattr(parsed, name)}
-    sets = [DataSet(_place(text), limit=parsed.limit) for text in parsed.data]
+    sets = [DataSet(_place(text), root=parsed.data_root, limit=parsed.limit) for text in parsed.data]
     groups = [sets] if row.reads == "several" else [[part] for part in sets]
     models = [None] if row.reads == "results" else parsed.model
-    return [(Job(parsed.task, model, group, options), parsed.out) for model in models for group in groups]
+    if parsed.expect and parsed.expect not in (SAME, *published_models()):
+        raise UsageError(f"--expect: found {parsed.expect!r}, expected one of {', '.join(published_models())}.")
+    return [Planned(Job(parsed.task, model, group, options), parsed) for model in models for group in groups]
 
 
 def _place(text: str) -> str | dict[str, str]:
@@ -181,9 +201,17 @@ def build_parser(task: str | None) -> argparse.ArgumentParser:
     add("--data", nargs="+", metavar="PLACE", default=[], help=PLACES)
     add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="of results (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="images of each split, at most, spread evenly over it")
+    add("--data-root", type=Path, metavar="FOLDER", help="where data sets of the registry lie; else they are fetched")
+    add(
+        "--expect",
+        nargs="?",
+        const=SAME,
+        metavar="MODEL",
+        help="say how far each result is from what was published of MODEL (default: of the same architecture)",
+    )
     add("--json", action="store_true", help="one JSON object per result")
     add("--dry-run", action="store_true", help="say which results are there and which would be computed")
-    add("--list", action="store_true", help="list the tasks")
+    add("--list", action="store_true", help="list tasks and data sets")
     add_flags(parser.add_argument_group("embedding"), embed, [name for name in EMBEDDING if name != "cache_dir"])
     caches = cache_folder() / "embeddings"
     add("--cache-dir", type=Path, default=caches, metavar="FOLDER", help="of embeddings (default: %(default)s)")
@@ -192,14 +220,20 @@ def build_parser(task: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+SAME = "same architecture"  # as the model that is measured
 PLACES = (
-    "what `hfclip.data.open_source` reads: folders of tars, of classes, of images with captions, tables, names on the Hub; "
+    "names of the registry (--list); what `hfclip.data.open_source` reads: folders of tars, of classes, of images with captions, tables, names on the Hub; "
     "or a place for each split, {train: PLACE, test: PLACE}"
 )
 
 
-def list_tasks() -> str:
-    return "\n".join(["tasks:", *(f"  {name:<14}{row.does}" for name, row in TASKS.items())])
+def list_all() -> str:
+    lines = ["tasks:", *(f"  {name:<16}{row.does}" for name, row in TASKS.items()), "", "data sets:"]
+    for row in registered().values():
+        size = "" if row.test is None else f"{row.test:,} images"
+        same = {True: "as in the paper", False: "not as in the paper", None: ""}[row.same_protocol]
+        lines.append(f"  {row.name:<18}{row.title:<34}{size:<16}{row.metric:<26}{same}")
+    return "\n".join([*lines, "", "docs/datasets.md has splits, addresses, licences and published numbers."])
 
 
 if __name__ == "__main__":

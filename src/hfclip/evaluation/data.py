@@ -18,6 +18,7 @@ from ..data.webdataset import ShardSource
 from ..errors import UsageError, redact
 from ..open_image_hfclip import open_image
 from ..zero_shot import DEFAULT_TEMPLATES, check_labels, check_templates
+from .registry import fetch, find_local, registered
 
 
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
@@ -28,19 +29,30 @@ class DataSet:
     """A data set by its name; its splits are opened when a task asks for them.
 
     Args:
-        place: what `hfclip.data.open_source` reads, or a place for each split, `{"train": ..., "test": ...}`.
+        place: a name of the registry, what `hfclip.data.open_source` reads, or a place for each split,
+            `{"train": ..., "test": ...}`. What is there goes before a name of the registry.
+        root: folder in which names of the registry are looked for. None: they are fetched from the Hub.
         name: under which it is reported. None: the last part of the place.
         limit: images of each split at most, spread evenly over it: data sets are often sorted by class.
     """
 
     def __init__(
-        self, place: str | os.PathLike | Mapping[str, str], *, name: str | None = None, limit: int | None = None
+        self,
+        place: str | os.PathLike | Mapping[str, str],
+        *,
+        root: str | os.PathLike | None = None,
+        name: str | None = None,
+        limit: int | None = None,
     ):
         if limit is not None and limit < 1:
             raise UsageError(f"limit is {limit}, expected at least 1.")
         places = place if isinstance(place, Mapping) else {None: place}
         self.places, self.limit = {split: os.path.expanduser(str(where)) for split, where in places.items()}, limit
-        self.name = name or _name_of(self.place)
+        self.card = registered().get(self.place) if root or not os.path.exists(self.place) else None
+        self.name = name or (self.card.name if self.card else _name_of(self.place))
+        if root:
+            root = Path(root).expanduser()
+            self.places = {split: find_local(where, root) for split, where in self.places.items()}
 
     def labelled(self, split: str | None = None) -> "LabelledFolder":
         """Labels, templates and labelled images of a split; None: of that which is held out.
@@ -76,8 +88,10 @@ class DataSet:
         """What a record says of it; `fingerprint` is of the names and sizes of its files, and of its labels and templates."""
         contents = [[split, *_contents(place)] for split, place in self.places.items()]
         digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-        places = {split or "place": redact(place) for split, place in self.places.items()}
-        return {"name": self.name, **places, **({"limit": self.limit} if self.limit else {}), "fingerprint": digest}
+        found = {"name": self.name, **{split or "place": redact(place) for split, place in self.places.items()}}
+        found |= {"limit": self.limit} if self.limit else {}
+        found |= {"registered": self.card.name} if self.card else {}
+        return {**found, "fingerprint": digest}
 
     def _place_of(self, split: str | None) -> tuple[str, str | None]:
         """Where a split lies, and the split of what lies there. Raises UsageError rather than reading another one."""
@@ -87,6 +101,8 @@ class DataSet:
                 raise UsageError(f"{self.name}: found the splits {', '.join(self.places)}, expected {wanted}.")
             return self.places[wanted], None
         place = self.places[None]
+        if self.card and place == self.card.name:
+            return fetch(place, split or "test"), split or "test"
         if split is None or not os.path.exists(place):  # what is not here says itself which splits it has
             return place, split
         there = sorted(entry.name for entry in os.scandir(place) if entry.is_dir()) if os.path.isdir(place) else []

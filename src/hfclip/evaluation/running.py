@@ -95,6 +95,9 @@ class Job:
             raise UsageError(f"{task}: found the option {min(unknown)!r}, expected one of {known}.")
         if len(self.sets) != 1 and self.row.reads != "several":
             raise UsageError(f"{task}: found {len(self.sets)} data sets, expected one for each result.")
+        card = self.sets[0].card
+        if "metric" in defaults and card and self.row.reads != "several":
+            options = {"metric": card.metric, **options}
         self.changed = {name: value for name, value in options.items() if plain(value) != plain(defaults.get(name))}
         self.options = defaults | {name: value for name, value in options.items() if name in defaults}
         self.embedding = {name: options[name] for name in EMBEDDING if name in options}
@@ -124,7 +127,9 @@ class Job:
             return stored
         model, processor = (None, None) if opened is None else opened[:2]
         try:
-            result = self.function(model, processor, self._data(), **self.options, **self.embedding)
+            data = self._data()
+            result = self.function(model, processor, data, **self.options, **self.embedding)
+            about |= self._protocol(data)
             record = record_of(result, about)
         except ValueError as error:
             raise UsageError(f"{self.task} on {self.names}: {error}") from error
@@ -149,6 +154,17 @@ class Job:
             "results": lambda: [record.result for record in read_all(first.place)],
         }
         return read[self.row.reads]()
+
+    def _protocol(self, data: Any) -> dict[str, Any]:
+        """Whether the measurement is the paper's, of a registered data set."""
+        first = self.sets[0]
+        if first.card is None or len(self.sets) > 1:
+            return {}
+        number = {"labelled": lambda: len(data.samples), "captioned": lambda: len(data)}.get(
+            self.row.reads, lambda: None
+        )
+        answer, why = first.card.protocol(number(), first.limit)
+        return {"same_protocol": {"answer": answer, "why": why}}
 
 
 OF_THE_MACHINE = ("batch_size", "num_workers", "cache_dir")  # options that do not change a number
