@@ -1,7 +1,7 @@
 """Stores the embeddings of a data set: to read with `hfclip.embeddings`, or to distill from with `distill.embeddings`.
 
-    python training/embed.py --model clip-b32 --data 'shards/{0000..0099}.tar' --out embeddings
-    accelerate launch training/embed.py ...                                       # shared by several processes
+    hfclip embed --model clip-b32 --data 'shards/{0000..0099}.tar' --out embeddings
+    accelerate launch -m hfclip.training.embed ...                                  # shared by several processes
 
 All images and all captions are embedded once, with the model's own image processor and tokenizer; images are whole
 central squares. An interrupted command goes on where it was when it is given again, on any number of processes; the
@@ -23,6 +23,7 @@ import yaml
 
 from hfclip.embeddings import embed
 from hfclip.errors import UsageError, redact, run
+from hfclip.names import opening
 from hfclip.precision import PRECISIONS
 
 from .config import DataConfig
@@ -83,7 +84,8 @@ def store(arguments: argparse.Namespace) -> Path:
         device = torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", "0")))
         if device.index:
             torch.accelerator.set_device_index(device.index)
-    model, processor = load_teacher(os.path.expanduser(arguments.model), device)
+    with opening(arguments.model, "--model"):
+        model, processor = load_teacher(os.path.expanduser(arguments.model), device)
     source = open_data(name, config, config.split, model.config.image_size)
     embed(
         model,

@@ -27,6 +27,7 @@ from hfclip.configuration_hfclip import TOWER_CONFIGS
 from hfclip.data.samples import BadSample, Source
 from hfclip.errors import UsageError
 from hfclip.losses import LOSSES
+from hfclip.names import opening
 
 from .command import load_yaml
 from .config import SECTIONS, Config, ModelConfig
@@ -94,7 +95,8 @@ def _architecture(model: ModelConfig) -> HFCLIPConfig:
     if model.preset is not None:
         return HFCLIPConfig.from_preset(model.preset)
     if model.checkpoint is not None:
-        return HFCLIPConfig.from_pretrained(model.checkpoint)
+        with opening(model.checkpoint, "checkpoint"):
+            return HFCLIPConfig.from_pretrained(model.checkpoint)
     fields = model.config if isinstance(model.config, dict) else load_yaml(model.config)
     sections = [name for name in fields if name in SECTIONS]
     if sections:
@@ -118,7 +120,7 @@ def build_processor(
         image_processor = _image_processor(model, architecture.image_size)
         tokenizer = _tokenizer(config, source)
     except (OSError, ValueError) as error:
-        raise UsageError(f"model: no tokenizer or image processor: {error}") from error
+        raise UsageError(f"model: {error}") from error
     own = text.model_type in TOWER_CONFIGS
     if own and model.tokenizer == "train":
         words = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -147,7 +149,8 @@ def build_processor(
 
 def _image_processor(model: ModelConfig, image_size: int) -> HFCLIPImageProcessor:
     if model.checkpoint is not None:
-        return HFCLIPImageProcessor.from_pretrained(model.checkpoint)
+        with opening(model.checkpoint, "checkpoint"):
+            return HFCLIPImageProcessor.from_pretrained(model.checkpoint)
     return HFCLIPImageProcessor(size=image_size)
 
 
@@ -156,10 +159,12 @@ def _tokenizer(config: Config, source: Source) -> PreTrainedTokenizerBase:
     if model.tokenizer == "train":
         return _trained_tokenizer(config, source)
     if model.tokenizer is None and model.checkpoint is not None:
-        return HFCLIPProcessor.from_pretrained(model.checkpoint).tokenizer
+        with opening(model.checkpoint, "checkpoint"):
+            return HFCLIPProcessor.from_pretrained(model.checkpoint).tokenizer
     if model.tokenizer.endswith((".gz", ".txt")):
         return HFCLIPTokenizer.from_openai_bpe(model.tokenizer)
-    return AutoTokenizer.from_pretrained(model.tokenizer)
+    with opening(model.tokenizer, "tokenizer"):
+        return AutoTokenizer.from_pretrained(model.tokenizer)
 
 
 def _trained_tokenizer(config: Config, source: Source) -> HFCLIPTokenizer:

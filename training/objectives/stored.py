@@ -66,7 +66,7 @@ class StoredEmbeddings:
         found = np.flatnonzero(self.stored.caption_ids[start:stop] == caption_id(caption))
         if not len(found):
             raise UsageError(
-                f"distill.embeddings: {self.folder} was made for other data: sample {sample} had no caption {caption!r}. "
+                f"distill.embeddings: {self.folder} was made for other data: {self._name(sample)} had no caption {caption!r}. "
                 "Store the embeddings again by `hfclip embed`."
             )
         return start + int(found[0])
@@ -90,10 +90,13 @@ class StoredEmbeddings:
         if unread.any():
             sample = samples[int(unread.int().argmax())]
             raise UsageError(
-                f"distill.embeddings: sample {sample} could not be read when {self.folder} was made. Store the "
-                "embeddings again by `hfclip embed`."
+                f"distill.embeddings: {self._name(sample)} could not be read when {self.folder} was made. Store "
+                "the embeddings again by `hfclip embed`."
             )
         return {IMAGES: F.normalize(images, dim=1), TEXTS: F.normalize(texts, dim=1)}
+
+    def _name(self, sample: int) -> str:
+        return f"sample {sample} ({self.stored.keys[sample]})"
 
     def embed(self, part: dict) -> tuple[Tensor, Tensor]:
         """Those of a part of a batch."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hfclip import HFCLIPModel, HFCLIPProcessor
 from hfclip.errors import UsageError
 from hfclip.losses import distillation_loss
+from hfclip.names import opening
 from hfclip.precision import autocast_for
 
 from ..config import Config
@@ -75,7 +76,8 @@ class Teacher:
     targets = None  # it needs no further columns
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, precision: str):
-        self.model, processor = load_teacher(name, device)
+        with opening(name, "Teacher"):
+            self.model, processor = load_teacher(name, device)
         self.precision = precision
         self.scale = self.model.logit_scale.exp().item()
         self.image_size = self.model.config.image_size
@@ -121,12 +123,9 @@ def load_teacher(name: str, device: torch.device) -> tuple[HFCLIPModel, HFCLIPPr
     """A frozen model in float32 and evaluation mode, and what prepares its inputs.
 
     Raises:
-        UsageError: if there is no such model, or weights are missing.
+        UsageError: if weights are missing; what transformers raises if there is no such model.
     """
-    try:
-        model, processor = load_model(name), HFCLIPProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"Teacher {name!r}: {error}") from error
+    model, processor = load_model(name), HFCLIPProcessor.from_pretrained(name)
     return model.requires_grad_(False).eval().to(device), processor
 
 

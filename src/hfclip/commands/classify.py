@@ -22,6 +22,7 @@ from hfclip import HFCLIPModel, HFCLIPProcessor, ZeroShotClassifier
 from hfclip.data.image_list import ImageList
 from hfclip.embeddings import embed
 from hfclip.errors import UsageError, as_usage_error, run
+from hfclip.names import opening
 from hfclip.zero_shot import DEFAULT_TEMPLATES
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     labels = read_labels(options)
     images = ImageList(options.images)
     logging.disable_progress_bar()  # of weights; images have one of their own
-    with as_usage_error(f"--model {options.model}"):
+    with opening(options.model, "--model"):
         model = HFCLIPModel.from_pretrained(options.model).eval()
         processor = HFCLIPProcessor.from_pretrained(options.model)
     if torch.accelerator.is_available():

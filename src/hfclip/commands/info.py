@@ -16,6 +16,7 @@ from hfclip import HFCLIPConfig, HFCLIPModel
 from hfclip.errors import as_usage_error, run
 from hfclip.flops import ModelFlops
 from hfclip.hub.card import describe
+from hfclip.names import opening
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
 
 def collect(name: str) -> dict[str, Any]:
     """Facts about a model, from its files; of the weights only the scalars of the loss are kept."""
-    with as_usage_error(name):
+    with opening(name, "FOLDER"):
         config = HFCLIPConfig.from_pretrained(name)
         model = HFCLIPModel.from_pretrained(name)
     flops, tokens = ModelFlops(config), config.text_config.max_position_embeddings
