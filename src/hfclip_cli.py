@@ -5,8 +5,11 @@ A module beside the package because `import hfclip` imports torch, which takes s
 
 import difflib
 import importlib.metadata
+import logging
 import os
 import runpy
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,13 +22,44 @@ def run_program(module: str, arguments: list[str]) -> None:
 
 
 def launch_program(module: str, arguments: list[str]) -> None:
-    """Becomes `accelerate launch` of a program; what stands before "--" is the launcher's own."""
+    """Runs a program by `accelerate launch`, and ends as it does; what stands before "--" is the launcher's own.
+
+    Ctrl-C and SIGTERM are the program's, which saves and has the last word.
+    """
     require_extra("train")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see training/threads.py: to be set before torch is imported
     split = arguments.index("--") if "--" in arguments else 0
     own, rest = arguments[:split], arguments[split + ("--" in arguments) :]
-    launcher = [] if {"-h", "--help"} & {*rest} else ["-m", "accelerate.commands.launch", "--quiet", *own]
-    os.execv(sys.executable, [sys.executable, *launcher, "-m", module, *rest])
+    if {"-h", "--help"} & {*rest}:
+        sys.argv[1:] = rest
+        return run_program(module, rest)
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for name in ("accelerate.commands.launch", "torch.distributed.elastic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # its defaults, and what the program has said already
+    options = launch_command_parser().parse_args([*own, "-m", module, *rest])
+    options.signals_to_handle = "SIGHUP,SIGQUIT"  # of torchrun, which would leave the program 30 seconds
+    received, status = [], 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: _pass_on(number, received))
+    try:
+        launch_command(options)
+    except subprocess.CalledProcessError as error:
+        status = error.returncode
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+    status = 128 - status if status < 0 else status
+    sys.exit(status or (128 + signal.SIGINT if signal.SIGINT in received else 0))
+
+
+def _pass_on(number: int, received: list[int]) -> None:
+    """Sends a signal to the processes of this one; some of them have it from the terminal, too."""
+    import psutil
+
+    received.append(number)
+    for child in psutil.Process().children():
+        child.send_signal(number)
 
 
 class Verb(NamedTuple):
@@ -120,6 +154,6 @@ def help_text() -> str:
         [
             *lines,
             "",
-            "exit codes: 0 done, 1 partly failed, 2 wrong usage, 130 stopped with Ctrl-C; of train the launcher's",
+            "exit codes: 0 done, 1 failed, wholly or partly, 2 wrong usage, 130 stopped with Ctrl-C",
         ]
     )

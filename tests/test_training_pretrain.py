@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -28,6 +27,7 @@ from training_utils import (
     pretrain,
     tiny_recipe,
     train,
+    wait_for_steps,
     write_recipe,
     write_tar,
 )
@@ -118,15 +118,6 @@ def test_finished_run_resumes_to_nothing_and_is_not_overwritten(finished, tmp_pa
     assert refused.returncode == 2 and "holds a run already" in refused.stderr
     assert "Traceback" not in refused.stderr + refused.stdout
     assert metrics(run) == before
-
-
-def wait_for_steps(run: Path, process: subprocess.Popen, count: int) -> None:
-    for _ in range(2400):
-        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= count:
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    raise AssertionError("no step in two minutes")
 
 
 def stopped(recipe: Path, run: Path, at_step: int, stop_with: signal.Signals, *arguments: str) -> subprocess.Popen:

@@ -4,8 +4,10 @@ import functools
 import http.server
 import importlib.util
 import json
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +16,17 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
-from training_utils import command, environment, pairs, tiny_recipe, write_recipe, write_tar
+from training_utils import (
+    ROOT,
+    command,
+    environment,
+    model_with_tokenizer,
+    pairs,
+    tiny_recipe,
+    wait_for_steps,
+    write_recipe,
+    write_tar,
+)
 
 from training import pretrain as program
 from training.config import Config
@@ -273,3 +285,54 @@ def test_end_of_a_run_shows_labels_of_its_data_and_leaves_a_card(start, tmp_path
     ).stat().st_mode & 0o777
     card = (tmp_path / "run/model/README.md").read_text()
     assert "pipeline_tag: zero-shot-image-classification" in card and "Pairs a step | 16" in card
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command `hfclip train`
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hfclip_train(folder: Path, *words: object) -> list[str]:
+    """Its command line, as the installed script has it."""
+    (folder / "hfclip").write_text("import hfclip_cli\nhfclip_cli.main()\n")
+    return [sys.executable, str(folder / "hfclip"), "train", *map(str, words)]
+
+
+TWO = ("--config_file", ROOT / "training/launch/cpu_processes.yaml", "--main_process_port", "0", "--")
+
+
+@pytest.mark.parametrize("launcher", [(), TWO], ids=["alone", "two processes"])
+def test_interrupted_command_has_the_last_word(launcher, tmp_path):
+    """Ctrl-C reaches all processes of the terminal, launchers among them."""
+    write_shards(tmp_path)
+    recipe = write_recipe(tmp_path, model=model_with_tokenizer(tmp_path), optim={"steps": 100_000})
+    line = hfclip_train(tmp_path, *launcher, "--config", recipe)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(line, env=environment(), start_new_session=True, **pipes)
+    wait_for_steps(tmp_path / "run", process, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in output, output
+    *_, stopped, go_on = output.splitlines()
+    done = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert stopped == f"Stopped after step {done} of 100000. Go on with:"
+    words = [str(tmp_path / "hfclip"), "train", *map(str, launcher)]
+    assert shlex.split(go_on) == [*words, "--config", str(tmp_path / "run" / "config.yaml"), "--resume", "auto"]
+    assert (tmp_path / "run" / f"checkpoint-{done}").is_dir()
+
+
+def test_command_ends_as_the_run_does(tmp_path):
+    done = subprocess.run(
+        hfclip_train(tmp_path, "--optim.lr", "much"), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.strip().startswith("error: optim.lr"), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_has_the_name_of_the_command_that_was_started(tmp_path):
+    done = subprocess.run(
+        hfclip_train(tmp_path, "--help"), env=environment(), capture_output=True, text=True, check=True
+    )
+    assert (
+        done.stdout.startswith(f"usage: {tmp_path}/hfclip train [--config FILE]") and "pretrain.py" not in done.stdout
+    )

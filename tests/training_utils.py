@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
@@ -117,6 +118,16 @@ def pretrain(
     """Runs the trainer to its end."""
     line = command(*arguments, processes=processes)
     return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen, count: int) -> None:
+    """Waits until a run has logged a number of steps."""
+    for _ in range(2400):
+        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= count:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("no step in two minutes")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

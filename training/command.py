@@ -9,6 +9,7 @@ import functools
 import math
 import os
 import re
+import shlex
 import typing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +19,7 @@ import yaml
 from hfclip_errors import UsageError
 
 from .config import CONFIG_FILE, SECTIONS, Config, as_text
+from .launcher import LAUNCH_FOLDER, prefix
 from .removed import FLAGS, answer, translate
 from .typed import describe, field_docstrings, nearest, require
 
@@ -112,7 +114,7 @@ def run_folder_of(config_file: str) -> Path | None:
 
 
 class _EachKeyOnce(yaml.SafeLoader):
-    """Refuses a key that is given twice in a mapping, of which YAML would drop the first."""
+    """Refuses a key that is given twice in a mapping: YAML would drop the first."""
 
     def compose_mapping_node(self, anchor):
         node, lines = super().compose_mapping_node(anchor), {}
@@ -150,19 +152,20 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
-        prog="training/pretrain.py",
+        prog=shlex.join(prefix()),
         usage="%(prog)s [--config FILE] [--resume WHERE] [--section.setting VALUE ...]",
         description="Trains a CLIP model. Without arguments: a small one on built-in images, minutes on a CPU.",
         epilog="Paths: `~` is the home folder, and relative paths are taken from where the command is run. The config.yaml "
         "of a run's folder has them from the root, and goes on in the folder where it lies. Credentials in URLs are "
         "never written: give such a URL again with --resume. Remote data are kept in HFCLIP_CACHE (default: "
-        "~/.cache/hfclip). Several processes: accelerate launch training/pretrain.py ... (see training/launch).",
+        "~/.cache/hfclip). Several processes: `accelerate launch`, or launcher options before `--` "
+        f"in `hfclip train`; configurations for it: {LAUNCH_FOLDER}.",
         allow_abbrev=False,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=6),
     )
     add = parser.add_argument
     recipe = (
-        "a YAML file, or a recipe in training/configs; the arguments below override it. Default: quickstart, if none "
+        f"a YAML file, or one of the recipes in {CONFIG_FOLDER}; the arguments below override it. Default: quickstart, if none "
         f"of them names data or a model ({', '.join('--' + name for name in NAMES_A_RUN)}); else no recipe, and what "
         "is not given has the default that is shown below"
     )

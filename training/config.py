@@ -123,7 +123,7 @@ class DataConfig:
     but one beside a GPU, a quarter where the CPU trains. 0: none, in the training process itself."""
     disk: float | None = None
     """Gigabytes of the remote tars of `train` that a machine keeps at a time; the rest are fetched while the run goes on.
-    `training/index.py` must have counted them once. null: all are fetched before the run."""
+    `python -m hfclip.training.index` must have counted them once. null: all are fetched before the run."""
     phases: list[PhaseConfig] = field(default_factory=list)
     """Cheaper parts of the run that come before the full resolution (CLIPA, FLIP), each a mapping of `epochs` and of
     some of `image_size`, `text_length`, `patch_dropout`."""

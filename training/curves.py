@@ -1,7 +1,7 @@
 """Draws curves of runs from their metrics.jsonl: `curves.png` in a run's folder, or losses of several runs in one image.
 
-python training/curves.py runs/clip                                  # draws runs/clip/curves.png
-python training/curves.py runs/one runs/four --out overlay.png       # the losses of both
+python -m hfclip.training.curves runs/clip                                  # draws runs/clip/curves.png
+python -m hfclip.training.curves runs/one runs/four --out overlay.png       # the losses of both
 """
 
 import argparse

@@ -61,7 +61,7 @@ class Evaluator:
             return {name: task(model, self.processor, data, **options) for name, task, data in tasks}
 
     def draw(self, model: HFCLIPModel, path: Path) -> Path | None:
-        """A picture of predictions for images spread over the first labelled set; None without any. Not collective."""
+        """An image of predictions for images spread over the first labelled set; None without any. Not collective."""
         if not self.labelled:
             return None
         task = self.labelled[0]

@@ -1,6 +1,6 @@
 """Counts the samples of remote tars, so that a run knows them before it fetches any (`data.disk`).
 
-    python training/index.py 's3://bucket/{00000..39999}.tar'
+    python -m hfclip.training.index 's3://bucket/{00000..39999}.tar'
 
 Every tar is read once, several at a time, and none is kept. After Ctrl-C or a crash the same command goes on. A run on
 several machines needs the same file on each: `--upload` puts it beside the tars, where runs find it; else copy it.

@@ -6,6 +6,7 @@ python /venv/bin/accelerate launch --num_processes 8 training/pretrain.py --conf
 
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -22,7 +23,7 @@ from .config import Config
 from .typed import NO_ACCUMULATION
 
 
-PROGRAMS = ("accelerate", "accelerate-launch", "torchrun")
+PROGRAMS = ("accelerate", "accelerate-launch", "torchrun", "hfclip")
 SECONDS_TO_SPEAK = 3.0  # of a machine's first process, which launchers end when another one ends before it
 MODULES = ("accelerate.commands.launch", "accelerate.commands.accelerate_cli", "torch.distributed.run")
 
@@ -96,12 +97,28 @@ def program(function: Callable[[], Any]) -> Callable[[], Any]:
         except UsageError as error:
             exit_with_message(f"error: {error}", status=2)
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             exit_with_message("Stopped at once. Nothing is lost but what came after the last checkpoint.", status=130)
         except Exception:
             sys.stderr.write(redact(traceback.format_exc()))
             sys.exit(1)
 
     return run
+
+
+def end_on_interrupt() -> None:
+    """Lets Ctrl-C end this process at once, with one line, while it imports its libraries and nothing has begun."""
+    signal.signal(signal.SIGINT, lambda number, frame: (os.write(2, b"\nStopped.\n"), os._exit(128 + number)))
+
+
+def raise_on_interrupt() -> None:
+    """Makes the first Ctrl-C a KeyboardInterrupt, as Python does; launchers send it once more, and this is not heard."""
+
+    def interrupt(number, frame):
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def exit_with_message(message: str, status: int) -> NoReturn:
@@ -126,12 +143,8 @@ def prefix() -> list[str]:
 
     Must be called while the launcher runs, and before `sys.argv` is changed; after that it is remembered.
     """
-    arguments = sys.argv[1:]
-    words = _launcher_words()
-    if words is None:
-        words = sys.orig_argv
-        return [_as_typed(words[0]), *words[1 : len(words) - len(arguments)]]
-    words = words[: len(words) - len(arguments)]
+    words = _launcher_words() or sys.orig_argv
+    words = words[: max(len(words) - len(sys.argv[1:]), 1)]
     start = next((i for i, word in enumerate(words) if Path(word).name in PROGRAMS), 0)  # else: python -m MODULE
     return [_as_typed(words[start]), *words[start + 1 :]]
 
@@ -140,7 +153,8 @@ def prefix() -> list[str]:
 def reports_failures() -> bool:
     """Whether the launcher prints a traceback of its own when this process ends with another status than 0."""
     words = _launcher_words()
-    return words is not None and "LOCAL_RANK" not in os.environ and not {"--quiet", "-q"} & set(words)
+    quiet = {"--quiet", "-q", "hfclip"} & {Path(word).name for word in words or ()}
+    return words is not None and "LOCAL_RANK" not in os.environ and not quiet
 
 
 @cache

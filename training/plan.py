@@ -1,11 +1,11 @@
 """Predicts what a run needs before a machine is rented: memory of a device, time of a step, days, and the bottleneck.
 
-    python training/plan.py --config vit_l_14 --world 64 --device h100          # a recipe, or the YAML of a run
-    python training/plan.py --config vit_b_32 --world 8 --device a100 --optim.micro_batch_size 512 --optim.epochs 1
-    python training/plan.py --model.preset RN50x64 --optim.batch_size 32768 --run.precision fp16 \\
+    hfclip plan --config vit_l_14 --world 64 --device h100          # a recipe, or the YAML of a run
+    hfclip plan --config vit_b_32 --world 8 --device a100 --optim.micro_batch_size 512 --optim.epochs 1
+    hfclip plan --model.preset RN50x64 --optim.batch_size 32768 --run.precision fp16 \\
         --world 592 --device v100 --text-tokens 77 --actual-days 18
 
-All settings of training/pretrain.py are taken as it takes them (its --help lists them); below are those of the machine.
+All settings of `hfclip train` are taken as it takes them (its --help lists them); below are those of the machine.
 
     settings -> towers run once without memory -> FLOPs, parameters, bytes that autograd keeps of a pair
              -> bytes on a device, seconds of a step

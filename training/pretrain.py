@@ -41,6 +41,7 @@ def read_command_line() -> tuple[Config, Command]:
 
 if __name__ == "__main__":
     read_command_line()  # what follows takes seconds
+    launcher.end_on_interrupt()
     let_waiting_threads_sleep()
 
 import torch
@@ -110,6 +111,7 @@ class Run:
 
 @launcher.program
 def main() -> None:
+    launcher.raise_on_interrupt()
     config, command = read_command_line()
     launcher.prefix()
     sys.argv[1:] = map(redact, sys.argv[1:])  # trackers look at them

@@ -114,7 +114,7 @@ class PairDataset(Dataset):
             except UsageError as error:  # a shard that cannot be fetched
                 return {"failure": str(error), "problems": found[:1]}
         kinds = ", ".join(sorted({PROBLEMS[problem] for problem in found}))
-        failure = f"Sample {index} and the {len(found) - 1} tried before it are unusable ({kinds})"
+        failure = f"{self.source.name(index)} and the {len(found) - 1} tried before it are unusable ({kinds})"
         return {"failure": f"{failure}. Fix the data.", "problems": found[:1]}
 
     def _load(self, index: int, place: Place) -> dict:

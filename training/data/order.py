@@ -142,7 +142,7 @@ class Window(NamedTuple):
 
 
 class LaneOrder:
-    """As `Order`, for shards of which a rank can have but some at a time.
+    """As `Order`, for shards that a rank has only some of at a time.
 
     - Lines: each epoch puts its shards, in an order of its own, end to end into one line of samples.
     - Lanes: the line is cut into `num_lanes` pieces. A lane fills the same slots of every batch, and its piece is as

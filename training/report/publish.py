@@ -35,7 +35,7 @@ def print_summary(
         print(f"  {name:<{width}}  {value:>6.1%}" if isinstance(value, float) else f"  {name:<{width}}  {value:>6}")
     for name, count in problems.items():
         print(f"  {name}: {count}")
-    print(f"\nThe model is in {model_folder}" + (f", a picture of predictions in {picture}." if picture else "."))
+    print(f"\nThe model is in {model_folder}" + (f", an image of predictions in {picture}." if picture else "."))
     print(
         "Use it:\n\n"
         "    import hfclip, transformers\n"

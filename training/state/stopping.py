@@ -47,5 +47,6 @@ class Stopping:
             return
         now = time.monotonic()
         if self.signalled_at is not None and now - self.signalled_at > 3 and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)  # launchers send it once more
             raise KeyboardInterrupt
         self.signalled_at = self.signalled_at or now
