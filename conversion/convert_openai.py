@@ -1,7 +1,7 @@
 """OpenAI's CLIP checkpoints -> model folders.
 
-    python conversion/convert_openai.py ViT-B-32.pt clip-vit-b-32 --merges bpe_simple_vocab_16e6.txt.gz
-    python conversion/convert_openai.py RN50.pt clip-rn50 --dtype float16 --push-to-hub me/clip-rn50
+    hfclip convert ViT-B-32.pt clip-vit-b-32 --merges bpe_simple_vocab_16e6.txt.gz
+    hfclip convert RN50.pt clip-rn50 --dtype float16 --push-to-hub me/clip-rn50
 
 The source is one of the nine archives that OpenAI published, or any state dict in their names (.pt, .bin or
 .safetensors). It is read as data; no code in it is run. The architecture follows from the tensors' shapes. The folder

@@ -1,8 +1,8 @@
 """OpenCLIP's checkpoints -> model folders.
 
-    python conversion/convert_openclip.py CLIP-ViT-B-32-laion2B-s34B-b79K clip-b32-laion    # a folder from the Hub
-    python conversion/convert_openclip.py epoch_32.pt my-clip --merges bpe_simple_vocab_16e6.txt.gz
-    python conversion/convert_openclip.py epoch_32.pt my-clip --model ViT-B-32-quickgelu --merges ...
+    hfclip convert CLIP-ViT-B-32-laion2B-s34B-b79K clip-b32-laion    # a folder from the Hub
+    hfclip convert epoch_32.pt my-clip --merges bpe_simple_vocab_16e6.txt.gz
+    hfclip convert epoch_32.pt my-clip --model ViT-B-32-quickgelu --merges ...
 
 The source is a folder with open_clip_config.json and weights, or a training checkpoint (.pt, .bin, .safetensors). The
 architecture of a ViT or ResNet of OpenCLIP follows from shapes (`openclip_shapes`); what no shape tells, such as

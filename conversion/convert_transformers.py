@@ -1,7 +1,7 @@
 """transformers' CLIP -> model folders.
 
-    python conversion/convert_transformers.py openai/clip-vit-base-patch32 clip-b32       # from the Hub
-    python conversion/convert_transformers.py stable-diffusion/text_encoder sd-text       # as diffusers keeps it
+    hfclip convert openai/clip-vit-base-patch32 clip-b32       # from the Hub
+    hfclip convert stable-diffusion/text_encoder sd-text       # as diffusers keeps it
 
 The source is a folder or Hub name of a CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModel or
 CLIPVisionModelWithProjection. hfclip opens such folders as they are; converted ones carry their code, open with

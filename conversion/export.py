@@ -1,9 +1,9 @@
 """Model folders -> the forms that other libraries read.
 
-    python conversion/export.py clip-rn50 RN50.pt --to openai             # a state dict in OpenAI's names
-    python conversion/export.py clip-b32 clip-b32-openclip --to openclip  # open_clip.create_model("local-dir:...")
-    python conversion/export.py clip-b32 clip-b32-hf --to transformers    # transformers' CLIPModel and its processor
-    python conversion/export.py clip-b32 clip-b32-onnx --to onnx          # both towers for onnxruntime
+    hfclip export clip-rn50 RN50.pt --to openai             # a state dict in OpenAI's names
+    hfclip export clip-b32 clip-b32-openclip --to openclip  # open_clip.create_model("local-dir:...")
+    hfclip export clip-b32 clip-b32-hf --to transformers    # transformers' CLIPModel and its processor
+    hfclip export clip-b32 clip-b32-onnx --to onnx          # both towers for onnxruntime
 
 What the other library cannot express is refused, field by field. Each export is proven: the written file is computed
 anew, by plain PyTorch or by onnxruntime, and compared with the model. ONNX towers take any batch and, for texts, any
@@ -55,17 +55,19 @@ OF_TRAINING = {"initializer_factor", "attention_dropout", "patch_dropout", "zero
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_paths(parser, out="the folder to write; for `openai` the file, .pt or .safetensors")
+    add_paths(parser, out="what to write: a file (.pt or .safetensors) for openai, a folder for the others")
     parser.add_argument("--to", required=True, choices=sorted(EXPORTS), help="for whom")
     options = parser.parse_args()
-    require_free(options.out, options.source, options.overwrite, is_file=options.to == "openai")
+    is_file = options.to == "openai"
+    if is_file != (options.out.suffix in (".pt", ".safetensors")):
+        kind = "a file, whose name ends with .pt or .safetensors" if is_file else "the name of a folder"
+        raise UsageError(f"--to {options.to}: found {str(options.out)!r}, expected {kind}.")
+    require_free(options.out, options.source, options.overwrite, is_file)
     EXPORTS[options.to](options, *open_model(options.source))
 
 
 def to_openai(options: argparse.Namespace, config: HFCLIPConfig, weights: View) -> None:
     """A state dict in OpenAI's names, as a file."""
-    if options.out.suffix not in (".pt", ".safetensors"):
-        raise UsageError(f"{options.out}: found the suffix {options.out.suffix!r}, expected .pt or .safetensors.")
     layout = dict(openai_items(weights.on_meta()))
     require_same(config, openai_config(layout), "openai/CLIP")
     with partial_folder(options.out) as folder:

@@ -68,8 +68,9 @@ def require_replaceable(path: Path, source: Path, overwrite: bool, is_file: bool
     if not overwrite:
         raise UsageError(f"{path} exists already. Choose another name, or pass --overwrite to replace it.")
     path, source = path.resolve(), source.resolve()
-    if path.is_file() and not is_file:
-        raise UsageError(f"{path} is a file, expected a folder or nothing. Choose another name.")
+    if path.is_file() != is_file:
+        found, expected = ("file", "folder") if path.is_file() else ("folder", "file")
+        raise UsageError(f"{path} is a {found}, expected a {expected} or nothing. Choose another name.")
     if path in (source, *source.parents) or source in path.parents:
         raise UsageError(
             f"{path} holds the source or a part of it, which --overwrite would delete. Choose another name."

@@ -1,8 +1,8 @@
 """Publishes a model folder to the Hugging Face Hub, whole, as one commit.
 
-    python conversion/push_to_hub.py runs/clip/model anna/clip-birds --dry-run    # what would be sent; no network
-    python conversion/push_to_hub.py runs/clip/model anna/clip-birds --private    # a repository that only you can see
-    python conversion/push_to_hub.py runs/clip/checkpoint-5000 anna/clip-birds --revision step-5000
+    hfclip push runs/clip/model anna/clip-birds --dry-run    # what would be sent; no network
+    hfclip push runs/clip/model anna/clip-birds --private    # a repository that only you can see
+    hfclip push runs/clip/checkpoint-5000 anna/clip-birds --revision step-5000
 
 FOLDER is what training or conversion wrote: config.json, model.safetensors (or its shards), tokenizer, processor and
 the code that travels with them. It is checked before anything is sent. Beside these go the model card and other *.md,

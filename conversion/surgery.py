@@ -1,8 +1,8 @@
 """Changes to a trained model that keep what it knows.
 
-    python conversion/surgery.py resize clip-b32 clip-b32-336 --image-size 336      # another resolution, baked in
-    python conversion/surgery.py stretch clip-b32 clip-b32-long --length 248        # longer texts (Long-CLIP)
-    python conversion/surgery.py activation clip-b32 clip-b32-gelu --to gelu        # changes the embeddings
+    python -m hfclip.conversion.surgery resize clip-b32 clip-b32-336 --image-size 336      # another resolution, baked in
+    python -m hfclip.conversion.surgery stretch clip-b32 clip-b32-long --length 248        # longer texts (Long-CLIP)
+    python -m hfclip.conversion.surgery activation clip-b32 clip-b32-gelu --to gelu        # changes the embeddings
 
 `resize` interpolates the position embeddings of a ViT, or of a ResNet's attention pool, as the model itself does at run
 time for images of another size: the same embeddings, with no interpolation left to do, and an image processor to match.

@@ -101,6 +101,43 @@ def test_wrong_usage_of_classify_ends_with_2(words, message, hfclip, model, tmp_
     assert (status, out) == (2, "") and message in err and "Traceback" not in err
 
 
+def test_model_that_is_no_folder_here_is_not_asked_for_at_the_hub(hfclip, model, tmp_path, monkeypatch):
+    """Which would take half a minute; and what is meant is named."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 32), "red").save("good.png")
+    (tmp_path / "runs" / "my-model").mkdir(parents=True)
+    for name, hint in (
+        ("./my-modl", "'.' is there and holds good.png, runs."),
+        ("runs/my-modl", "Did you mean 'runs/my-model'?"),
+        ("runs/my-model/final", "'runs/my-model' is there and holds nothing."),
+        ("rums/x/final", "Did you mean 'runs'?"),
+    ):
+        status, _, err = hfclip("classify", "good.png", "--model", name, "--labels", "a")
+        assert (status, err) == (2, f"error: --model: found no folder {name!r}. {hint}\n")
+
+
+def test_hub_that_cannot_be_reached_is_one_line(hfclip, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    status, _, err = hfclip("info", "nobody/nothing")
+    assert status == 2 and err.count("\n") == 1 and "found no folder 'nobody/nothing' here, and the Hub" in err
+
+
+@pytest.mark.parametrize("part", ["image processor", "tokenizer"])
+def test_folder_of_weights_alone_is_refused_in_one_line(part, hfclip, model, tmp_path):
+    gone = {"image processor": ("*processor_config.json",), "tokenizer": ("token*", "vocab*", "merges*")}[part]
+    shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns(*gone))
+    Image.new("RGB", (40, 32), "red").save(tmp_path / "good.png")
+    status, _, err = hfclip("classify", tmp_path / "good.png", "--model", tmp_path / "model", "--labels", "a")
+    assert status == 2 and err.count("\n") == 1 and f"holds no {part} (found none of" in err
+
+
+def test_export_refuses_a_file_for_a_folder_and_a_folder_for_a_file(hfclip, model, tmp_path):
+    status, _, err = hfclip("export", model, tmp_path / "out", "--to", "openai")
+    assert status == 2 and err.count("\n") == 1 and "expected a file, whose name ends with .pt or .safetensors" in err
+    status, _, err = hfclip("export", model, tmp_path / "out.pt", "--to", "openclip")
+    assert status == 2 and err.count("\n") == 1 and "expected the name of a folder" in err
+
+
 def test_info_says_what_a_folder_holds(hfclip, model):
     status, out, err = hfclip("info", model, "--json")
     facts = json.loads(out)

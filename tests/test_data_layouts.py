@@ -141,6 +141,24 @@ READ = {
     "jsonl": ({**IMAGES, "x.jsonl": lines(rows_as("image", "caption"))}, "x.jsonl", {}),
     "json": ({**IMAGES, "x.json": json.dumps(rows_as("image", "caption"))}, "x.json", {}),
     "several csv files": ({**IMAGES, **{f"{i}.csv": table(ROWS[i : i + 1]) for i in range(3)}}, "{0..2}.csv", {}),
+    "csv of Windows, in its letters": (
+        {**renamed("i/", IMAGES), "x.csv": table(rows_as("image", "text", "i\\")).replace("\r\n", "\n")},
+        "x.csv",
+        {},
+    ),
+    "csv of Windows, with its drives": (
+        {**IMAGES, "x.csv": "\ufeff" + table(rows_as("image", "text", "C:\\i\\"))},
+        "",
+        {},
+    ),
+    "csv in UTF-16, as Excel has it": (
+        {**IMAGES, "x.csv": table(rows_as("image", "text"), "\t").encode("utf-16")},
+        "x.csv",
+        {},
+    ),
+    "images by a pattern": (PAIRS, "*.jpg", {}),
+    "images by a pattern, with metadata": ({**IMAGES, "metadata.csv": table(ROWS)}, "*.jpg", {}),
+    "class folders by a pattern": ({f"{text}/x.jpg": data for text, data in zip(TEXTS, PHOTOS)}, "*/*.jpg", {}),
     "folder with one csv": ({**IMAGES, "captions.csv": table(ROWS)}, "", {}),
     "folder with a csv and images in another": ({**renamed("i/", IMAGES), "x.csv": table(ROWS)}, "", {}),
     "images with txt": (PAIRS, "", {}),
@@ -279,7 +297,17 @@ REFUSED = {
         "cannot be read as a table: ValueError: it has no",
     ),
     "another kind of file": ({"x.npz": b"1"}, "x.npz", "is a file that is not read, expected one of .tar"),
-    "one image": (IMAGES, "0.jpg", "Name the folder that holds it"),
+    "one image": (IMAGES, "0.jpg", "found 1 images without captions"),
+    "tar among images": (
+        {**PAIRS, "x.tar": tar(PAIRS)},
+        "",
+        "holds tars .1, x.tar. and images .3, .*0.jpg.,.*Name the tars by",
+    ),
+    "nothing but empty captions": (
+        {**IMAGES, "0.txt": "", "1.txt": " \n", "2.txt": "&nbsp;"},
+        "",
+        "Left out: 3 with empty caption .0.txt",
+    ),
     "folder of other files": ({"a.npz": b"1"}, "", "holds no images .1 files, .npz"),
     "missing csv": ({}, "x.csv", "found neither a file nor a folder"),
     "missing zip": ({}, "x.zip", "found neither a file nor a folder"),
@@ -359,6 +387,44 @@ LEFT_OUT = {
         {"x.tar": tar({**PAIRS, "info.yaml": b"x"})},
         "x.tar",
         {"unknown format": (1, "x.tar/info.yaml")},
+    ),
+    "what lies beside tars": (
+        {"0.tar": tar(PAIRS), "stats.json": "{}", "old/1.tar": tar(PAIRS)},
+        "",
+        {"other format": (1, "stats.json"), "tar in a folder below": (1, "old/1.tar")},
+    ),
+    "what lies beside parquet files": (
+        {"x.parquet": parquet(STRUCTS), "a.csv": "b"},
+        "",
+        {"other format": (1, "a.csv")},
+    ),
+    "empty texts beside images": (
+        {**PAIRS, "7.jpg": PHOTOS[0], "7.txt": " \n", "8.jpg": PHOTOS[0], "8.json": '{"text": ""}'},
+        "",
+        {"empty caption": (2, "7.txt")},
+    ),
+    "empty texts in a tar": (
+        {"x.tar": tar({**PAIRS, "8.jpg": PHOTOS[0], "8.txt": b"", "9.jpg": PHOTOS[0], "9.txt": b"\xef\xbb\xbf "})},
+        "x.tar",
+        {"empty caption": (2, "x.tar/8.jpg")},
+    ),
+    "empty texts in a csv": (
+        {**IMAGES, "x.csv": table([*ROWS, {"file_name": "0.jpg", "text": " "}])},
+        "x.csv",
+        {"empty caption": (1, "x.csv: 0.jpg")},
+    ),
+    "no texts in a jsonl": (
+        {
+            **IMAGES,
+            "x.jsonl": lines([*ROWS, {"file_name": "0.jpg", "text": None}, {"file_name": "1.jpg", "text": []}]),
+        },
+        "x.jsonl",
+        {"missing caption": (1, "x.jsonl: 0.jpg"), "empty caption": (1, "x.jsonl: 1.jpg")},
+    ),
+    "empty texts in a parquet file": (
+        {"x.parquet": parquet([{**STRUCTS[0], "text": None}, *STRUCTS, {**STRUCTS[0], "text": "\u200b"}])},
+        "x.parquet",
+        {"missing caption": (1, "x.parquet, row 0"), "empty caption": (1, "x.parquet, row 4")},
     ),
     "damaged parquet file": (
         {**{f"{i}.parquet": parquet(STRUCTS[i : i + 1]) for i in range(3)}, "3.parquet": b"x"},
@@ -470,5 +536,24 @@ def test_page_names_all_columns_and_formats_that_are_read():
 
 def test_what_can_be_no_name_on_the_hub_is_not_asked_there(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="found no such file or folder, and it is no name on the Hub"):
-        open_source("photoz/")
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    for name, hint in (("photoz/", "Did you mean 'photos'"), ("photos/dogs", "'photos' is there and holds cats")):
+        with pytest.raises(UsageError, match=f"found neither a file nor a folder there. {hint}"):
+            open_source(name)
+
+
+def test_csv_in_the_letters_of_windows_is_read_and_told(tmp_path, capsys):
+    write(tmp_path, {**IMAGES, "x.csv": "image,text\n0.jpg,caf\u00e9 crème\n".encode("cp1252")})
+    source = open_source(str(tmp_path / "x.csv"))
+    assert source[0].captions == ["caf\u00e9 crème"]
+    assert "not all UTF-8: its other letters are read as Windows-1252" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["tar", "images with txt", "parquet of structs", "csv", "zip of images with txt"])
+def test_sample_is_named_by_its_place(layout, tmp_path):
+    files, name, _ = READ[layout]
+    write(tmp_path / "data", files)
+    source = open_source(str(tmp_path / "data" / name), cache_dir=tmp_path / "cache")
+    place = {"tar": "x.tar/1.jpg", "parquet of structs": f"{tmp_path}/data/x.parquet, row 1"}
+    folder = tmp_path / "data" / ("x.zip/photos" if name == "x.zip" else "")
+    assert source.name(1) == place.get(layout, f"{folder}/1.jpg")

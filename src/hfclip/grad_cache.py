@@ -40,38 +40,26 @@ def cached_backward(
 ) -> Tensor:
     """Adds the gradient of `loss` over all micro-batches together to the `grad` of every weight it depends on.
 
-        def embed(batch):
-            output = model(**batch, embeds_only=True)
-            return output.image_embeds, output.text_embeds
-
         def loss(images, texts, logit_scale):
             return contrastive_loss(images, texts, logit_scale.exp())
 
         cached_backward(embed, micro_batches, loss, [core.logit_scale], no_sync=model.no_sync)
 
     Args:
-        embed: a micro-batch -> its embeddings, tensors `(size, ...)`. Called twice for each, in training mode, through
-            the (possibly wrapped) model's `forward`. All that is random in it must come from torch's generators of the
-            CPU and of the current accelerator.
+        embed: a micro-batch -> its embeddings, tensors `(size, ...)`, through the (possibly wrapped) model's `forward`.
+            Called twice for each. What is random in it comes from torch's generators of the CPU and the accelerator.
         micro_batches: this process's part of the batch. Under FSDP as many on each process.
         loss: the embeddings of all micro-batches, joined along dimension 0, and stand-ins for `parameters` -> scalar.
-            Called once.
-        parameters: weights that the loss reads itself, such as `logit_scale`. It has to use the stand-ins it is
-            given: a gradient that reached the weights before the last backward pass would miss its averaging.
-        buffers: put back after the first pass, so that running statistics move once for each micro-batch:
-            `model.buffers()`.
-        weights: those of them in half precision have their gradients summed in float32 between micro-batches, at 4
-            bytes for each number: `model.parameters()`.
+        parameters: weights that the loss reads itself, such as `logit_scale`, by the stand-ins that it is given: a
+            gradient that reached the weights before the last backward pass would miss its averaging.
+        buffers: `model.buffers()`, put back after the first pass: running statistics move once for each micro-batch.
+        weights: `model.parameters()`; gradients of those in half precision are summed in float32, at 4 bytes each.
         no_sync: context in which backward passes leave gradients unaveraged, for all micro-batches but the last.
-        first_pass: context around the whole first pass, e.g. the autocast that `embed` enters anyway: weights are then
-            cast once and not for every micro-batch.
+        first_pass: context around the first pass, such as the autocast that `embed` enters: weights are cast once.
         backward: the loss's backward pass, e.g. with the scale of a gradient scaler. The factor reaches all gradients.
 
     Returns:
-        The loss, detached.
-
-    Raises:
-        ValueError: without micro-batches.
+        The loss, detached. Raises ValueError without micro-batches.
     """
     if not micro_batches:
         raise ValueError("cached_backward: found no micro-batches, expected at least one.")
@@ -83,21 +71,25 @@ def cached_backward(
     # (local_batch, ...) -> (size, ...) of each micro-batch; an embedding that the loss ignores has no gradient
     gradients = list(zip(*(_gradient(embeds).split(sizes) for embeds in joined), strict=True))
 
-    last, in_halves = len(micro_batches) - 1, _Sums(weights)
-    for i, (micro_batch, state, grads) in enumerate(zip(micro_batches, states, gradients, strict=True)):
-        with no_sync() if i < last else nullcontext():
+    sums = _Sums(weights)
+    for i, (micro_batch, state, grads) in enumerate(zip(micro_batches, states, gradients, strict=True), start=1):
+        is_last = i == len(micro_batches)
+        with nullcontext() if is_last else no_sync():
             with _replayed(state):
                 embeds = embed(micro_batch)
-            pairs = list(zip(embeds, grads, strict=True))
-            if i == last:
-                pairs += [(p, _gradient(s)) for p, s in zip(parameters, stand_ins, strict=True)]
-            pairs = [(tensor, grad) for tensor, grad in pairs if tensor.requires_grad]  # a locked tower has none
-            if i == last:
-                in_halves.put_back()
-            torch.autograd.backward([tensor for tensor, _ in pairs], [grad.to(t.dtype) for t, grad in pairs])
-            if i < last:
-                in_halves.take()
+            if is_last:
+                sums.put_back()
+                embeds, grads = (*embeds, *parameters), (*grads, *map(_gradient, stand_ins))
+            _send_back(embeds, grads)
+            if not is_last:
+                sums.take()
     return value.detach()
+
+
+def _send_back(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """The backward pass from these tensors, but for those that need none: the embeddings of a locked tower."""
+    pairs = [(tensor, gradient) for tensor, gradient in zip(tensors, gradients, strict=True) if tensor.requires_grad]
+    torch.autograd.backward([tensor for tensor, _ in pairs], [gradient.to(t.dtype) for t, gradient in pairs])
 
 
 @torch.no_grad()

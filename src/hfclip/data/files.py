@@ -60,6 +60,16 @@ class Files:
         except Exception as error:  # of zipfile and stores
             raise OSError(f"{type(error).__name__}: {error}") from error
 
+    def size(self, name: str) -> int | None:
+        """Bytes of a file of this machine; None if that is not known without asking."""
+        try:
+            if self.folder is not None:
+                return os.path.getsize(os.path.join(self.folder, name))
+            store, root = self._opened()
+            return store.info(posixpath.join(root, name))["size"] if self.is_zip else None
+        except OSError:
+            return None
+
     def read(self, name: str, what: str) -> bytes:
         """The "image" or "caption" that a file holds. Raises BadSample."""
         try:

@@ -1,22 +1,25 @@
 """Image files: listed in a table, with captions in files beside them, or in a folder per class."""
 
-import io
 import os
 import posixpath
+import re
 from collections import Counter
 from typing import Any
 
 from ..errors import UsageError
 from .files import CLASS_NAMES, Files, read_lines
-from .records import find_columns, read_records
+from .records import as_text, find_columns, read_records
 from .samples import (
     HELD_OUT,
     HOW_CAPTIONS_ARE_GIVEN,
     IMAGE_ENDINGS,
+    SHORT,
+    BadSample,
     Keys,
     Sample,
     Source,
     caption_list,
+    is_empty,
     json_captions,
     say,
     text_captions,
@@ -25,6 +28,7 @@ from .tars import is_hidden
 
 
 TABLES = ("csv", "tsv", "jsonl", "json", "parquet")
+DRIVE = re.compile(r"^[a-zA-Z]:/(.*/)?")  # with the folders of another machine, whose images lie here by their names
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SPLITS = {"train": "train training", "validation": "validation valid val dev", "test": "test testing eval evaluation"}
 SPLITS = {name: split for split, names in SPLITS.items() for name in names.split()}
@@ -65,11 +69,13 @@ class FileSource(Source):
             return []
         if not self.beside:
             return caption_list(value)
-        data = self.files.read(value, "caption")
-        return json_captions(data, self.key) if ending(value) == "json" else text_captions(data)
+        return _read_captions(self.files, value, self.key)
 
     def label(self, index: int) -> int | None:
         return self.about[index] if self.labels else None
+
+    def name(self, index: int) -> str:
+        return f"{self.files}/{self.images[index]}"
 
     def cut(self, split: str, name: str) -> "FileSource":
         """The samples that an expression such as "train[:10%]" means, where all of them are the split `name`."""
@@ -82,6 +88,21 @@ class FileSource(Source):
         self.images, self.about = self.images[part.from_ : part.to], self.about[part.from_ : part.to]
         self.length = len(self.images)
         return self
+
+
+def _read_captions(files: Files, name: str, key: str | None) -> list[str]:
+    """The captions in a .txt or .json file. Raises BadSample."""
+    data = files.read(name, "caption")
+    return json_captions(data, key) if ending(name) == "json" else text_captions(data)
+
+
+def _holds_nothing(files: Files, name: str, key: str | None) -> bool:
+    """Whether a short file on this machine has no caption; what else is wrong with it is told when it is read."""
+    size = files.size(name)
+    try:
+        return size is not None and size <= SHORT and is_empty(_read_captions(files, name, key))
+    except BadSample:
+        return False
 
 
 def ending(name: str) -> str:
@@ -108,7 +129,7 @@ def open_folder(files: Files, names: list[str], keys: Keys) -> FileSource:
             f"{str(files)!r} holds no images ({len(names)} files, {kinds}), expected tars, parquet files or images "
             f"({' '.join(IMAGE_ENDINGS)})."
         )
-    if source := _open_pairs(files, names, images, keys):
+    if (source := _open_pairs(files, names, images, keys)) is not None:
         return source
     if tables := [name for name in names if "/" not in name and ending(name) in TABLES]:
         source = open_tables(files, tables, keys, images)
@@ -118,7 +139,9 @@ def open_folder(files: Files, names: list[str], keys: Keys) -> FileSource:
         return _open_classes(files, names, images, sorted(_top_folders(files, names)))
     if keys.required:
         raise UsageError(f"{str(files)!r}: found {len(images)} images without captions. {HOW_CAPTIONS_ARE_GIVEN}")
-    return FileSource(files, images, [[]] * len(images))
+    source = FileSource(files, images, [[]] * len(images))
+    _skip_rest(source, names, set(images), text="other format")
+    return source
 
 
 def open_tables(files: Files, names: list[str], keys: Keys, known: list[str] | None = None) -> FileSource:
@@ -135,7 +158,7 @@ def open_tables(files: Files, names: list[str], keys: Keys, known: list[str] | N
     for name in names:
         where, folder = f"{files}/{name}", posixpath.dirname(name)
         try:
-            with files.open(name) as data, io.TextIOWrapper(data, "utf-8-sig", "surrogateescape", "") as file:
+            with files.open(name) as data, as_text(data, where) as file:
                 columns, rows = read_records(file, name, keys)
                 image_column, caption_column = find_columns(columns, keys, where)
                 for row in rows:
@@ -143,14 +166,19 @@ def open_tables(files: Files, names: list[str], keys: Keys, known: list[str] | N
                         source.skip("broken row", f"{name}, {row}")
                         continue
                     image = row.get(image_column)
-                    path = posixpath.join(folder, image) if image and isinstance(image, str) else None
+                    image = DRIVE.sub("", image.replace("\\", "/")) if isinstance(image, str) else None
+                    path = posixpath.join(folder, image) if image else None
                     if path and paths is not None:
                         path = paths.get(posixpath.normpath(path)) or paths.get(image)
                     if path is None:
-                        source.skip("missing image", f"{name}: {image!r:.80}")
+                        source.skip("missing image", f"{name}: {row.get(image_column)!r:.80}")
+                        continue
+                    about = row.get(caption_column) if caption_column else []
+                    if keys.required and (about is None or is_empty(about)):
+                        source.skip("missing caption" if about is None else "empty caption", f"{name}: {image:.80}")
                         continue
                     source.images.append(path)
-                    source.about.append(row.get(caption_column) if caption_column else [])
+                    source.about.append(about)
         except UsageError:
             raise
         except Exception as error:  # of parsers and stores
@@ -178,11 +206,15 @@ def _open_pairs(files: Files, names: list[str], images: list[str], keys: Keys) -
     partners = [texts.get(name.rpartition(".")[0]) or texts.get(name) for name in images]
     if not any(partners):
         return None
-    kept = [(image, text) for image, text in zip(images, partners, strict=True) if text or not keys.required]
-    source = FileSource(files, *map(list, zip(*kept)), beside=True, caption_key=keys.caption)
+    pairs = [(image, text) for image, text in zip(images, partners, strict=True) if text or not keys.required]
+    empty = {image: text for image, text in pairs if keys.required and _holds_nothing(files, text, keys.caption)}
+    kept = [(image, text) for image, text in pairs if image not in empty]
+    source = FileSource(files, *map(list, zip(*kept) if kept else ([], [])), beside=True, caption_key=keys.caption)
+    for text in empty.values():
+        source.skip("empty caption", text)
     stems = {*images, *(image.rpartition(".")[0] for image in images)}
     used = {name for name in names if ending(name) in ("txt", "json") and name.rpartition(".")[0] in stems}
-    _skip_rest(source, names, used.union(source.images))
+    _skip_rest(source, names, used.union(source.images, empty))
     return source
 
 

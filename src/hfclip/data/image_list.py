@@ -50,10 +50,14 @@ class ImageList(Source):
                 image = open_image(image)
             except ValueError as error:
                 raise BadSample("unreadable image") from error
-        return Sample(image, [], f"image {index}")
+        return Sample(image, [], self.name(index))
 
     def captions(self, index: int) -> list[str]:
         return []
+
+    def name(self, index: int) -> str:
+        image = self.images[index]
+        return str(image) if isinstance(image, (str, os.PathLike)) else f"image {index}"
 
 
 def find_images(images: Any) -> tuple[Sequence, bool]:

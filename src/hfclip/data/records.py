@@ -1,19 +1,40 @@
 """Rows of csv, tsv, json, jsonl and parquet files that name images by their paths, read one by one."""
 
+import codecs
 import csv
 import io
 import itertools
 import json
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from ..errors import UsageError
-from .samples import CAPTION_KEYS, Keys
+from .samples import CAPTION_KEYS, Keys, say
 
 
 IMAGE_KEYS = tuple("image jpg png img file_name filepath filename image_path img_path path file".split())
 SEPARATORS = (",", "\t", ";", "|")
 
 Row = dict | str  # of a broken one, where it is
+
+
+def as_text(data: BinaryIO, name: str) -> io.TextIOWrapper:
+    """The text of a table: UTF-8, or UTF-16 if its first bytes say so. Bytes that are neither are taken as Windows has
+    them, which is told."""
+    told = []
+
+    def as_windows(error: UnicodeError) -> tuple[str, int]:
+        if not told:
+            told.append(True)
+            say(
+                f"{name} is not all UTF-8: its other letters are read as Windows-1252. Save it as UTF-8 if they are wrong."
+            )
+        return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
+
+    codecs.register_error("hfclip-windows", as_windows)
+    encoding = "utf-16" if data.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    data.seek(0)
+    return io.TextIOWrapper(data, encoding, "hfclip-windows", "")
 
 
 def read_records(file: io.TextIOWrapper, name: str, keys: Keys) -> tuple[list[str], Iterator[Row]]:

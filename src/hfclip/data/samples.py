@@ -45,12 +45,13 @@ HOW_CAPTIONS_ARE_GIVEN = (
 HELD_OUT = ("test", "validation", "val", "dev")  # splits, in the order of preference
 # Bytes that no image and no caption has: what is longer is not read into memory.
 LARGEST = {"image": 1 << 30, "caption": 1 << 24}
+SHORT = 32  # bytes of a caption's file that may be empty: it is looked at when its source is opened
 SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # of image files, damaged ones too
 INVISIBLE = ("Cc", "Cf", "Mn", "Zl", "Zp", "Zs")  # in Unicode: control, format, marks on nothing, and white space
 
 
 class Sample(NamedTuple):
-    """An image as it is stored, with its captions, of which there may be none if they are not required."""
+    """An image as it is stored, with its captions; without any where none are required."""
 
     image: bytes | Image.Image
     captions: list[str]
@@ -111,6 +112,10 @@ class Source:
     def label(self, index: int) -> int | None:
         """The number of a sample's class in `labels`, if it has one. Raises BadSample."""
         return None
+
+    def name(self, index: int) -> str:
+        """Where a sample lies, for messages."""
+        return f"sample {index}"
 
     def skip(self, reason: str, example: str | None = None, count: int = 1) -> None:
         """Counts what is left out."""
@@ -198,11 +203,17 @@ def usable_captions(source: Source, index: int) -> list[str]:
 
 
 def not_blank(captions: list[str]) -> list[str]:
-    """Those captions of which something is left when they are cleaned, stripped.
+    """The captions that are not empty after cleaning, stripped.
 
     Blank are white space, also in HTML (`&nbsp;`), marks of byte order and characters without width.
     """
     return [caption.strip() for caption in captions if not _is_blank(caption)]
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a caption is blank, or each of a list of them."""
+    captions = [value] if isinstance(value, str) else value
+    return isinstance(captions, list) and all(isinstance(c, str) for c in captions) and not not_blank(captions)
 
 
 def _is_blank(caption: str) -> bool:

@@ -1,4 +1,4 @@
-"""Built-in demonstration data: pictures of colored shapes with captions, rendered on the fly.
+"""Built-in demonstration data: images of colored shapes with captions, rendered on the fly.
 
 Nothing is downloaded or stored. A random stream seeded by (seed, split, index) first plans a scene (what is where),
 then words a caption that is true of it, then paints it: `_plan -> _caption -> _paint`. The train split never shows the

@@ -197,7 +197,7 @@ def _protocol(pattern: str) -> str:
 
 def _fetch_shards(urls: list[str], cache: Path) -> list[Path]:
     """Copies remote tars into the cache, several at a time. Those that are there already are not fetched again, and one
-    of which a part is there is fetched from there on.
+    that is there in part is fetched from there on.
 
     Raises:
         UsageError: before anything is fetched if the disk is too small; if a tar is not there or not available. What

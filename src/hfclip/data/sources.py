@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
+from ..names import means_folder, nearest_folder
 from ..open_image_hfclip import open_image
-from .files import Files
-from .folders import SPLITS, TABLES, choose_split, ending, open_folder, open_tables
+from .files import CLASS_NAMES, Files
+from .folders import METADATA, SPLITS, TABLES, choose_split, ending, open_folder, open_tables
 from .samples import HOW_CAPTIONS_ARE_GIVEN, IMAGE_ENDINGS, BadSample, Keys, Sample, Source, decoding, not_blank
 from .scenes import Scenes
 from .shards import COMPRESSED, cache_folder, find_shards, patterns_of, refuse_compressed
@@ -93,10 +94,10 @@ def open_source(
 def _open(name: str, split: str | None, keys: Keys, cache: Path) -> Source:
     """What is read in place, by the kind of what is there."""
     if shards := find_shards(name, cache):
-        return ShardSource(shards, keys, cache)
+        return _open_shards(shards, [Files(place) for place in patterns_of(name) if os.path.isdir(place)], keys, cache)
     places = list(itertools.chain(*map(_matching, patterns_of(name))))
     kinds = sorted({_kind_of(place) for place in places})
-    if len(kinds) > 1 or len(places) > 1 and kinds[0] not in TABLES:
+    if len(kinds) > 1 or len(places) > 1 and kinds[0] not in (*TABLES, "image"):
         raise UsageError(
             f"{name!r} names {len(places)} places ({places[0]!r}, {places[1]!r} ...), expected one folder, zip file or "
             "data set, or several tables of one kind. Mix others by weights: {name: 1, other: 1}."
@@ -104,6 +105,8 @@ def _open(name: str, split: str | None, keys: Keys, cache: Path) -> Source:
     kind, place = kinds[0], places[0]
     if kind == "hub":
         return open_hub(place, split, keys)
+    if kind == "image":
+        return _open_images(places, keys)
     if kind == "parquet":
         return open_parquet(places, keys)
     if kind in TABLES:
@@ -131,13 +134,43 @@ def _kind_of(place: str) -> str:
     if (is_url or os.path.exists(place)) and kind in (*TABLES, "zip"):
         return kind
     if os.path.exists(place):
-        hint = " Name the folder that holds it." if kind in IMAGE_ENDINGS else ""
-        raise UsageError(f"{place!r} is a file that is not read, expected one of {', '.join(READ)}.{hint}")
-    # "owner/name" may be on the Hub; but not if "owner" is a folder here.
-    looks_local = place.startswith((".", "/", "~")) or place.count("/") > 1 or os.path.isdir(os.path.dirname(place))
-    if looks_local or kind in (*TABLES, "zip"):
-        raise UsageError(f"{place!r}: found neither a file nor a folder there.")
+        if kind in IMAGE_ENDINGS:
+            return "image"
+        raise UsageError(f"{place!r} is a file that is not read, expected one of {', '.join(READ)} or an image.")
+    if means_folder(place) or kind in (*TABLES, "zip"):
+        raise UsageError(f"{place!r}: found neither a file nor a folder there. {nearest_folder(place)}")
     return "hub"
+
+
+def _open_images(places: list[str], keys: Keys) -> Source:
+    """Images that a pattern names, with what lies beside them as in a folder."""
+    files = Files(os.path.commonpath([posixpath.dirname(place) for place in places]) or ".")
+    images = {posixpath.relpath(place, files.place) for place in places}
+    stems = images | {image.rpartition(".")[0] for image in images}
+    beside = {f"{stem}.{kind}" for stem in stems for kind in ("txt", "json")}
+    beside |= {posixpath.join(posixpath.dirname(image), table) for image in images for table in METADATA}
+    return open_folder(files, sorted({*images, *(name for name in beside if files.size(name) is not None)}), keys)
+
+
+def _open_shards(shards: list[Path], folders: list[Files], keys: Keys, cache: Path) -> Source:
+    """Tars, after a look at what else their folders hold.
+
+    Raises:
+        UsageError: for images, since either they or the tars may be meant.
+    """
+    taken, others = {os.path.realpath(shard) for shard in shards}, []
+    for files in folders:
+        others += [f"{files}/{name}" for name in files.names() if os.path.realpath(files.folder / name) not in taken]
+    others = [other for other in others if posixpath.basename(other) != CLASS_NAMES]
+    if images := [other for other in others if ending(other) in IMAGE_ENDINGS]:
+        raise UsageError(
+            f"{str(folders[0])!r} holds tars ({len(shards)}, {shards[0].name}) and images ({len(images)}, {images[0]}), "
+            f"expected the one or the other. Name the tars by '{folders[0]}/*.tar', or move them."
+        )
+    source = ShardSource(shards, keys, cache)
+    for other in others:
+        source.skip("tar in a folder below" if ending(other) == "tar" else "other format", other)
+    return source
 
 
 def _open_folder(files: Files, split: str | None, keys: Keys, cache: Path) -> Source:
@@ -154,15 +187,20 @@ def _open_folder(files: Files, split: str | None, keys: Keys, cache: Path) -> So
         if files.is_zip:
             raise UsageError(f"{str(files)!r} holds tars in a zip file. Unpack it: `unzip {files.place}`.")
         tars = [name for name in names if ending(name) == "tar"]
-        there = files.folder and [files.folder / name for name in tars]
-        return ShardSource(there or find_shards("::".join(f"{files}/{name}" for name in tars), cache), keys, cache)
+        if files.folder is not None:
+            return _open_shards([files.folder / name for name in tars], [files], keys, cache)
+        return ShardSource(find_shards("::".join(f"{files}/{name}" for name in tars), cache), keys, cache)
     if kinds & set(COMPRESSED) and not kinds & set(IMAGE_ENDINGS):
         for name in names:
             refuse_compressed(f"{files}/{name}")
     if "arrow" in kinds and files.folder is not None and "state.json" in map(posixpath.basename, names):
         return open_saved(str(files), base or None, keys)
     if "parquet" in kinds and not kinds & set(IMAGE_ENDINGS) and files.folder is not None:
-        return open_parquet_folder(str(files), split, keys)
+        source = open_parquet_folder(str(files), split, keys)
+        for name in names:
+            if ending(name) != "parquet":
+                source.skip("other format", name)
+        return source
     source = open_folder(files, names, keys)
     return source.cut(split, base if posixpath.basename(files.below) in SPLITS else "train") if part else source
 
@@ -174,7 +212,7 @@ def _tells_files(path: Path) -> bool:
 
 
 def _check_some(name: str, source: Source, require_captions: bool) -> None:
-    """Refuses a source of which no sample is usable, judged by a few, with the reason of the first one."""
+    """Refuses a source without a usable sample, judged by a few, with the reason of the first one."""
     problems = []
     for index in range(0, len(source), max(len(source) // NUM_PROBED, 1))[:NUM_PROBED]:
         try:
@@ -228,6 +266,10 @@ class MixtureSource(Source):
     def captions(self, index: int) -> list[str]:
         source, index = self._find(index)
         return source.captions(index)
+
+    def name(self, index: int) -> str:
+        source, index = self._find(index)
+        return source.name(index)
 
     def _find(self, index: int) -> tuple[Source, int]:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1

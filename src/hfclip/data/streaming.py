@@ -1,4 +1,4 @@
-"""Remote tars of which the disk holds a few at a time."""
+"""Remote tars that the disk holds a few at a time."""
 
 import hashlib
 import os
@@ -119,7 +119,7 @@ class ShardCache:
         except ChangedFile as error:
             raise UsageError(
                 f"{path} has {error.found} bytes, but had {size} when the shards were counted. Count them again by "
-                "training/index.py, for a new run; for this one, put back what was there."
+                "`python -m hfclip.training.index`, for a new run; for this one, put back what was there."
             ) from error
         except Exception as error:  # each store has errors of its own
             raise UsageError(f"{path} cannot be fetched: {reason(error)}") from error
@@ -200,7 +200,7 @@ def _tasks(process: int) -> queue.SimpleQueue:
 
 
 class StreamSource(ShardSource):
-    """Remote tars of which the machine keeps `limit` bytes: those read last, and those that come next.
+    """Remote tars in `limit` bytes of the disk, which holds those read last and those that come next.
 
     A file of counts (`training/index.py`) says how many samples each holds, so that the order of the data is known
     before any is fetched. Reading a sample fetches its tar if it is not there.
@@ -214,7 +214,7 @@ class StreamSource(ShardSource):
             be fetched or is not the one that was counted.
     """
 
-    ROWS_IN_MEMORY = 256  # tars of which each process remembers where the samples lie
+    ROWS_IN_MEMORY = 256  # tars whose samples each process knows the places of
 
     def __init__(self, name: str, caption_key: str | None, folder: Path, limit: int):
         Source.__init__(self)

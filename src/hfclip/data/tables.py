@@ -2,19 +2,22 @@
 
 import posixpath
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+import numpy as np
 
 from ..errors import UsageError
 from .files import Files
 from .records import find_columns
-from .samples import HELD_OUT, BadSample, Keys, Sample, Source, caption_list, say
+from .samples import HELD_OUT, SHORT, BadSample, Keys, Sample, Source, caption_list, is_empty, say
 from .shards import map_in_threads
 from .stores import reason
+
+
+ROWS_AT_A_TIME = 10_000
 
 
 class TableSource(Source):
@@ -28,18 +31,42 @@ class TableSource(Source):
         from datasets import ClassLabel, Image
 
         super().__init__()
-        self.files = Files(folder)
+        self.place, self.files = name, Files(folder)
         self.label_key = next((key for key, kind in table.features.items() if isinstance(kind, ClassLabel)), None)
         self.labels = self.label_key and [label.replace("_", " ") for label in table.features[self.label_key].names]
-        keys = keys._replace(required=keys.required and not self.labels)
-        self.image_key, self.caption_key = find_columns(table.column_names, keys, name)
+        without = keys._replace(required=keys.required and not self.labels)
+        self.image_key, self.caption_key = find_columns(table.column_names, without, name)
         if self.labels and self.caption_key is None:
             say(f"{name}: the names of the classes in {self.label_key!r} are the captions ({self.labels[0]} ...).")
+        if keys.required and self.caption_key:
+            table = self._without_empty(table)
         texts = [key for key in (self.caption_key, self.label_key) if key]
         self.texts, self.table = table.select_columns(texts), table.select_columns([self.image_key, *texts])
         if isinstance(table.features[self.image_key], Image):
             self.table = self.table.cast_column(self.image_key, Image(decode=False))
         self.length = len(table)
+
+    def _without_empty(self, table):
+        """The rows with captions, where they are a column of texts; the others are counted."""
+        import pyarrow
+        import pyarrow.compute
+
+        left_out, column = [], table.select_columns([self.caption_key]).with_format("arrow")
+        for number, batch in enumerate(column.iter(ROWS_AT_A_TIME)):
+            texts = batch[self.caption_key]
+            if not (pyarrow.types.is_string(texts.type) or pyarrow.types.is_large_string(texts.type)):
+                return table
+            lengths = pyarrow.compute.fill_null(pyarrow.compute.binary_length(texts), -1).to_numpy()
+            for row in np.flatnonzero(lengths <= SHORT).tolist():
+                kind = "missing caption" if lengths[row] < 0 else "empty caption"
+                with suppress(UnicodeDecodeError):  # told when it is read
+                    if lengths[row] < 0 or is_empty(texts[row].as_py()):
+                        left_out.append(number * ROWS_AT_A_TIME + row)
+                        self.skip(kind, f"{self.place}, row {left_out[-1]}")
+        return table.select(np.delete(np.arange(len(table)), left_out)) if left_out else table
+
+    def name(self, index: int) -> str:
+        return f"{self.place}, row {index}"
 
     def __getitem__(self, index: int) -> Sample:
         row = _row(self.table, index)
@@ -160,11 +187,6 @@ def open_hub(name: str, split: str | None, keys: Keys) -> TableSource:
     """A data set on the Hub."""
     from datasets import get_dataset_split_names, load_dataset
 
-    if not Path(name).exists():
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:  # "photos/": the Hub would be asked several times
-            raise UsageError(f"{name!r}: found no such file or folder, and it is no name on the Hub.") from error
     with _loading(name, split):
         if split is None or Path(name).is_dir() and split.isidentifier():  # "test[:100]" is an expression, not a name
             split = _split_of(name, get_dataset_split_names(name), split)

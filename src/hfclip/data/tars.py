@@ -1,6 +1,6 @@
-"""Which files a tar holds and where, read from its headers, of which nothing is believed before it is checked.
+"""Which files a tar holds and where, read from its headers, which are checked before they are believed.
 
-As strict as `tarfile`, and stricter with numbers, of which it takes signs. Headers that extend the next one are read
+As strict as `tarfile`, and stricter with numbers, where it takes signs. Headers that extend the next one are read
 one after the other, however many there are, and what they say is bounded: a tar of hostile headers costs a pass over
 its bytes. Damage costs what it hits: reading goes on with the next header.
 

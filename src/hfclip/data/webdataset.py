@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -9,7 +10,19 @@ import numpy as np
 
 from ..errors import UsageError
 from .files import CLASS_NAMES, read_lines
-from .samples import LARGEST, BadSample, Keys, Sample, Source, json_captions, say, text_captions, too_large
+from .samples import (
+    LARGEST,
+    SHORT,
+    BadSample,
+    Keys,
+    Sample,
+    Source,
+    is_empty,
+    json_captions,
+    say,
+    text_captions,
+    too_large,
+)
 from .shards import make_folder, map_in_threads
 from .tars import BLOCK, SAMPLE, load_index, name_in, select_samples
 
@@ -60,9 +73,20 @@ class ShardSource(Source):
             )
 
     def __getitem__(self, index: int) -> Sample:
-        data, shard = self._read(index, "image", before=BLOCK), self.shards[self._shard_of(index)]
-        name = name_in(data[:BLOCK]) or f"byte {self._row(index)['image_offset']}"
-        return Sample(data[BLOCK:], self.captions(index), f"{shard.name}/{name}", self.label(index))
+        data = self._read(index, "image", before=BLOCK)
+        return Sample(data[BLOCK:], self.captions(index), self._name(index, data[:BLOCK]), self.label(index))
+
+    def name(self, index: int) -> str:
+        try:
+            with self._open(self._shard_of(index)) as file:
+                file.seek(int(self._row(index)["image_offset"]) - BLOCK)
+                return self._name(index, file.read(BLOCK))
+        except OSError:  # the tar is gone
+            return self._name(index, b"")
+
+    def _name(self, index: int, header: bytes) -> str:
+        name = name_in(header) or f"byte {self._row(index)['image_offset']}"
+        return f"{self.shards[self._shard_of(index)].name}/{name}"
 
     def captions(self, index: int) -> list[str]:
         row = self._row(index)
@@ -116,7 +140,10 @@ class ShardSource(Source):
             samples, left_out, places = select_samples(
                 members, self.key, damage, self.labels is not None, self.required
             )
-            examples = {reason: f"{shard.name}/{_name_at(shard, place)}" for reason, place in places.items()}
+            if self.required and (empty := _empty_captions(shard, samples)):
+                left_out["empty caption"], places["empty caption"] = len(empty), samples["image_offset"][empty[0]]
+                samples = np.delete(samples, empty)
+            examples = {reason: f"{shard.name}/{_name_at(shard, int(place))}" for reason, place in places.items()}
         except OSError as error:
             raise UsageError(f"{shard} cannot be read: {error.strerror or error}.") from error
         return samples, left_out, examples | dict.fromkeys(damage, shard.name)
@@ -131,6 +158,18 @@ def _index_folder(cache: Path) -> Path | None:
         say(f"{error} Without it, tars are indexed anew at each start.")
         return None
     return folder
+
+
+def _empty_captions(shard: Path, samples: np.ndarray) -> list[int]:
+    """Samples whose .txt member is short and has no caption; what else is wrong with it is told when it is read."""
+    sizes, empty = samples["caption_size"], []
+    with open(shard, "rb", buffering=0) as file:
+        for number in np.flatnonzero(~samples["is_json"] & (sizes >= 0) & (sizes <= SHORT)).tolist():
+            file.seek(int(samples["caption_offset"][number]))
+            with suppress(BadSample):
+                if is_empty(text_captions(file.read(int(sizes[number])))):
+                    empty.append(number)
+    return empty
 
 
 def _name_at(shard: Path, offset: int) -> str | None:

@@ -64,7 +64,7 @@ class Chunks(Dataset):
         readable = [place for place, sample in enumerate(samples) if sample["pixels"] is not None]
         result = {name: [sample[name] for sample in samples] for name in ("key", "label", "captions")}
         result["problems"] = [(place, s["problem"]) for place, s in enumerate(samples) if s["problem"]]
-        # An array, which workers send through a pipe: tensors would go through /dev/shm, of which containers have 64 MB.
+        # An array, which workers send through a pipe: tensors would go through /dev/shm, 64 MB in containers.
         pixels = np.stack([samples[place]["pixels"] for place in readable]) if readable else None
         return {**result, "readable": readable, "pixels": pixels}
 

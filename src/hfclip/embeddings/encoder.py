@@ -1,4 +1,4 @@
-"""What a model makes of a chunk: a row per image and per caption, each of which depends on itself alone."""
+"""What a model makes of a chunk: a row per image and per caption, which depends on itself alone."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -18,7 +18,7 @@ from ..zero_shot import device_of, evaluating
 from .chunks import Options, Pool, is_plain
 
 
-WIDTH = 8  # tokens, of which the width of a batch of texts is a multiple
+WIDTH = 8  # tokens; the width of a batch of texts is a multiple
 
 
 @contextmanager
