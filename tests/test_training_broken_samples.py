@@ -103,6 +103,7 @@ BROKEN = {
     "folder for an image": ("missing image", [("jpg", folder), ("txt", TEXT)]),
 }
 LEFT_OUT = ("image without text", "text without image", "link for an image", "folder for an image")  # at the start
+LEFT_OUT += ("empty text", "blank text", "blanks of HTML", "mark of byte order")
 # Odd, but nothing is wrong with them.
 ODD = {
     "../../outside/{}": [("jpg", JPEG), ("txt", TEXT)],

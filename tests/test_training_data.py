@@ -217,7 +217,7 @@ def damaged_members():
     whole = image_bytes(0)
     return {
         "unreadable image": [("bad1.jpg", whole[: len(whole) // 2]), ("bad1.txt", b"a cat")],
-        "empty caption": [("bad2.jpg", whole), ("bad2.txt", b"  \n")],
+        "empty caption": [("bad2.jpg", whole), ("bad2.json", b'{"text": "  \\n"}')],
         "unreadable caption": [("bad3.jpg", whole), ("bad3.txt", b"\xff\xfe\x00\xd8")],
         "missing caption": [("bad4.jpg", whole)],
         "missing image": [("bad5.txt", b"a cat")],

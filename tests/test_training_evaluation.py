@@ -151,9 +151,7 @@ def test_nothing_asked_for_is_nothing_measured(tmp_path):
 
 def test_rejects_held_out_data_without_pairs(tmp_path):
     write_tar(tmp_path / "test.tar", [("a.jpg", image_bytes(0)), ("a.txt", b" ")])
-    with pytest.raises(
-        UsageError, match="eval.retrieval: .*none of 1 samples.* can be used. The first one: empty caption"
-    ):
+    with pytest.raises(UsageError, match="eval.retrieval: .*no usable pair.* Left out: 1 with empty caption"):
         built(tmp_path, retrieval=str(tmp_path / "test.tar"))
 
 
