@@ -120,7 +120,7 @@ def build_processor(
         image_processor = _image_processor(model, architecture.image_size)
         tokenizer = _tokenizer(config, source)
     except (OSError, ValueError) as error:
-        raise UsageError(f"model: {error}") from error
+        raise UsageError(f"model: no tokenizer or image processor: {error}") from error
     own = text.model_type in TOWER_CONFIGS
     if own and model.tokenizer == "train":
         words = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

@@ -17,7 +17,8 @@ from torch import nn
 
 from .. import HFCLIPModel, HFCLIPProcessor, __version__
 from ..embeddings.processes import Processes, preprocessing_of
-from ..errors import UsageError, as_usage_error, redact
+from ..errors import UsageError, redact
+from ..names import opening
 from ..presets_hfclip import PRESETS
 from ..zero_shot import device_of, model_fingerprint
 from .data import DataSet
@@ -39,7 +40,7 @@ def open_model(name: str) -> OpenModel:
     Raises:
         UsageError: it is no CLIP model with two towers and a processor.
     """
-    with as_usage_error(f"model {name}"):
+    with opening(name, f"model {name}"):
         model = HFCLIPModel.from_pretrained(os.path.expanduser(name)).eval()
         processor = HFCLIPProcessor.from_pretrained(os.path.expanduser(name))
     if torch.accelerator.is_available():
