@@ -15,9 +15,20 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
-from hfclip.evaluation.retrieval import retrieval_recall
-from hfclip.evaluation.zero_shot import UndecodableImage, load_labelled_folder, zero_shot_accuracy
+from hfclip import (
+    HFCLIPConfig,
+    HFCLIPForImageClassification,
+    HFCLIPImageProcessor,
+    HFCLIPModel,
+    HFCLIPProcessor,
+    HFCLIPTokenizer,
+)
+from hfclip.data import open_source
+from hfclip.errors import UsageError
+from hfclip.evaluation import metrics
+from hfclip.evaluation.data import LabelledFolder
+from hfclip.evaluation.retrieval import Pairs, retrieval, retrieval_ranks, retrieval_recall
+from hfclip.evaluation.zero_shot import UndecodableImage, load_labelled_folder, zero_shot, zero_shot_accuracy
 from hfclip.zero_shot import ZeroShotClassifier
 
 
@@ -151,6 +162,158 @@ def test_accuracy_rejects_what_it_cannot_measure(model_folder):
         model.visual_projection.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="logits that are not finite"):
         zero_shot_accuracy(model, processor, [(image, 0)], LABELS)
+
+
+# ------------------------------------------------------------------------------------------- zero-shot in every respect
+
+
+def named(dataset, labels=LABELS, templates=TEMPLATES):
+    return LabelledFolder(labels, templates, dataset)
+
+
+@pytest.mark.parametrize("logit_bias", [None, -3.0])
+def test_zero_shot_reports_what_the_classifier_answers(model_folder, logit_bias):
+    config = HFCLIPModel.from_pretrained(model_folder).config
+    config.logit_bias_init_value = logit_bias
+    torch.manual_seed(0)
+    model, processor = HFCLIPModel(config).eval(), HFCLIPProcessor.from_pretrained(model_folder)
+    dataset = labelled_photos()
+    result = zero_shot(model, processor, named(dataset), top_k=(3,))
+    expected = counted_by_hand(model, processor, dataset, LABELS)
+    assert result.headline == "top1"
+    assert {name: result.metrics[name] for name in ("top1", "top3", "mean_per_class_recall")} == pytest.approx(
+        {name: expected[name] for name in ("top1", "top3", "mean_per_class_recall")}, abs=1e-12
+    )
+    classifier = ZeroShotClassifier(model, processor, LABELS, TEMPLATES)
+    best = [entries[0] for entries in classifier([image for image, _ in dataset], top_k=1)]
+    assert [LABELS[number] for number in result.arrays["predictions"]] == [entry["label"] for entry in best]
+    targets = np.array([target for _, target in dataset])
+    confidence = [entry["score"] for entry in best]
+    correct = [entry["label"] == LABELS[target] for entry, target in zip(best, targets, strict=True)]
+    assert result.metrics["ece"] == pytest.approx(metrics.calibration_error(confidence, correct), abs=1e-5)
+    assert result.metrics["selective_accuracy"] == pytest.approx(
+        metrics.selective_accuracy(confidence, correct), abs=1e-2
+    )
+    matrix = result.arrays["confusion_matrix"]
+    assert matrix.sum() == len(dataset) and matrix.trace() / len(dataset) == result.metrics["top1"]
+    assert matrix.sum(axis=1).tolist() == np.bincount(targets, minlength=7).tolist()
+    rows = result.tables["classes"]
+    assert [row["class"] for row in rows] == LABELS and rows[5] == {
+        "class": "owl", "images": 0, "accuracy": None, "mistaken_for": None
+    }  # fmt: skip
+    assert sum(row["images"] for row in result.tables["calibration"]) == len(dataset)
+    assert result.tables["coverage"][-1] == {"coverage": 1.0, "accuracy": pytest.approx(result.metrics["top1"])}
+    assert result.notes == ["1 of 7 classes have no image: means over classes leave them out."]
+
+
+def test_each_template_is_measured_as_a_classifier_of_its_own(model_folder):
+    model, processor = load(model_folder)
+    dataset = labelled_photos()
+    baseline = "{}"
+    found = zero_shot(
+        model, processor, named(dataset), metric="mean_per_class_recall", baseline=baseline, per_template=True
+    )
+    assert found.headline == "mean_per_class_recall"
+    alone = [
+        zero_shot_accuracy(model, processor, dataset, LABELS, [template])["mean_per_class_recall"]
+        for template in [*TEMPLATES, baseline]
+    ]
+    assert [row["mean_per_class_recall"] for row in found.tables["templates"]] == pytest.approx(alone[:2], abs=1e-12)
+    assert [row["template"] for row in found.tables["templates"]] == ["a photo of a {}.", "a blurry photo of the {}"]
+    assert found.metrics["baseline"] == pytest.approx(alone[2], abs=1e-12)
+
+
+def test_metrics_of_data_sets_with_rules_of_their_own(model_folder):
+    model, processor = load(model_folder)
+    dataset = labelled_photos()
+    found = zero_shot(model, processor, named(dataset), metric="mean_top1_top5").metrics
+    assert found["mean_top1_top5"] == pytest.approx((found["top1"] + found["top5"]) / 2)
+    two = [(image, int(target > 0)) for image, target in dataset]
+    found = zero_shot(model, processor, named(two, LABELS[:2]), metric="roc_auc")
+    logits = ZeroShotClassifier(model, processor, LABELS[:2], TEMPLATES).logits([image for image, _ in two])
+    scores = (logits[:, 1] - logits[:, 0]).tolist()
+    wins = [(a > b) for a, (_, is_a) in zip(scores, two) if is_a for b, (_, is_b) in zip(scores, two) if not is_b]
+    assert 0 < np.mean(wins) < 1 and found.metrics["roc_auc"] == pytest.approx(np.mean(wins), abs=1e-12)
+    with pytest.raises(UsageError, match="'roc_auc' for 7 classes"):
+        zero_shot(model, processor, named(dataset), metric="roc_auc")
+    with pytest.raises(UsageError, match="'map_11_point' for data with one label per image"):
+        zero_shot(model, processor, named(dataset), metric="map_11_point")
+
+
+def npy(numbers):
+    buffer = io.BytesIO()
+    np.save(buffer, numbers)
+    return buffer.getvalue()
+
+
+def test_images_with_several_labels_are_measured_by_average_precision(model_folder, tmp_path):
+    model, processor = load(model_folder)
+    generator, images, files = np.random.default_rng(0), [], {}
+    rows = generator.random((30, 7)) < 0.3
+    rows[:, 5] = False  # no owl: left out of the mean
+    for number, row in enumerate(rows):
+        images.append(PIL.Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)))
+        buffer = io.BytesIO()
+        images[-1].save(buffer, "png")
+        files |= {f"{number}.png": buffer.getvalue(), f"{number}.npy": npy(row.astype(np.float32))}
+    write_tar(tmp_path / "0.tar", files)
+    (tmp_path / "classnames.txt").write_text("\n".join(LABELS))
+    folder = load_labelled_folder(tmp_path)
+    assert np.array_equal(folder.samples.targets, rows)
+    source = open_source(str(tmp_path))
+    assert source.captions(3) == [label for label, is_there in zip(LABELS, rows[3]) if is_there]
+    logits = ZeroShotClassifier(model, processor, LABELS).logits(images).T.numpy()
+    expected = np.mean([metrics.average_precision_11_points(logits[c], rows[:, c]) for c in (0, 1, 2, 3, 4, 6)])
+    found = zero_shot(model, processor, folder)
+    assert found.headline == "map_11_point" and found.metrics["map_11_point"] == pytest.approx(expected, abs=1e-9)
+    with pytest.raises(UsageError, match="'top1' for data with several labels per image"):
+        zero_shot(model, processor, folder, metric="top1")
+    write_tar(tmp_path / "0.tar", {**files, "3.npy": npy(np.ones(6))})
+    with pytest.raises(
+        UsageError, match=r"labels of sample 3 cannot be read: found float64 \(6,\), expected a number"
+    ):
+        load_labelled_folder(tmp_path)
+
+
+def test_images_and_classifiers_are_embedded_once_under_a_cache(model_folder, tmp_path):
+    """Whatever is asked of them: by names, by groups, by captions; until a sentence or a weight changes."""
+    model, processor = load(model_folder)
+    write_shards(tmp_path / "data")
+    (tmp_path / "data" / "classnames.txt").write_text("cat\ndog\n")
+    folder, calls = load_labelled_folder(tmp_path / "data"), []
+    model.vision_model.register_forward_hook(lambda *_: calls.append("image"))
+    model.text_model.register_forward_hook(lambda *_: calls.append("text"))
+    options = {"cache_dir": tmp_path / "cache", "num_workers": 0}
+    first = zero_shot(model, processor, folder, **options)
+    assert set(calls) == {"image", "text"}
+    calls.clear()
+    again = zero_shot(model, processor, folder, **options)
+    assert calls == [] and again.metrics == first.metrics
+    zero_shot(model, processor, folder._replace(labels=["animal", "pet"]), **options)
+    assert set(calls) == {"text"}
+    calls.clear()
+    retrieval(model, processor, open_source(str(tmp_path / "data")), **options)
+    assert set(calls) == {"text"}
+    with torch.no_grad():
+        model.text_projection.weight[0, 0] += 1
+    calls.clear()
+    zero_shot(model, processor, folder, **options)
+    assert set(calls) == {"image", "text"}
+
+
+def test_class_names_that_repeat_are_reported(model_folder):
+    model, processor = load(model_folder)
+    result = zero_shot(model, processor, named(labelled_photos(), [*LABELS[:6], "cat"]))
+    assert "1 class names repeat (cat)" in result.notes[0]
+
+
+def test_models_without_text_are_refused(model_folder):
+    model, processor = load(model_folder)
+    model = HFCLIPForImageClassification.from_pretrained(model_folder)
+    with pytest.raises(UsageError, match="found a HFCLIPForImageClassification, which has no text tower"):
+        zero_shot(model, processor, named(labelled_photos()))
+    with pytest.raises(UsageError, match="no text tower"):
+        retrieval(model, processor, Pairs([image for image, _ in labelled_photos()[:2]], ["a", "b"]))
 
 
 # ----------------------------------------------------------------------------------------------------- labelled folder
@@ -358,9 +521,10 @@ def test_recall_equals_sorting(chunk_size):
         assert found[f"image_retrieval_recall@{k}"] == pytest.approx(image_recall, abs=1e-12)
 
 
-def test_equal_embeddings_earn_nothing():
-    embeds = F.normalize(torch.ones(12, 4), dim=-1)
-    found = retrieval_recall(embeds, embeds, range(12), ks=(1, 5, 12))
+@pytest.mark.parametrize("chunk_size", [5, 1024])
+def test_equal_embeddings_earn_nothing(chunk_size):
+    embeds = F.normalize(torch.randn(1, 37, generator=torch.Generator().manual_seed(0)), dim=-1).expand(12, -1)
+    found = retrieval_recall(embeds, embeds, range(12), ks=(1, 5, 12), chunk_size=chunk_size)
     assert list(found.values()) == [0, 0, 1, 0, 0, 1]
 
 
@@ -369,6 +533,34 @@ def test_captions_of_one_image_do_not_push_each_other_out():
     texts = images[[0, 0, 0, 1]]
     found = retrieval_recall(images, texts, torch.tensor([0, 0, 0, 1]), ks=(1,))
     assert found == {"text_retrieval_recall@1": 1, "image_retrieval_recall@1": 1}
+
+
+def test_captions_are_lines_and_follow_the_prefix(model_folder, tmp_path):
+    """In the layout of clip-benchmark; the ranks are those of the sentences that are meant."""
+    model, processor = load(model_folder)
+    colors, files = [(200, 0, 0), (0, 200, 0), (0, 0, 200)], {}
+    captions = [["a cat", "the owl"], ["a dog"], ["a bus", "the tulip", "spoon"]]
+    for number, (color, lines) in enumerate(zip(colors, captions, strict=True)):
+        buffer = io.BytesIO()
+        PIL.Image.new("RGB", (32, 32), color).save(buffer, "png")
+        files |= {f"{number}.png": buffer.getvalue(), f"{number}.txt": "\n".join([*lines, ""]).encode()}
+    write_tar(tmp_path / "0.tar", files)
+    assert len(open_source(str(tmp_path)).captions(0)) == 1  # elsewhere a text is one caption
+    (tmp_path / "nshards.txt").write_text("1")
+    found = retrieval(model, processor, open_source(str(tmp_path)), prefix="a photo of", ks=(1, 2))
+    texts = [f"a photo of {caption}" for lines in captions for caption in lines]
+    images = [PIL.Image.new("RGB", (32, 32), color) for color in colors]
+    inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        embeds = model.encode_image(inputs["pixel_values"]), model.encode_text(inputs["input_ids"])
+    owner = [0, 0, 1, 2, 2, 2]
+    text_ranks, image_ranks = retrieval_ranks(*embeds, owner)
+    expected = {
+        **retrieval_recall(*embeds, owner, ks=(1, 2)),
+        "text_retrieval_median_rank": 1 + np.median(text_ranks),
+        "image_retrieval_median_rank": 1 + np.median(image_ranks),
+    }
+    assert found.metrics == expected and found.protocol == {"images": 3, "captions": 6, "prefix": "a photo of"}
 
 
 def test_bfloat16_embeddings_are_compared_in_float32():

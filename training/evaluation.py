@@ -4,7 +4,7 @@ Data is opened before the run starts, so that a wrong path costs nothing. The wo
 model itself, never through a distributed wrapper, whose forward would wait for processes that are done already.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from .machine import num_workers
 
 NUM_PICTURES = 24
 BATCH_SIZE = 256  # images or texts at a time on each process
+LOGGED = ("top", "mean_per_class_recall", "text_retrieval_recall", "image_retrieval_recall", "unreadable_images")
 MAX_PAIRS = 5000  # held-out, of a retrieval evaluation: more make recall harder
 
 
@@ -58,7 +59,8 @@ class Evaluator:
         workers = num_workers(self.config.data.num_workers)
         options = {"batch_size": BATCH_SIZE, "num_workers": workers}
         with self.accelerator.autocast():
-            return {name: task(model, self.processor, data, **options) for name, task, data in tasks}
+            results = {name: task(model, self.processor, data, **options) for name, task, data in tasks}
+        return {name: replace(result, metrics=_logged(result.metrics)) for name, result in results.items()}
 
     def draw(self, model: HFCLIPModel, path: Path) -> Path | None:
         """An image of predictions for images spread over the first labelled set; None without any. Not collective."""
@@ -79,6 +81,10 @@ class Evaluator:
         return path
 
 
+def _logged(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name.startswith(LOGGED)}
+
+
 def _open_labelled(name: str, image_size: int) -> list[LabelledSet]:
     if name == "scenes":
         tasks = zero_shot_tasks(size=image_size)
@@ -91,6 +97,10 @@ def _open_labelled(name: str, image_size: int) -> list[LabelledSet]:
         folder = load_labelled_folder(Path(name).expanduser())
     except (OSError, ValueError) as error:
         raise UsageError(f"eval.zero_shot: {error}") from error
+    if folder.samples.targets is not None:
+        raise UsageError(
+            f"eval.zero_shot: {name} has several labels per image, expected one. `hfclip evaluate` takes it."
+        )
     return [LabelledSet("zero_shot", folder.labels, folder.templates, folder.samples)]
 
 

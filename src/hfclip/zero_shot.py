@@ -78,7 +78,7 @@ def embed_labels(
     """
     labels, templates = check_labels(labels), check_templates(templates)
     _check_count("batch_size", batch_size)
-    prompts = [_fill(template, label) for label in labels for template in templates]
+    prompts = [fill_template(template, label) for label in labels for template in templates]
     # Summed on the CPU in float64: the same bits whatever the device's order of additions.
     sums: Tensor | None = None
     with evaluating(model) as model:
@@ -139,7 +139,7 @@ class ZeroShotClassifier:
         self.processor = processor
         self.labels = labels = check_labels(labels)
         self.templates = check_templates(templates) if label_embeds is None else list(templates)
-        _check_tokenizer(self.model, processor)
+        check_tokenizer(self.model, processor)
         repeated = [label for label, times in Counter(labels).items() if times > 1]
         if repeated:
             raise ValueError(
@@ -333,7 +333,8 @@ def _progress(total: int, batch_size: int, desc: str) -> Iterable[int]:
     return tqdm(range(0, total, batch_size), desc=desc, disable=disable, leave=False)
 
 
-def _fill(template: Template, label: str) -> str:
+def fill_template(template: Template, label: str) -> str:
+    """The sentence that a template makes of a label."""
     if isinstance(template, str):
         # Not str.format: a label or sentence may hold braces of its own.
         return _PLACEHOLDER.sub(lambda _: label, template)
@@ -399,7 +400,7 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value}: expected at least 1.")
 
 
-def _check_tokenizer(model: nn.Module, processor: Any) -> None:
+def check_tokenizer(model: nn.Module, processor: Any) -> None:
     """Our text towers pool where a text ends: with another end token they would pool anywhere, and say nothing."""
     config = model.config.text_config
     if config.model_type not in TOWER_CONFIGS:

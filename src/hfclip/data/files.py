@@ -16,6 +16,7 @@ from .tars import is_hidden
 
 
 CLASS_NAMES = "classnames.txt"
+NUMBER_OF_SHARDS = "nshards.txt"
 
 
 class Files:

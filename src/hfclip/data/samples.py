@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -111,6 +112,10 @@ class Source:
 
     def label(self, index: int) -> int | None:
         """The number of a sample's class in `labels`, if it has one. Raises BadSample."""
+        return None
+
+    def label_row(self, index: int) -> np.ndarray | None:
+        """A number per class in `labels`, above 0 for those of a sample, if it may have several. Raises BadSample."""
         return None
 
     def name(self, index: int) -> str:

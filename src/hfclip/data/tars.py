@@ -176,17 +176,19 @@ def _padded(size: int) -> int:
 # Index
 # ---------------------------------------------------------------------------------------------------------------------
 
-KINDS = {**dict.fromkeys(IMAGE_ENDINGS, "image"), "txt": "text", "json": "json", "cls": "label"}
+KINDS = {**dict.fromkeys(IMAGE_ENDINGS, "image"), "txt": "text", "json": "json", "cls": "label", "npy": "labels"}
 # Where one sample's members lie in its tar: byte offset and size, -1 where there is none; the number in its .cls, -1 if
 # there is none, -2 if it is no number; and the offset of a member of its name that is not read.
+PLACED = ("image", "text", "json", "labels")
 MEMBERS = np.dtype(
-    [(f"{member}_{what}", np.int64) for member in ("image", "text", "json") for what in ("offset", "size")]
+    [(f"{member}_{what}", np.int64) for member in PLACED for what in ("offset", "size")]
     + [("label", np.int64), ("other_offset", np.int64)]
 )
-# What reading a sample takes. Those of all samples are in memory: 37 bytes each.
+# What reading a sample takes. Those of all samples are in memory: 37 bytes each. The kind of a caption is its member's
+# place in `PLACED`; `labels` stand for a caption where there is no other.
 SAMPLE = np.dtype(
     [(f"{member}_{what}", np.int64) for member in ("image", "caption") for what in ("offset", "size")]
-    + [("is_json", np.bool_), ("label", np.int32)]
+    + [("kind", np.uint8), ("label", np.int32)]
 )
 
 
@@ -247,7 +249,7 @@ def _is_sample(row: dict, by_name: dict) -> bool:
 
 
 def _members(row: dict) -> tuple[int, ...]:
-    places = (row.get(kind, (-1, -1)) for kind in ("image", "text", "json"))
+    places = (row.get(kind, (-1, -1)) for kind in PLACED)
     return *(number for place in places for number in place), row.get("label", -1), row.get("other", (-1, -1))[0]
 
 
@@ -258,14 +260,16 @@ def select_samples(
 
     Args:
         key: `caption_key`. With one, only .json members count; without, .txt members come first.
-        labels: Samples may have a label instead of a caption.
+        labels: Samples may have a label, or several, instead of a caption.
         required: Samples have to have a caption.
     """
     no_image = members["image_offset"] < 0
     is_json = (members["text_offset"] < 0) | (key is not None)
     no_caption = np.where(is_json, members["json_offset"], members["text_offset"]) < 0
+    kinds = np.where(is_json, PLACED.index("json"), PLACED.index("text"))
     if labels:
-        no_caption &= members["label"] < 0
+        kinds[no_caption & (members["labels_offset"] >= 0)] = PLACED.index("labels")
+        no_caption &= (members["label"] < 0) & (members["labels_offset"] < 0)
     no_caption &= required
     others = no_image & (members["text_offset"] < 0) & (members["json_offset"] < 0) & (members["label"] == -1)
     left_out, examples = Counter(dict.fromkeys(damage, 1)), {}
@@ -273,15 +277,16 @@ def select_samples(
     for reason, of_samples in reasons.items():
         if count := int(of_samples.sum()):
             left_out[reason], first = count, members[of_samples.argmax()]
-            places = [int(first[f"{kind}_offset"]) for kind in ("image", "other", "text", "json")]
+            places = [int(first[f"{kind}_offset"]) for kind in ("image", "other", "text", "json", "labels")]
             if there := [place for place in places if place >= 0]:
                 examples[reason] = there[0]
-    kept, is_json = members[~no_image & ~no_caption], is_json[~no_image & ~no_caption]
+    kept, kinds = members[~no_image & ~no_caption], kinds[~no_image & ~no_caption]
     samples = np.empty(len(kept), SAMPLE)
     for what in ("offset", "size"):
         samples[f"image_{what}"] = kept[f"image_{what}"]
-        samples[f"caption_{what}"] = np.where(is_json, kept[f"json_{what}"], kept[f"text_{what}"])
-    samples["is_json"], samples["label"] = is_json, kept["label"]
+        of_kinds = [kept[f"{kind}_{what}"] for kind in PLACED]
+        samples[f"caption_{what}"] = np.choose(kinds, of_kinds)
+    samples["kind"], samples["label"] = kinds, kept["label"]
     return samples, left_out, examples
 
 

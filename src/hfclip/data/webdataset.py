@@ -1,5 +1,6 @@
-"""WebDataset tars: members of one name are a sample, `0001.jpg` with `0001.txt`, `0001.json` or `0001.cls`."""
+"""WebDataset tars: members of one name are a sample, `0001.jpg` with `0001.txt`, `0001.json`, `0001.cls` or `0001.npy`."""
 
+import io
 import json
 from collections import Counter
 from contextlib import suppress
@@ -9,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ..errors import UsageError
-from .files import CLASS_NAMES, read_lines
+from .files import CLASS_NAMES, NUMBER_OF_SHARDS, read_lines
 from .samples import (
     LARGEST,
     SHORT,
@@ -24,7 +25,7 @@ from .samples import (
     too_large,
 )
 from .shards import make_folder, map_in_threads
-from .tars import BLOCK, SAMPLE, load_index, name_in, select_samples
+from .tars import BLOCK, PLACED, SAMPLE, load_index, name_in, select_samples
 
 
 class ShardSource(Source):
@@ -37,13 +38,17 @@ class ShardSource(Source):
     is) and "not a tar", each once a tar.
 
     Where `classnames.txt` lies beside the tars or above, the numbers in .cls members are labels, and the name of its
-    class is the caption of a sample without another.
+    class is the caption of a sample without another; a .npy member has a number per class, above 0 for those of the
+    image. Where `nshards.txt` lies there, too, as clip-benchmark publishes data, each line of a .txt is a caption.
     """
+
+    a_caption_per_line = False
 
     def __init__(self, shards: list[Path], keys: Keys, cache: Path):
         super().__init__()
         self.shards, self.key, self.required = shards, keys.caption, keys.required
         self.labels = read_lines(shards[0].parent, CLASS_NAMES)
+        self.a_caption_per_line = read_lines(shards[0].parent, NUMBER_OF_SHARDS) is not None
         folder = _index_folder(cache)
         found = map_in_threads(lambda shard: self._samples_of(shard, folder), shards, "indexing shards")
         for _, left_out, examples in found:
@@ -91,8 +96,14 @@ class ShardSource(Source):
     def captions(self, index: int) -> list[str]:
         row = self._row(index)
         if row["caption_offset"] >= 0:
+            kind = PLACED[row["kind"]]
+            if kind == "labels":
+                return [self.labels[number] for number in np.flatnonzero(self.label_row(index) > 0)]
             data = self._read(index, "caption")
-            return json_captions(data, self.key) if row["is_json"] else text_captions(data)
+            if kind == "json":
+                return json_captions(data, self.key)
+            (text,) = text_captions(data)
+            return text.splitlines() if self.a_caption_per_line else [text]
         if not self.labels or row["label"] < 0:
             return []
         if row["label"] >= len(self.labels):
@@ -105,6 +116,21 @@ class ShardSource(Source):
         """The number of a sample's class, if the classes have names and it has one."""
         number = int(self._row(index)["label"])
         return number if self.labels and number >= 0 else None
+
+    def label_row(self, index: int) -> np.ndarray | None:
+        row = self._row(index)
+        if not self.labels or row["caption_offset"] < 0 or PLACED[row["kind"]] != "labels":
+            return None
+        try:
+            numbers = np.load(io.BytesIO(self._read(index, "caption")), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise BadSample("unreadable caption") from error
+        if numbers.shape != (len(self.labels),) or numbers.dtype.kind not in "biuf":
+            raise BadSample("unreadable caption") from ValueError(
+                f"found {numbers.dtype} {numbers.shape}, expected a number for each of {len(self.labels)} lines of "
+                f"{CLASS_NAMES}"
+            )
+        return numbers
 
     def _read(self, index: int, what: str, before: int = 0) -> bytes:
         """The bytes of a member, and those `before` it."""
@@ -164,7 +190,7 @@ def _empty_captions(shard: Path, samples: np.ndarray) -> list[int]:
     """Samples whose .txt member is short and has no caption; what else is wrong with it is told when it is read."""
     sizes, empty = samples["caption_size"], []
     with open(shard, "rb", buffering=0) as file:
-        for number in np.flatnonzero(~samples["is_json"] & (sizes >= 0) & (sizes <= SHORT)).tolist():
+        for number in np.flatnonzero((samples["kind"] == PLACED.index("text")) & (sizes >= 0) & (sizes <= SHORT)).tolist():
             file.seek(int(samples["caption_offset"][number]))
             with suppress(BadSample):
                 if is_empty(text_captions(file.read(int(sizes[number])))):

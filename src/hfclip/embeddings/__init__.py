@@ -40,7 +40,7 @@ from .processes import Processes, fingerprint_of
 from .store import Embeddings, Store, join
 
 
-__all__ = ["Embeddings", "embed", "embed_images", "embed_texts"]
+__all__ = ["Embeddings", "TextList", "embed", "embed_images", "embed_texts"]
 
 
 def embed(
@@ -149,11 +149,13 @@ def embed_texts(model: nn.Module, processor: Any, texts: str | Iterable[str], **
     Raises:
         UsageError: for no texts, or empty ones.
     """
-    source = _Texts([texts] if isinstance(texts, str) else list(texts))
+    source = TextList([texts] if isinstance(texts, str) else list(texts))
     return torch.from_numpy(embed(model, processor, source, what=("texts",), alone=True, **options).text_embeds)
 
 
-class _Texts(Source):
+class TextList(Source):
+    """Texts without images. Raises UsageError for none, or empty ones."""
+
     def __init__(self, texts: list[str]):
         super().__init__()
         self.texts, self.length = texts, len(texts)

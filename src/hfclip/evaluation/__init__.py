@@ -8,6 +8,8 @@
     data.py         data sets by name, their splits, labelled folders
     running.py      a task on a model and data by their names; what is stored is not computed again
     records.py      a result as a file
+    shared.py       embeddings that tasks share: images without their labels, sentences that name classes
+    metrics.py      accuracy, average precision, ROC AUC, calibration ...: pure functions of scores and targets
 
 A task embeds its data by `hfclip.embeddings.embed`: processes share the work, and all return the same. Another one needs no
 change elsewhere: whoever shows results asks them for their `headline`.

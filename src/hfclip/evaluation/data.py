@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 
-from ..data.files import CLASS_NAMES, read_lines
+from ..data.files import CLASS_NAMES, NUMBER_OF_SHARDS, read_lines
 from ..data.folders import SPLITS
 from ..data.samples import BadSample, Sample, Source, decoding
 from ..data.sources import open_source
@@ -141,6 +141,9 @@ class _Part(Source):
     def label(self, index: int) -> int | None:
         return self.source.label(self.indices[index])
 
+    def label_row(self, index: int) -> np.ndarray | None:
+        return self.source.label_row(self.indices[index])
+
 
 def _name_of(place: str) -> str:
     """The last parts of a place that say what it is: "cifar10/test" of "/data/cifar10/test"."""
@@ -164,10 +167,14 @@ class LazyImages(Sequence):
     processes.
 
     Raises UndecodableImage with the name of an image that cannot be decoded.
+
+    Args:
+        targets: `(num_samples, num_labels)`, where images may have several labels: above 0 for theirs, below 0 for what
+            is ignored.
     """
 
-    def __init__(self, source: Source):
-        self.source = source
+    def __init__(self, source: Source, targets: np.ndarray | None = None):
+        self.source, self.targets = source, targets
 
     def __len__(self) -> int:
         return len(self.source)
@@ -194,7 +201,7 @@ def load_labelled_folder(path: str | Path, split: str | None = None, limit: int 
     """Labels, templates and samples of images with labels; images are not opened yet.
 
     - WebDataset as clip-benchmark publishes it: uncompressed tars, in which each image has a `<key>.cls` with the index
-      of its label, a line of `classnames.txt`.
+      of its label, a line of `classnames.txt`, or, where it may have several, a `<key>.npy` with a number per line.
     - A folder or zip with two or more folders, one per class, with images anywhere below it. Targets count the folders
       in alphabetical order; labels are the lines of `classnames.txt`, or else the folders' names with underscores read
       as spaces.
@@ -221,18 +228,36 @@ def load_labelled_folder(path: str | Path, split: str | None = None, limit: int 
         raise UsageError(f"{path} is not whole: {source.describe_skipped()}. Mend or remove what has {broken[0]}.")
     labels = check_labels(source.labels)
     _check_shards(path, source)
+    templates = [line for line in read_lines(Path(path), TEMPLATES_FILE) or () if line] or DEFAULT_TEMPLATES
+    templates = check_templates(templates)
+    if (rows := _label_rows(path, evenly(source, limit))) is not None:
+        return LabelledFolder(labels, templates, LazyImages(evenly(source, limit), rows))
     targets = [source.label(index) for index in range(len(source))]
     if outside := [target for target in targets if target is None or target >= len(labels)]:
         raise UsageError(
             f"{path}: sample {targets.index(outside[0])} has class {outside[0]}, expected 0 to {len(labels) - 1}, a line "
             f"of {CLASS_NAMES}."
         )
-    templates = [line for line in read_lines(Path(path), TEMPLATES_FILE) or () if line] or DEFAULT_TEMPLATES
-    return LabelledFolder(labels, check_templates(templates), LazyImages(evenly(source, limit)))
+    return LabelledFolder(labels, templates, LazyImages(evenly(source, limit)))
+
+
+def _label_rows(path: str | Path, source: Source) -> np.ndarray | None:
+    """The labels of each sample, if the first one has a row of them."""
+    rows = []
+    for index in range(len(source)):
+        try:
+            rows.append(source.label_row(index))
+        except BadSample as bad:
+            raise UsageError(f"{path}: the labels of sample {index} cannot be read: {bad.__cause__ or bad}.") from bad
+        if rows[0] is None:
+            return None
+        if rows[-1] is None:
+            raise UsageError(f"{path}: sample {index} has no .npy member, expected one for each image or for none.")
+    return np.stack(rows)
 
 
 def _check_shards(path: str | Path, source: Source) -> None:
-    declared = read_lines(Path(path), "nshards.txt")
+    declared = read_lines(Path(path), NUMBER_OF_SHARDS)
     if declared and isinstance(source, ShardSource) and int(declared[0]) != len(source.shards):
         raise UsageError(
             f"{path} has {len(source.shards)} shards, but nshards.txt says {declared[0]}: fetch them all."

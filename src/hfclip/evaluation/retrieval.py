@@ -1,48 +1,68 @@
-"""Retrieval between images and their captions: recall at k in both directions.
+"""Retrieval between images and their captions: recall at k and median rank in both directions.
 
-A chunk of queries is compared with all candidates at a time, so memory is `chunk_size` x candidates, never the whole
-matrix.
+Images and captions are compared in tiles of `chunk_size` on both sides, so that memory does not grow with their number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import unwrap_model
 
-from ..data.samples import Sample, Source
+from ..data.samples import Sample, Source, not_blank, usable_captions
 from ..embeddings import embed
 from ..errors import UsageError
 from ..zero_shot import device_of
+from .metrics import median_rank, top_k_accuracy
+from .shared import ROWS, Images, check_text_tower
 from .task import Result
 
 
-def retrieval(model: nn.Module, processor: Any, data: Source, **options) -> Result:
+KS = (1, 5, 10)
+
+
+def retrieval(
+    model: nn.Module, processor: Any, data: Source, *, prefix: str = "", ks: Sequence[int] = KS, **embedding
+) -> Result:
     """Recall between the images and captions of `data`; samples without one of them are left out.
 
     Args:
-        options: of `hfclip.embeddings.embed`.
+        prefix: words before each caption. The paper has "a photo of" for Flickr30k and MSCOCO.
+        ks: values of k.
+        embedding: options of `hfclip.embeddings.embed`; `precision` is "fp32" if it is not given.
 
     Returns:
-        What `retrieval_recall` measures, and `unreadable_images` that have captions if there are any.
+        What `retrieval_recall` measures, `text_retrieval_median_rank` and `image_retrieval_median_rank` (from 1), and
+        `unreadable_images` that have captions if there are any.
 
     Raises:
-        UsageError: no sample has both an image and a caption.
+        UsageError: no sample has both an image and a caption; a model without a text tower.
     """
-    found = embed(model, processor, data, **{"precision": "fp32", **options})
-    num_captions = np.diff(found.offsets)
-    unreadable = ~found.image_embeds.any(axis=1)
+    model, embedding = unwrap_model(model), {"precision": "fp32", **embedding}
+    check_text_tower(model)
+    if not any(usable_captions(data, index) for index in range(len(data))):
+        raise UsageError(f"retrieval: found {len(data)} samples and no image with a caption, expected at least one.")
+    captions = embed(model, processor, _Captions(data, prefix), what=("texts",), **embedding)
+    images = embed(model, processor, Images(data), what=("images",), **embedding).image_embeds
+    num_captions = np.diff(captions.offsets)
+    unreadable = ~images.any(axis=1)
     kept = ~unreadable & (num_captions > 0)
     if not kept.any():
-        raise UsageError(f"retrieval: found {len(found)} samples and no image with a caption, expected at least one.")
-    owner = np.repeat(np.arange(len(found)), num_captions)
+        raise UsageError(f"retrieval: found {len(kept)} samples and no readable image with a caption.")
+    owner = np.repeat(np.arange(len(kept)), num_captions)
     of_kept = kept[owner]
-    arrays = found.image_embeds[kept], found.text_embeds[of_kept], (kept.cumsum() - 1)[owner[of_kept]]
-    metrics = retrieval_recall(*(torch.from_numpy(array).to(device_of(model)) for array in arrays))
+    arrays = images[kept], captions.text_embeds[of_kept], (kept.cumsum() - 1)[owner[of_kept]]
+    ranks = retrieval_ranks(*(torch.from_numpy(array).to(device_of(model)) for array in arrays))
+    metrics = _recalls(*ranks, ks)
+    for name, of_query in zip(("text", "image"), ranks, strict=True):
+        metrics[f"{name}_retrieval_median_rank"] = median_rank(of_query.cpu())
     num_unreadable = int((unreadable & (num_captions > 0)).sum())
     metrics |= {"unreadable_images": num_unreadable} if num_unreadable else {}
-    return Result(metrics, headline="text_retrieval_recall@1")
+    protocol = {"images": int(kept.sum()), "captions": int(of_kept.sum()), "prefix": prefix}
+    return Result(metrics, headline=f"text_retrieval_recall@{min(ks)}", protocol=protocol)
 
 
 class Pairs(Source):
@@ -59,65 +79,139 @@ class Pairs(Source):
         return [self.texts[index]]
 
 
-@torch.no_grad()
+class _Captions(Source):
+    """The captions of a source after the same words."""
+
+    def __init__(self, source: Source, prefix: str):
+        super().__init__()
+        self.source, self.prefix, self.length = source, prefix.strip(), len(source)
+
+    def captions(self, index: int) -> list[str]:
+        return [f"{self.prefix} {caption}".strip() for caption in not_blank(self.source.captions(index))]
+
+
 def retrieval_recall(
     image_embeds: Tensor,
     text_embeds: Tensor,
     image_of_text: Tensor | Sequence[int],
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
     *,
-    chunk_size: int = 1024,
+    chunk_size: int = ROWS,
 ) -> dict[str, float]:
     """Share of queries whose match is among the k most similar candidates (paper table 13).
 
-    Text retrieval takes an image as query and counts a hit if any of its captions is among the first k texts; image
-    retrieval takes a caption as query and looks for its one image. A candidate as similar as the match counts as
-    better, so that equal embeddings earn nothing.
+    Args:
+        image_embeds, text_embeds, image_of_text, chunk_size: see `retrieval_ranks`.
+        ks: values of k.
+
+    Returns:
+        `text_retrieval_recall@k` (image -> text) and `image_retrieval_recall@k` (text -> image), fractions in 0..1.
+
+    Raises:
+        ValueError: k below 1, and what `retrieval_ranks` raises.
+    """
+    if not ks or min(ks) < 1:
+        raise ValueError(f"found ks {tuple(ks)}: expected values of k of at least 1.")
+    return _recalls(*retrieval_ranks(image_embeds, text_embeds, image_of_text, chunk_size=chunk_size), ks)
+
+
+def _recalls(text_ranks: Tensor, image_ranks: Tensor, ks: Sequence[int]) -> dict[str, float]:
+    ranks = {"text": text_ranks.cpu(), "image": image_ranks.cpu()}
+    return {
+        f"{name}_retrieval_recall@{k}": top_k_accuracy(of_query, k) for name, of_query in ranks.items() for k in ks
+    }
+
+
+@torch.no_grad()
+def retrieval_ranks(
+    image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor | Sequence[int], *, chunk_size: int = ROWS
+) -> tuple[Tensor, Tensor]:
+    """Candidates of others that are at least as similar to each query as its best match, from 0.
+
+    Text retrieval takes an image as query and looks for any of its captions, image retrieval takes a caption and looks
+    for its one image. A candidate as similar as the match counts as better, so that equal embeddings earn nothing.
 
     Args:
         image_embeds: `(num_images, dim)`, unit norm (trusted: candidates are ranked by dot product).
         text_embeds: `(num_texts, dim)`, unit norm.
         image_of_text: `(num_texts,)` integers, the image each text belongs to; any number of texts an image, at least
             one.
-        ks: values of k.
-        chunk_size: queries compared at a time.
+        chunk_size: images, and texts, compared at a time.
 
     Returns:
-        `text_retrieval_recall@k` (image -> text) and `image_retrieval_recall@k` (text -> image), fractions in 0..1.
+        `(num_images,)` ranks of text retrieval and `(num_texts,)` of image retrieval.
 
     Raises:
         ValueError: shapes that do not fit, embeddings that are not finite, an image without text, a text without
-            image, k or `chunk_size` below 1.
+            image, `chunk_size` below 1.
     """
     image_of_text = torch.as_tensor(image_of_text, device=text_embeds.device)
-    _check_inputs(image_embeds, text_embeds, image_of_text, ks, chunk_size)
+    _check_inputs(image_embeds, text_embeds, image_of_text, chunk_size)
+    # With the texts in the order of their images, matches lie in the few tiles along the diagonal.
+    order = image_of_text.argsort(stable=True)
+    tiles = partial(_tiles, image_embeds, text_embeds, image_of_text, order, chunk_size)
     # Half precision would make candidates equal that are not.
     dtype = torch.promote_types(image_embeds.dtype, torch.float32)
-    images, texts = image_embeds.to(dtype), text_embeds.to(dtype)
-    image_index = torch.arange(len(images), device=images.device)
-    text_ranks = _ranks(images, image_index, texts, image_of_text, chunk_size)
-    image_ranks = _ranks(texts, image_of_text, images, image_index, chunk_size)
-    recall = {f"text_retrieval_recall@{k}": (text_ranks < k).sum().item() / len(images) for k in ks}
-    recall.update({f"image_retrieval_recall@{k}": (image_ranks < k).sum().item() / len(texts) for k in ks})
-    return recall
+    best_of_image, best_of_text = (
+        torch.full((len(embeds),), -torch.inf, dtype=dtype, device=embeds.device)
+        for embeds in (image_embeds, text_embeds)
+    )
+    for rows, columns, scores, own in tiles(dtype, only_matches=True):
+        scores = scores.masked_fill(~own, -torch.inf)
+        best_of_image[rows] = torch.maximum(best_of_image[rows], scores.amax(dim=1))
+        best_of_text[columns] = torch.maximum(best_of_text[columns], scores.amax(dim=0))
+    text_ranks, image_ranks = (torch.zeros_like(best, dtype=torch.int64) for best in (best_of_image, best_of_text))
+    for rows, columns, scores, own in tiles(dtype):
+        scores = scores if own is None else scores.masked_fill(own, -torch.inf)
+        text_ranks[rows] += (scores >= best_of_image[rows, None]).sum(dim=1)
+        image_ranks[columns] += (scores >= best_of_text[columns]).sum(dim=0)
+    return text_ranks, torch.empty_like(image_ranks).scatter_(0, order, image_ranks)
 
 
-def _ranks(queries: Tensor, query_ids: Tensor, candidates: Tensor, candidate_ids: Tensor, chunk_size: int) -> Tensor:
-    """`(num_queries,)`: how many candidates of another id are at least as similar as the best of the query's own."""
-    ranks = []
-    for chunk, ids in zip(queries.split(chunk_size), query_ids.split(chunk_size), strict=True):
-        # (chunk, dim) @ (dim, num_candidates) -> (chunk, num_candidates)
-        with torch.autocast(chunk.device.type, enabled=False):  # its products would be of half precision
-            scores = chunk @ candidates.T
-        own = ids[:, None] == candidate_ids
-        best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(((scores >= best) & ~own).sum(dim=1))
-    return torch.cat(ranks)
+def _tiles(
+    images: Tensor,
+    texts: Tensor,
+    image_of_text: Tensor,
+    order: Tensor,
+    size: int,
+    dtype: torch.dtype,
+    only_matches: bool = False,
+) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
+    """Tiles of the similarities of images and of texts in `order`.
+
+    Yields:
+        Rows and columns, the scores, and which of them are of matches; None without any, and such tiles are left out if
+        `only_matches`.
+    """
+    owners = image_of_text[order]
+    owners_on_host = owners.tolist()
+    for first_text, start, stop in _spans(len(texts), size):
+        columns, some_texts = slice(start, stop), texts[order[first_text:stop]].to(dtype)
+        first_owner, last_owner = owners_on_host[start], owners_on_host[stop - 1]
+        for first_image, top, bottom in _spans(len(images), size):
+            has_matches = first_owner < bottom and last_owner >= top
+            if only_matches and not has_matches:
+                continue
+            with torch.autocast(images.device.type, enabled=False):  # its products would be of half precision
+                scores = images[first_image:bottom].to(dtype) @ some_texts.T
+            own = None
+            if has_matches:
+                own = torch.arange(top, bottom, device=images.device)[:, None] == owners[columns]
+            yield slice(top, bottom), columns, scores[top - first_image :, start - first_text :], own
 
 
-def _check_inputs(
-    image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor, ks: Sequence[int], chunk_size: int
-) -> None:
+def _spans(total: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Where to begin computing, the first that is new, and the end.
+
+    All are of one size, and the last one begins early for that: products of other shapes add in another order, and
+    equal embeddings would differ.
+    """
+    for start in range(0, total, size):
+        stop = min(start + size, total)
+        yield max(stop - size, 0), start, stop
+
+
+def _check_inputs(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor, chunk_size: int) -> None:
     if image_embeds.ndim != 2 or text_embeds.ndim != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(
             f"image_embeds is {tuple(image_embeds.shape)} and text_embeds {tuple(text_embeds.shape)}: expected "
@@ -128,12 +222,10 @@ def _check_inputs(
             f"image_of_text is {tuple(image_of_text.shape)} of {image_of_text.dtype}: expected one integer for each "
             f"of {len(text_embeds)} texts."
         )
-    if len(image_embeds) == 0 or not ks or min(ks) < 1 or chunk_size < 1:
-        raise ValueError(
-            f"found {len(image_embeds)} images, ks {tuple(ks)}, chunk_size {chunk_size}: expected at least 1 of each."
-        )
+    if len(image_embeds) == 0 or chunk_size < 1:
+        raise ValueError(f"found {len(image_embeds)} images, chunk_size {chunk_size}: expected at least 1 of each.")
     for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
-        if not embeds.isfinite().all():
+        if not all(some.isfinite().all() for some in embeds.split(chunk_size)):
             raise ValueError(f"{name} holds values that are not finite: they have no rank. Check the model's weights.")
     outside = image_of_text[(image_of_text < 0) | (image_of_text >= len(image_embeds))]
     if len(outside):

@@ -1,27 +1,27 @@
-"""Zero-shot accuracy on a labelled data set.
+"""Zero-shot classification: what a classifier that is made of words gets right, and how well it knows that.
 
-labels, templates, samples -> embeddings, shared by all ranks -> classifier -> hits -> accuracy
+labels x templates -> embeddings of sentences -> their mean -> one row per label
+images -> embeddings, shared by all processes -> blocks of logits -> for each image three numbers -> metrics
+
+Memory is that of the embeddings and of a block of logits, whatever the number of images.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.modeling_utils import unwrap_model
 
-from ..data.samples import BadSample, Sample, Source, say
-from ..embeddings import embed
-from ..open_image_hfclip import open_image
-from ..zero_shot import (
-    DEFAULT_TEMPLATES,
-    Template,
-    ZeroShotClassifier,
-    check_labels,
-    evaluating,
-)
+from ..errors import UsageError
+from ..zero_shot import DEFAULT_TEMPLATES, Template, check_labels, device_of, evaluating
+from . import metrics
 from .data import LabelledFolder, LazyImages, UndecodableImage, load_labelled_folder
-from .task import Result
+from .shared import ROWS, Embedded, LabelledImages, Prompts, distinct, embed_labelled, embed_prompts
+from .task import Plot, Result
 
 
 __all__ = [
@@ -34,16 +34,25 @@ __all__ = [
     "zero_shot_accuracy",
 ]
 
+COLUMNS = 16  # labels whose scores of all images are in memory, where a metric ranks images
+COVERAGES = [number / 20 for number in range(1, 21)]  # of the table of accuracy by coverage
 
-ROWS = 1024  # images compared with all labels at a time
+PLOTS = [
+    Plot("calibration", "confidence", "accuracy", title="Accuracy of predictions by their confidence"),
+    Plot("coverage", "coverage", "accuracy", title="Accuracy on the most confident images"),
+]
+Metric = Literal["top1", "mean_per_class_recall", "mean_top1_top5", "roc_auc", "map_11_point"]
 
 
-class LabelledImages(Protocol):
-    """Anything with a length that gives `(image, target)` for an index; `target` is the index of a label."""
+class Predictions(NamedTuple):
+    """What a classifier makes of images, a number for each of them."""
 
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+    ranks: np.ndarray
+    """Labels ahead of the target, 0 if it is the best."""
+    best: np.ndarray
+    """The label that is chosen."""
+    confidence: np.ndarray
+    """The probability that the model gives to it: softmax over the labels, or, with a `logit_bias`, the sigmoid."""
 
 
 def zero_shot_accuracy(
@@ -83,98 +92,236 @@ def zero_shot_accuracy(
         fractions in 0..1, over `num_samples` images; `num_skipped` more raised [`UndecodableImage`].
 
     Raises:
-        ValueError: an empty data set or none of its images decodable, a target that is no index of `labels`, k below 1, logits that are not finite,
-            and what [`ZeroShotClassifier`] raises.
+        ValueError: an empty data set or none of its images decodable, a target that is no index of `labels`, k below 1,
+            logits that are not finite, and what [`ZeroShotClassifier`] raises.
     """
-    if len(dataset) == 0:
-        raise ValueError("the data set is empty: expected at least one (image, target).")
-    if not top_k or min(top_k) < 1:
-        raise ValueError(f"top_k is {tuple(top_k)}: expected values of k of at least 1.")
-    labels = check_labels(labels)
-    distinct = list(dict.fromkeys(labels))
-    classifier = ZeroShotClassifier(model, processor, distinct, templates)
-    options = {"batch_size": batch_size, "num_workers": num_workers, "precision": "fp32", "group": group, **embedding}
-    found = embed(classifier.model, processor, _Labelled(dataset, len(labels)), what=("images",), **options)
-    readable = found.image_embeds.any(axis=1)
-    if not readable.any():
-        raise ValueError(f"none of the {len(dataset)} images can be decoded: expected at least one.")
-    if lost := sorted(set(found.label_ids[~readable]) - {-1, *found.label_ids[readable]}):
-        say(f"Not measured, since none of their images can be read: {', '.join(labels[target] for target in lost)}.")
-    targets = torch.from_numpy(found.label_ids[readable]).to(classifier.label_embeds.device)
-    ranks = _ranks_of_targets(classifier, torch.from_numpy(found.image_embeds[readable]), labels, targets)
-    # One row a class: its images, and of those the hits at 1 and at each k.
-    counts = torch.zeros(len(labels), 2 + len(top_k), dtype=torch.int64, device=targets.device)
-    hits = [torch.ones_like(ranks), ranks < 1, *(ranks < k for k in top_k)]
-    counts = counts.index_add_(0, targets, torch.stack(hits, dim=1).long()).cpu()
-    occurring = counts[counts[:, 0] > 0].double()
-    num_samples, _, *hits = counts.sum(dim=0).tolist()
+    model, labels = unwrap_model(model), check_labels(labels)
+    _check_top_k(top_k)
+    options = {"batch_size": batch_size, "num_workers": num_workers, "group": group, **embedding}
+    classes = embed_prompts(model, processor, distinct(labels), templates, **options).ensemble()
+    images = embed_labelled(model, processor, dataset, labels, **options)
+    predictions = predict(model, images, classes, labels)
+    num_samples = len(images.readable)
     return {
-        **{f"top{k}": hit / num_samples for k, hit in zip(top_k, hits, strict=True)},
-        "mean_per_class_recall": (occurring[:, 1] / occurring[:, 0]).mean().item(),
+        **_accuracies(predictions, images.targets, len(labels), top_k),
         "num_samples": num_samples,
         "num_skipped": len(dataset) - num_samples,
     }
 
 
 def zero_shot(
-    model: nn.Module, processor: Any, data: LabelledFolder, *, top_k: Sequence[int] = (1, 5), **options
+    model: nn.Module,
+    processor: Any,
+    data: LabelledFolder,
+    *,
+    metric: Metric | None = None,
+    top_k: Sequence[int] = (1, 5),
+    baseline: str | None = None,
+    per_template: bool = False,
+    **embedding,
 ) -> Result:
-    """The task of `zero_shot_accuracy`, on labelled images.
+    """Zero-shot classification of labelled images, measured in every respect.
 
     Args:
         data: what has `labels`, `templates` and `samples`, such as a [`LabelledFolder`].
+        metric: the headline, which is the metric of the data set. None: top-1 accuracy, or 11-point mAP where images
+            have several labels. "roc_auc" takes the second of two labels as the positive one.
         top_k: values of k of the accuracy that counts a label among the k best.
-        options: of `zero_shot_accuracy`.
+        baseline: one template by which the headline is measured, too, such as "a photo of a {}."
+        per_template: whether the headline is measured for each template by itself.
+        embedding: options of `hfclip.embeddings.embed`; `precision` is "fp32" if it is not given. Under a `cache_dir`
+            images and classifiers are stored, and found again.
 
     Returns:
-        Its fractions, and `unreadable_images` if there are any.
+        For one label per image `top<k>`, `mean_per_class_recall`, `ece` and `adaptive_ece` (15 bins, the model's own
+        probabilities) and `selective_accuracy` (area of accuracy by coverage), for several `map_11_point` and
+        `mean_average_precision`; `metric`, `baseline`, and `unreadable_images` if there are any. Tables of classes,
+        templates, calibration and coverage; the confusion matrix, and the chosen label of each image, as arrays.
+
+    Raises:
+        UsageError: a metric that the labels do not allow; a model without a text tower.
+        ValueError: see `zero_shot_accuracy`.
     """
-    metrics = zero_shot_accuracy(model, processor, data.samples, data.labels, data.templates, top_k=top_k, **options)
-    del metrics["num_samples"]
-    num_unreadable = metrics.pop("num_skipped")
-    metrics |= {"unreadable_images": num_unreadable} if num_unreadable else {}
-    return Result(metrics, headline=f"top{min(top_k)}", protocol={"templates": len(data.templates)})
+    model, labels, targets = unwrap_model(model), check_labels(data.labels), getattr(data.samples, "targets", None)
+    _check_top_k(top_k)
+    metric = metric or ("map_11_point" if targets is not None else "top1")
+    _check_metric(metric, labels, targets)
+    prompts = embed_prompts(model, processor, distinct(labels), data.templates, **embedding)
+    alone = None if baseline is None else embed_prompts(model, processor, distinct(labels), [baseline], **embedding)
+    images = embed_labelled(model, processor, data.samples, labels, **embedding)
+    result = measure(model, images, prompts, labels, metric, top_k, per_template)
+    if alone:
+        result.metrics["baseline"] = _measure(model, images, alone.of_template(0), labels, metric, top_k)[0][metric]
+    if unreadable := len(data.samples) - len(images.readable):
+        result.metrics["unreadable_images"] = unreadable
+    return result
 
 
-def _ranks_of_targets(classifier: ZeroShotClassifier, embeds: Tensor, labels: list[str], targets: Tensor) -> Tensor:
-    """`(num_images,)`: labels ahead of each image's target. The labels may repeat those of the classifier."""
-    columns = torch.tensor([classifier.labels.index(label) for label in labels], device=targets.device)
-    ranks = []
-    with evaluating(classifier.model) as model:
-        for some, targets_of_some in zip(embeds.split(ROWS), targets.split(ROWS), strict=True):
-            image_embeds = some.to(targets.device)
-            logits = model(image_embeds=image_embeds, text_embeds=classifier.label_embeds).logits_per_image
-            ranks.append(_rank_of_target(logits[:, columns], targets_of_some))
-    return torch.cat(ranks)
+def measure(
+    model: nn.Module,
+    images: Embedded,
+    prompts: Prompts,
+    labels: Sequence[str],
+    metric: str = "top1",
+    top_k: Sequence[int] = (1, 5),
+    per_template: bool = False,
+) -> Result:
+    """What `zero_shot` returns, of images and sentences that are embedded; `prompts` are of the distinct labels."""
+    found, predictions = _measure(model, images, prompts.ensemble(), labels, metric, top_k)
+    tables, plots, arrays = {}, [], {}
+    if predictions is not None:
+        found |= _confidence(predictions)
+        tables, arrays = _details(predictions, images, labels)
+        plots = PLOTS
+    if per_template:
+        alone = (
+            _measure(model, images, prompts.of_template(t), labels, metric, top_k) for t in range(len(prompts.rows))
+        )
+        tables["templates"] = [
+            {"template": template, metric: of_template[metric]}
+            for template, (of_template, _) in zip(prompts.templates, alone, strict=True)
+        ]
+    protocol = {"templates": len(prompts.templates), "classes": len(labels), "images": len(images.readable)}
+    return Result(found, metric, tables, plots, arrays, protocol, _notes(labels, images.targets))
 
 
-def _rank_of_target(logits: Tensor, targets: Tensor) -> Tensor:
-    """`(batch, num_labels)`, `(batch,)` -> `(batch,)`: labels ahead of the target, 0 if it is the best."""
-    if not logits.isfinite().all():
-        raise ValueError("the model gives logits that are not finite: check its weights, or evaluate in float32.")
-    of_target = logits.gather(1, targets[:, None])
-    earlier = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
-    return ((logits > of_target) | ((logits == of_target) & earlier)).sum(dim=1)
+def predict(model: nn.Module, images: Embedded, classes: Tensor, labels: Sequence[str]) -> Predictions:
+    """Classifies images, a block at a time.
+
+    Args:
+        classes: `(num_distinct_labels, dim)`.
+        labels: in the order of targets; they may repeat those of `classes`.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    device, number = device_of(model), {label: number for number, label in enumerate(distinct(labels))}
+    classes, columns = classes.to(device), torch.tensor([number[label] for label in labels], device=device)
+    found = []
+    with evaluating(model) as model:
+        for block, targets in zip(images.blocks(), torch.from_numpy(images.targets).split(ROWS), strict=True):
+            image_embeds = torch.from_numpy(block).float().to(device)
+            logits = model(image_embeds=image_embeds, text_embeds=classes).logits_per_image
+            if not logits.isfinite().all():
+                raise ValueError(
+                    "the model gives logits that are not finite: check its weights, or evaluate in float32."
+                )
+            confidence = (logits.softmax(dim=-1) if model.logit_bias is None else logits.sigmoid()).amax(dim=1)
+            logits = logits[:, columns]
+            ranks, best = metrics.rank_of_target(logits, targets.to(device)), metrics.best_label(logits)
+            found.append([part.cpu().numpy() for part in (ranks, best, confidence)])
+    return Predictions(*map(np.concatenate, zip(*found, strict=True)))
 
 
-class _Labelled(Source):
-    """Pairs of image and target as samples, without captions."""
+def _scores(images: Embedded, classes: Tensor) -> np.ndarray:
+    """`(num_readable, len(classes))` similarities, which rank the images of each class as its logits do."""
+    return np.concatenate([block.astype(np.float32) @ classes.numpy().T for block in images.blocks()])
 
-    def __init__(self, dataset: LabelledImages, num_labels: int):
-        super().__init__()
-        self.dataset, self.num_labels, self.length = dataset, num_labels, len(dataset)
 
-    def __getitem__(self, index: int) -> Sample:
-        try:
-            if isinstance(self.dataset, LazyImages):  # with the class of an image that cannot be decoded
-                image, _, _, target = self.dataset.source[index]
-            else:
-                image, target = self.dataset[index]
-        except UndecodableImage as error:
-            raise BadSample("unreadable image") from error
-        if not 0 <= target < self.num_labels:
-            raise ValueError(f"found target {target}: expected 0 to {self.num_labels - 1}, an index of `labels`.")
-        return Sample(image if isinstance(image, bytes) else open_image(image), [], str(index), int(target))
+# -------------------------------------------------------------------------------------------------------------- measures
 
-    def captions(self, index: int) -> list[str]:
-        return []
+
+def _measure(
+    model: nn.Module, images: Embedded, classes: Tensor, labels: Sequence[str], metric: str, top_k: Sequence[int]
+) -> tuple[dict[str, float], Predictions | None]:
+    """What one classifier gets right; without predictions where images have several labels."""
+    if images.targets.ndim == 2:
+        return _mean_average_precisions(images, classes, labels), None
+    predictions = predict(model, images, classes, labels)
+    found = _accuracies(predictions, images.targets, len(labels), sorted({1, *top_k}))
+    if metric == "mean_top1_top5":
+        found[metric] = metrics.mean_of_top1_and_top5(predictions.ranks)
+    if metric == "roc_auc":
+        found[metric] = metrics.roc_auc(_scores(images, classes[1:] - classes[:1])[:, 0], images.targets)
+    return found, predictions
+
+
+def _accuracies(predictions: Predictions, targets: np.ndarray, num_labels: int, top_k: Sequence[int]) -> dict:
+    return {
+        **{f"top{k}": metrics.top_k_accuracy(predictions.ranks, k) for k in top_k},
+        "mean_per_class_recall": metrics.mean_per_class(predictions.best, targets, num_labels),
+    }
+
+
+def _confidence(predictions: Predictions) -> dict[str, float]:
+    confidence, correct = predictions.confidence, predictions.ranks == 0
+    return {
+        "ece": metrics.calibration_error(confidence, correct),
+        "adaptive_ece": metrics.calibration_error(confidence, correct, adaptive=True),
+        "selective_accuracy": metrics.selective_accuracy(confidence, correct),
+    }
+
+
+def _mean_average_precisions(images: Embedded, classes: Tensor, labels: Sequence[str]) -> dict[str, float]:
+    """Means over the classes of which there are images, in the order of columns of the targets."""
+    eleven_points, whole_area = [], []
+    for start in range(0, len(labels), COLUMNS):
+        scores, targets = _scores(images, classes[start : start + COLUMNS]), images.targets[:, start : start + COLUMNS]
+        for of_class, is_there in zip(scores.T, targets.T, strict=True):
+            if (is_there > 0).any():
+                eleven_points.append(metrics.average_precision_11_points(of_class, is_there))
+                whole_area.append(metrics.average_precision(of_class, is_there))
+    return {"map_11_point": float(np.mean(eleven_points)), "mean_average_precision": float(np.mean(whole_area))}
+
+
+def _details(predictions: Predictions, images: Embedded, labels: Sequence[str]) -> tuple[dict, dict]:
+    """Tables of classes, calibration and coverage; confusion matrix and chosen labels, -1 where an image is unreadable."""
+    confidence, correct, num_labels = predictions.confidence, predictions.ranks == 0, len(labels)
+    confusion = metrics.confusion_matrix(predictions.best, images.targets, num_labels)
+    accuracy, counts = metrics.per_class_accuracy(predictions.best, images.targets, num_labels), confusion.sum(axis=1)
+    mistakes = confusion.copy()
+    np.fill_diagonal(mistakes, 0)
+    tables = {
+        "classes": [
+            {
+                "class": label,
+                "images": int(counts[number]),
+                "accuracy": float(accuracy[number]) if counts[number] else None,
+                "mistaken_for": labels[mistakes[number].argmax()] if mistakes[number].any() else None,
+            }
+            for number, label in enumerate(labels)
+        ],
+        "calibration": [
+            {"confidence": mean, "accuracy": right, "images": int(count)}
+            for count, mean, right in metrics.calibration_bins(confidence, correct).tolist()
+        ],
+        "coverage": [
+            {"coverage": coverage, "accuracy": metrics.selective_accuracy(confidence, correct, coverage)}
+            for coverage in COVERAGES
+        ],
+    }
+    chosen = np.full(len(images.embeds), -1, np.int32)
+    chosen[images.readable] = predictions.best
+    return tables, {"confusion_matrix": confusion, "predictions": chosen}
+
+
+def _notes(labels: Sequence[str], targets: np.ndarray) -> list[str]:
+    notes, repeated = [], [label for label, times in Counter(labels).items() if times > 1]
+    if repeated:
+        notes.append(
+            f"{len(repeated)} class names repeat ({', '.join(repeated[:3])}): images of the later class of a name are "
+            "wrong at k = 1, whatever the model sees."
+        )
+    occurring = np.unique(targets) if targets.ndim == 1 else np.flatnonzero((targets > 0).any(axis=0))
+    if len(occurring) < len(labels):
+        notes.append(
+            f"{len(labels) - len(occurring)} of {len(labels)} classes have no image: means over classes leave them out."
+        )
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_top_k(top_k: Sequence[int]) -> None:
+    if not top_k or min(top_k) < 1:
+        raise ValueError(f"top_k is {tuple(top_k)}: expected values of k of at least 1.")
+
+
+def _check_metric(metric: str, labels: Sequence[str], targets: np.ndarray | None) -> None:
+    """Refuses a metric that the data do not allow, before anything is embedded."""
+    if (metric == "map_11_point") != (targets is not None):
+        found = "one label per image" if targets is None else "several labels per image"
+        raise UsageError(f"metric: found {metric!r} for data with {found}, expected another one, or none given.")
+    if metric == "roc_auc" and len(labels) != 2:
+        raise UsageError(f"metric: found 'roc_auc' for {len(labels)} classes, expected data of two.")

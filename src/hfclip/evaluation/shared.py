@@ -1,0 +1,187 @@
+"""What tasks share: embeddings of images alone, and of the sentences that name classes.
+
+Neither knows labels or captions, so that under one `cache_dir` tasks that ask different things of the same images embed
+them once, and classifiers of the same names and templates are there already.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.samples import BadSample, Sample, Source, say
+from ..embeddings import TextList, embed
+from ..errors import UsageError
+from ..open_image_hfclip import open_image
+from ..zero_shot import Template, check_labels, check_templates, check_tokenizer, fill_template
+from .data import LazyImages, UndecodableImage
+
+
+ROWS = 1024  # images compared with others at a time
+
+
+class LabelledImages(Protocol):
+    """Anything with a length that gives `(image, target)` for an index; `target` is the index of a label."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+
+
+class Images(Source):
+    """The images of a source without their labels and captions."""
+
+    def __init__(self, source: Source):
+        super().__init__()
+        self.source, self.length = source, len(source)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.source[index].image, [], str(index))
+
+    def captions(self, index: int) -> list[str]:
+        return []
+
+
+def distinct(words: Iterable[str]) -> list[str]:
+    """Words without repetitions, in their order."""
+    return list(dict.fromkeys(words))
+
+
+class Embedded(NamedTuple):
+    """Labelled images, embedded."""
+
+    embeds: np.ndarray
+    """(num_samples, dim), as `hfclip.embeddings.embed` gives them."""
+    readable: np.ndarray
+    """The indices of those that could be read."""
+    targets: np.ndarray
+    """(num_readable,) labels; or (num_readable, num_labels), see `metrics.precision_and_recall`."""
+
+    def blocks(self, size: int = ROWS) -> Iterator[np.ndarray]:
+        """(at most `size`, dim) embeddings of those that could be read."""
+        return (self.embeds[self.readable[start : start + size]] for start in range(0, len(self.readable), size))
+
+
+class Prompts(NamedTuple):
+    """Embeddings of all sentences that templates make of labels: `embeds[rows[t, l]]` is of template t and label l."""
+
+    embeds: np.ndarray
+    rows: np.ndarray
+    labels: list[str]
+    templates: list[str]
+
+    def of_template(self, number: int) -> Tensor:
+        """`(num_labels, dim)` unit embeddings of one template."""
+        return torch.from_numpy(self.embeds[self.rows[number]]).float()
+
+    def ensemble(self) -> Tensor:
+        """`(num_labels, dim)` means over the templates, again of unit length (paper 3.1.4).
+
+        Raises:
+            ValueError: an embedding is not finite.
+        """
+        total = sum(self.of_template(number).double() for number in range(len(self.rows)))
+        if not total.isfinite().all():
+            broken = self.labels[(~total.isfinite()).any(dim=1).nonzero()[0].item()]
+            raise ValueError(f"the text embedding of label {broken!r} is not finite: the model's weights are damaged.")
+        return F.normalize(total, dim=-1).float()
+
+
+def embed_prompts(
+    model: nn.Module, processor: Any, labels: Iterable[str], templates: Iterable[Template], **embedding
+) -> Prompts:
+    """Embeds each sentence that the templates make of the labels once; processes share the work.
+
+    Args:
+        embedding: options of `hfclip.embeddings.embed`. With a `cache_dir` nothing is embedded that is there already,
+            by the fingerprint of the weights, the sentences and the tokenizer.
+
+    Raises:
+        UsageError: a model without a text tower.
+        ValueError, TypeError: see [`ZeroShotClassifier`].
+    """
+    check_text_tower(model)
+    check_tokenizer(model, processor)
+    labels, templates = check_labels(labels), check_templates(templates)
+    prompts = [[fill_template(template, label) for label in labels] for template in templates]
+    texts = distinct(prompt for row in prompts for prompt in row)
+    # By their length: a batch holds texts of one width, and is filled up.
+    lengths = [len(ids) for ids in processor(text=texts, padding=False, truncation=True)["input_ids"]]
+    texts = [texts[number] for number in np.argsort(lengths, kind="stable")]
+    options = {"precision": "fp32", **embedding, "num_workers": 0}
+    found = embed(model, processor, TextList(texts), what=("texts",), **options)
+    row_of = {text: row for row, text in enumerate(texts)}
+    rows = np.array([[row_of[prompt] for prompt in row] for row in prompts])
+    return Prompts(found.text_embeds, rows, labels, [fill_template(template, "{}") for template in templates])
+
+
+def embed_labelled(
+    model: nn.Module,
+    processor: Any,
+    dataset: LabelledImages,
+    labels: Sequence[str],
+    **embedding,
+) -> Embedded:
+    """Embeds labelled images, whatever their labels are: see `shared`.
+
+    Args:
+        dataset: pairs of image and target; or, where it has `targets` as `LazyImages` may have them, several labels.
+        embedding: options of `hfclip.embeddings.embed`.
+
+    Raises:
+        ValueError: see `zero_shot_accuracy`.
+    """
+    if len(dataset) == 0:
+        raise ValueError("the data set is empty: expected at least one (image, target).")
+    targets = getattr(dataset, "targets", None)
+    if isinstance(dataset, LazyImages):
+        source = Images(dataset.source)
+        if targets is None:
+            targets = np.array([_checked(dataset.source.label(i), len(labels)) for i in range(len(dataset))])
+    else:
+        source = _Pairs(dataset, len(labels))
+    found = embed(model, processor, source, what=("images",), **{"precision": "fp32", **embedding})
+    targets = found.label_ids if targets is None else targets
+    is_readable = found.image_embeds.any(axis=1)
+    if not is_readable.any():
+        raise ValueError(f"none of the {len(dataset)} images can be decoded: expected at least one.")
+    if targets.ndim == 1 and (lost := sorted(set(targets[~is_readable]) - {-1, *targets[is_readable]})):
+        say(f"Not measured, since none of their images can be read: {', '.join(labels[target] for target in lost)}.")
+    return Embedded(found.image_embeds, np.flatnonzero(is_readable), targets[is_readable])
+
+
+def check_text_tower(model: nn.Module) -> None:
+    """Refuses a model that embeds no text."""
+    if not hasattr(model, "get_text_features"):
+        raise UsageError(
+            f"found a {type(model).__name__}, which has no text tower; expected a model of images and texts, such as "
+            "HFCLIPModel, to compare images with words. Without text there is the linear probe."
+        )
+
+
+def _checked(target: int | None, num_labels: int) -> int:
+    if target is None or not 0 <= target < num_labels:
+        raise ValueError(f"found target {target}: expected 0 to {num_labels - 1}, an index of `labels`.")
+    return int(target)
+
+
+class _Pairs(Source):
+    """Pairs of image and target as samples, without captions."""
+
+    def __init__(self, dataset: LabelledImages, num_labels: int):
+        super().__init__()
+        self.dataset, self.num_labels, self.length = dataset, num_labels, len(dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            image, target = self.dataset[index]
+        except UndecodableImage as error:
+            raise BadSample("unreadable image") from error
+        image = image if isinstance(image, bytes) else open_image(image)
+        return Sample(image, [], str(index), _checked(target, self.num_labels))
+
+    def captions(self, index: int) -> list[str]:
+        return []
