@@ -106,8 +106,8 @@ def test_result_tells_all_that_it_depends_on(hfclip, place, tmp_path):
     path = out / "small" / "pets" / "zero-shot-limit=40-top_k=1_2.json"
     record = json.loads(path.read_text())
     result = record["result"]
-    assert result["options"] == {"top_k": [1, 2]} and result["data"][0]["limit"] == 40
-    assert set(result["metrics"]) == {"top1", "top2", "mean_per_class_recall"} and result["headline"] == "top1"
+    assert result["options"]["top_k"] == [1, 2] and result["data"][0]["limit"] == 40
+    assert {"top1", "top2", "mean_per_class_recall"} <= set(result["metrics"]) and result["headline"] == "top1"
     assert result["versions"]["torch"] == torch.__version__ and len(result["model"]["fingerprint"]) == 64
     assert record["run"]["processes"] == 1 and record["run"]["seconds"] > 0
     before = path.stat().st_mtime_ns

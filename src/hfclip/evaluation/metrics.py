@@ -169,6 +169,6 @@ def average_precision_11_points(scores: ArrayLike, targets: ArrayLike) -> float:
 # ------------------------------------------------------------------------------------------------------------ retrieval
 
 
-def median_rank(ranks: ArrayLike) -> float:
-    """Median place of the match, from 1, for ranks from 0."""
-    return float(np.median(np.asarray(ranks))) + 1
+def median_rank(ranks: ArrayLike) -> int:
+    """Median place of the match, from 1, for ranks from 0; rounded down between two, as VSE++ and its followers do."""
+    return int(np.median(np.asarray(ranks))) + 1

@@ -35,7 +35,7 @@ def retrieval(
         embedding: options of `hfclip.embeddings.embed`; `precision` is "fp32" if it is not given.
 
     Returns:
-        What `retrieval_recall` measures, `text_retrieval_median_rank` and `image_retrieval_median_rank` (from 1), and
+        What `retrieval_recall` measures, `mean_recall@k` of both ways, `text_retrieval_median_rank` and `image_retrieval_median_rank` (from 1), and
         `unreadable_images` that have captions if there are any.
 
     Raises:
@@ -57,6 +57,10 @@ def retrieval(
     arrays = images[kept], captions.text_embeds[of_kept], (kept.cumsum() - 1)[owner[of_kept]]
     ranks = retrieval_ranks(*(torch.from_numpy(array).to(device_of(model)) for array in arrays))
     metrics = _recalls(*ranks, ks)
+    for k in ks:
+        metrics[f"mean_recall@{k}"] = (
+            metrics[f"text_retrieval_recall@{k}"] + metrics[f"image_retrieval_recall@{k}"]
+        ) / 2
     for name, of_query in zip(("text", "image"), ranks, strict=True):
         metrics[f"{name}_retrieval_median_rank"] = median_rank(of_query.cpu())
     num_unreadable = int((unreadable & (num_captions > 0)).sum())
