@@ -190,7 +190,9 @@ def _empty_captions(shard: Path, samples: np.ndarray) -> list[int]:
     """Samples whose .txt member is short and has no caption; what else is wrong with it is told when it is read."""
     sizes, empty = samples["caption_size"], []
     with open(shard, "rb", buffering=0) as file:
-        for number in np.flatnonzero((samples["kind"] == PLACED.index("text")) & (sizes >= 0) & (sizes <= SHORT)).tolist():
+        for number in np.flatnonzero(
+            (samples["kind"] == PLACED.index("text")) & (sizes >= 0) & (sizes <= SHORT)
+        ).tolist():
             file.seek(int(samples["caption_offset"][number]))
             with suppress(BadSample):
                 if is_empty(text_captions(file.read(int(sizes[number])))):
