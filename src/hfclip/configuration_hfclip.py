@@ -17,16 +17,17 @@ from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .limits_hfclip import MAX_NUMBER, MAX_PARAMETERS, limited, refuse_absurd
+from .limits_hfclip import limited, refuse_absurd
 from .presets_hfclip import fields_of_preset
 from .projection_hfclip import ProjectionType, require_projection
+from .requirements_hfclip import Requirements
 from .translation_hfclip import TRANSFORMERS_MODEL_TYPES, build_foreign_config, translate_transformers_config
 
 
 Pooling = Literal["pooler", "cls", "mean", "last"]
 
 
-class HFCLIPBaseConfig(PreTrainedConfig):
+class HFCLIPBaseConfig(Requirements, PreTrainedConfig):
     """What all hfclip configs share: reading transformers' CLIP configs, and refusing misspelt fields."""
 
     _auto_class = "AutoConfig"  # saved folders carry this code, so that they load where hfclip is not installed
@@ -55,75 +56,6 @@ class HFCLIPBaseConfig(PreTrainedConfig):
         """Names of fields that only sub-configs have."""
         return set()
 
-    def _require(self, holds: bool, found: str, expected: str, remedy: str) -> None:
-        if not holds:
-            raise ValueError(f"{type(self).__name__}: found {found}, expected {expected}. {remedy}")
-
-    def _require_finite(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            self._require(
-                value is None or abs(value) <= 1e6,
-                f"{name}={value}",
-                "a finite number, at most a million",
-                f"Leave {name} out.",
-            )
-
-    def _require_initializer_factor(self) -> None:
-        factor = self.initializer_factor
-        remedy = "It scales standard deviations of weights that are drawn anew: set it to 1.0."
-        self._require(0 <= factor <= 1e6, f"initializer_factor={factor}", "a number from 0", remedy)
-
-    def _require_parameters(self, num_parameters: int) -> None:
-        self._require(
-            num_parameters <= MAX_PARAMETERS,
-            f"sizes that make {num_parameters:.1e} parameters",
-            f"at most {MAX_PARAMETERS:.0e}",
-            "Correct hidden_size, intermediate_size, num_hidden_layers or vocab_size.",
-        )
-
-    def _require_eps(self) -> None:
-        self._require(
-            0 < self.layer_norm_eps <= 1,
-            f"layer_norm_eps={self.layer_norm_eps}",
-            "a positive number, at most 1",
-            "CLIP has 1e-5.",
-        )
-
-    def _require_transformer(self, num_embeddings: int) -> None:
-        self._require_eps()
-        self._require_initializer_factor()
-        in_blocks = self.num_hidden_layers * 2 * (2 * self.hidden_size + self.intermediate_size)
-        self._require_parameters((in_blocks + num_embeddings) * self.hidden_size)
-        self._require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size={self.hidden_size} and num_attention_heads={self.num_attention_heads}",
-            "a hidden size that the number of heads divides",
-            "Published models use 64 units a head.",
-        )
-        self._require(
-            0.0 <= self.attention_dropout < 1.0,
-            f"attention_dropout={self.attention_dropout}",
-            "a probability in [0, 1)",
-            "CLIP is trained with 0.",
-        )
-
-    def _require_ids(self) -> None:
-        pad = self.pad_token_id
-        highest = self.vocab_size - 1 if self.reads_padding else MAX_NUMBER
-        self._require(
-            pad is None or 0 <= pad <= highest,
-            f"pad_token_id={pad} with vocab_size={self.vocab_size}",
-            "an id of the vocabulary",
-            "Give the id of the tokenizer's padding token.",
-        )
-        self._require(
-            0 <= self.eos_token_id < self.vocab_size,
-            f"eos_token_id={self.eos_token_id} with vocab_size={self.vocab_size}",
-            f"an id from 0 to {self.vocab_size - 1}",
-            "Give the id of the tokenizer's end-of-text token: the embedding is read at its first position.",
-        )
-
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         try:
@@ -150,8 +82,9 @@ class HFCLIPTextConfig(HFCLIPBaseConfig):
     """Causal text transformer, pooled at the first end-of-text token (paper section 2.4).
 
     Fields carry the names of transformers' `CLIPTextConfig`; `projection_dim` is the size of the joint space. Some of
-    OpenCLIP's towers are not causal (CLIPA), or pool the first or last position in place of the end-of-text token.
-    Such a tower reads its padding, so it fills texts up to `max_position_embeddings` with `pad_token_id`.
+    OpenCLIP's towers are not causal (CLIPA), or pool the first or last position in place of the end-of-text token, or
+    `class`, a learned token after the text (CoCa). Such a tower reads its padding, so it fills texts up to
+    `max_position_embeddings` with `pad_token_id`. `layer_scale_init_value`: blocks scale what they add (LayerScale).
     """
 
     model_type = "hfclip_text"
@@ -174,7 +107,8 @@ class HFCLIPTextConfig(HFCLIPBaseConfig):
     bos_token_id: int | None = 49406
     eos_token_id: int = 49407
     causal: bool = True
-    pooling: Literal["eos", "first", "last"] = "eos"
+    pooling: Literal["eos", "first", "last", "class"] = "eos"
+    layer_scale_init_value: float | int | None = None
     projection_type: ProjectionType = "linear"
 
     @property
@@ -195,6 +129,12 @@ class HFCLIPTextConfig(HFCLIPBaseConfig):
             "pooling='first' in a causal tower, whose first position sees nothing of the text",
             "pooling='eos' or 'last', or causal=False",
             "OpenAI's models are causal and pool at 'eos'.",
+        )
+        self._require(
+            self.pooling != "class" or self.causal and self.pad_token_id is not None,
+            f"pooling='class' with causal={self.causal} and pad_token_id={self.pad_token_id}",
+            "a causal tower that knows its padding",
+            "CoCa's has the id 0.",
         )
 
 
@@ -234,7 +174,8 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
 
     Some of OpenCLIP's towers (CLIPA) have no LayerNorm before the blocks, `pre_layer_norm: false`, or another pooling:
     `cls` is the class token after the last LayerNorm, `mean` the mean of the patches after it, `norm_of_mean` the
-    LayerNorm of the mean of the patches.
+    LayerNorm of the mean of the patches, `attention` that of what a learned query of `projection_dim` dimensions and
+    `pooling_heads` heads sees (CoCa). `layer_scale_init_value`: blocks scale what they add (LayerScale).
     """
 
     model_type = "hfclip_vit"
@@ -255,7 +196,9 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
     attention_dropout: int | float = 0.0
     patch_dropout: int | float = 0.0
     pre_layer_norm: bool = True
-    pooling: Literal["cls", "mean", "norm_of_mean"] = "cls"
+    pooling: Literal["cls", "mean", "norm_of_mean", "attention"] = "cls"
+    pooling_heads: int = 8
+    layer_scale_init_value: float | int | None = None
     projection_type: ProjectionType = "linear"
     initializer_factor: int | float = 1.0
 
@@ -263,6 +206,11 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
     def stride(self) -> int:
         """Pixels that the side of an image has to be a multiple of."""
         return self.patch_size
+
+    @property
+    def projection_size(self) -> int | None:
+        """Size of the pooled output, where it is not `hidden_size`."""
+        return self.projection_dim if self.pooling == "attention" else None
 
     def validate_architecture(self):
         num_patches, size_of_patch = (self.image_size // self.patch_size) ** 2, self.num_channels * self.patch_size**2
@@ -278,6 +226,12 @@ class HFCLIPVisionConfig(HFCLIPBaseConfig):
             f"patch_dropout={self.patch_dropout}",
             "a share in [0, 1)",
             "FLIP trains with 0.5 or 0.75; 0 keeps all patches.",
+        )
+        self._require(
+            self.pooling != "attention" or self.pooling_heads > 0 and self.projection_dim % self.pooling_heads == 0,
+            f"projection_dim={self.projection_dim} and pooling_heads={self.pooling_heads}",
+            "a joint space whose dimensions the heads divide",
+            "CoCa has 8 heads.",
         )
 
 

@@ -6,7 +6,7 @@ from transformers import initialization as init
 
 
 def with_init_std(module: nn.Module, std: float) -> nn.Module:
-    """Tells a leaf module the standard deviation that its weight is drawn with; see `initialize_leaf`."""
+    """Tells a module the standard deviation that its own weights are drawn with; see `initialize_leaf`."""
     module.init_std = std
     return module
 
@@ -18,9 +18,10 @@ def initialize_leaf(module: nn.Module, factor: float) -> None:
     initialisation written at their parent would silently not happen.
     """
     if hasattr(module, "init_std"):
-        # Quantised layers keep their weight elsewhere.
-        if getattr(module, "weight", None) is not None:
-            init.normal_(module.weight, std=module.init_std * factor)
+        for name in ("weight", "class_embedding", "query"):
+            # Quantised layers keep their weight elsewhere.
+            if getattr(module, name, None) is not None:
+                init.normal_(getattr(module, name), std=module.init_std * factor)
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
     elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):

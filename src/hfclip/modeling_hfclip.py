@@ -75,12 +75,17 @@ class HFCLIPVisionModelOutput(ModelOutput):
 
 
 def build_tower(config) -> PreTrainedModel:
-    """Our tower for our config types, AutoModel's for all others, and SigLIP's text towers, which AutoModel omits."""
+    """Our tower for our config types, AutoModel's for all others, and SigLIP's text towers, which AutoModel omits.
+
+    Of an encoder-decoder (mT5, NLLB) the encoder.
+    """
     if config.model_type in TOWERS:
         return TOWERS[config.model_type]._from_config(config)
     if config.model_type in SIGLIP_TEXT_TOWERS:
         return getattr(transformers, SIGLIP_TEXT_TOWERS[config.model_type])._from_config(config)
     tower = AutoModel.from_config(config)
+    if config.is_encoder_decoder:
+        tower = tower.get_encoder()
     # Parameters that an encoder never uses would have no gradient, an error under data parallelism.
     for name, parameter in tower.named_parameters():
         if name.endswith("mask_token"):
@@ -471,7 +476,7 @@ class HFCLIPVisionModelWithProjection(HFCLIPPreTrainedModel):
     def __init__(self, config: HFCLIPVisionConfig):
         super().__init__(config)
         self.vision_model = HFCLIPVisionModel._from_config(config)
-        self.visual_projection = projection(config.hidden_size, config.projection_dim, config.projection_type)
+        self.visual_projection = projection(tower_width(config), config.projection_dim, config.projection_type)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -37,16 +37,24 @@ TOKENS_WORTH_A_WAIT = 4096  # padded tokens of a batch on a GPU, from which on i
 
 
 class HFCLIPTextEmbeddings(nn.Module):
-    """Tokens and learned positions."""
+    """Tokens and learned positions, and after them a class token where the tower pools one."""
 
     def __init__(self, config: HFCLIPTextConfig):
         super().__init__()
+        has_class = config.pooling == "class"
         self.token_embedding = with_init_std(nn.Embedding(config.vocab_size, config.hidden_size), 0.02)
-        positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        positions = nn.Embedding(config.max_position_embeddings + has_class, config.hidden_size)
         self.position_embedding = with_init_std(positions, 0.01)
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size)) if has_class else None
+        self.init_std = 0.01
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        return embed_tokens(self.token_embedding, input_ids) + self.position_embedding(position_ids)
+        embeddings = embed_tokens(self.token_embedding, input_ids) + self.position_embedding(position_ids)
+        if self.class_embedding is None:
+            return embeddings
+        last = position_ids.new_tensor([self.position_embedding.num_embeddings - 1])
+        class_token = (self.class_embedding + self.position_embedding(last)).expand(input_ids.shape[0], 1, -1)
+        return torch.cat([embeddings, class_token], dim=1)
 
 
 def check_texts(
@@ -266,13 +274,25 @@ class HFCLIPTextModel(HFCLIPPreTrainedModel):
             input_ids, _ = without_left_padding(input_ids, attention_mask)
         # (batch, length) -> (batch, context)
         input_ids = F.pad(input_ids, (0, context - input_ids.shape[1]), value=self.config.pad_token_id or 0)
-        hidden_states = self._encode(input_ids, None, position_ids, causal=self.config.causal, **kwargs)
+        seen = self._seen_by_class_token(input_ids) if self.config.pooling == "class" else None
+        hidden_states = self._encode(input_ids, seen, position_ids, causal=self.config.causal, **kwargs)
         if self.config.pooling == "eos":
             rows = torch.arange(input_ids.shape[0], device=input_ids.device)
             pooled = hidden_states[rows, pooled_positions(input_ids, None, self.config.eos_token_id)]
         else:
             pooled = hidden_states[:, 0 if self.config.pooling == "first" else -1]
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def _seen_by_class_token(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(batch, context) ids -> (batch, context + 1) mask of the positions that may be seen.
+
+        Padding may not, but for its first token: OpenCLIP's mask lies one position late, and its weights are trained so.
+        """
+        if "flash" in (self.config._attn_implementation or ""):
+            raise ValueError(
+                "found attn_implementation='flash_attention', expected 'sdpa' or 'eager' for pooling='class'."
+            )
+        return F.pad((input_ids != self.config.pad_token_id).long(), (1, 0), value=1)
 
 
 class HFCLIPBagOfWordsModel(HFCLIPPreTrainedModel):

@@ -111,6 +111,18 @@ class HFCLIPMLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
+class HFCLIPLayerScale(nn.Module):
+    """A gain for each channel of what a block adds (CaiT, arXiv 2103.17239)."""
+
+    def __init__(self, config: HFCLIPVisionConfig | HFCLIPTextConfig):
+        super().__init__()
+        self.initial_gain = config.layer_scale_init_value
+        self.gamma = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.gamma
+
+
 class HFCLIPEncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: HFCLIPVisionConfig | HFCLIPTextConfig):
         super().__init__()
@@ -118,6 +130,9 @@ class HFCLIPEncoderLayer(GradientCheckpointingLayer):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = HFCLIPMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        has_scale = config.layer_scale_init_value is not None
+        self.layer_scale1 = HFCLIPLayerScale(config) if has_scale else nn.Identity()
+        self.layer_scale2 = HFCLIPLayerScale(config) if has_scale else nn.Identity()
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
@@ -125,8 +140,8 @@ class HFCLIPEncoderLayer(GradientCheckpointingLayer):
         queries = kwargs.get("queries")
         residual = hidden_states if queries is None else hidden_states[:, queries]
         attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
-        hidden_states = residual + attended
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        hidden_states = residual + self.layer_scale1(attended)
+        return hidden_states + self.layer_scale2(self.mlp(self.layer_norm2(hidden_states)))
 
 
 class HFCLIPEncoder(nn.Module):
@@ -174,11 +189,10 @@ class HFCLIPPreTrainedModel(PreTrainedModel):
 
         transformers' CLIP swaps the standard deviations of the query/key/value and the output projections.
         """
-        factor = self.config.initializer_factor
-        if isinstance(module, HFCLIPVisionEmbeddings):
-            init.normal_(module.class_embedding, std=module.config.hidden_size**-0.5 * factor)
+        if isinstance(module, HFCLIPLayerScale):
+            init.constant_(module.gamma, module.initial_gain)
         else:
-            initialize_leaf(module, factor)
+            initialize_leaf(module, self.config.initializer_factor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,6 +208,7 @@ class HFCLIPVisionEmbeddings(nn.Module):
         self.config = config
         self.grid_size = config.image_size // config.patch_size
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.init_std = config.hidden_size**-0.5
         patches = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size, bias=False)
         positions = nn.Embedding(1 + self.grid_size**2, config.hidden_size)
         self.patch_embedding = with_init_std(patches, (config.num_channels * config.patch_size**2) ** -0.5)
@@ -233,6 +248,30 @@ class HFCLIPVisionEmbeddings(nn.Module):
         return embeddings.gather(1, kept[..., None].expand(-1, -1, hidden))
 
 
+class HFCLIPAttentionPool(nn.Module):
+    """Attention of one learned query to all positions, CoCa's of the contrastive loss (arXiv 2205.01917)."""
+
+    def __init__(self, config: HFCLIPVisionConfig):
+        super().__init__()
+        width, size, self.num_heads = config.hidden_size, config.projection_dim, config.pooling_heads
+        self.query = nn.Parameter(torch.empty(1, size))
+        self.init_std = size**-0.5
+        self.query_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.key_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.q_proj = with_init_std(nn.Linear(size, size), size**-0.5)
+        self.k_proj = with_init_std(nn.Linear(width, size), width**-0.5)
+        self.v_proj = with_init_std(nn.Linear(width, size), width**-0.5)
+        self.out_proj = with_init_std(nn.Linear(size, size), size**-0.5)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, hidden) -> (batch, projection_dim)"""
+        keys = self.key_norm(hidden_states)
+        query = self.q_proj(self.query_norm(self.query)).expand(hidden_states.shape[0], 1, -1)
+        # (batch, seq, size) -> (batch, heads, seq, size / heads)
+        parts = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, self.k_proj(keys), self.v_proj(keys)))  # fmt: skip
+        return self.out_proj(F.scaled_dot_product_attention(*parts).flatten(1))
+
+
 class HFCLIPVisionModel(HFCLIPPreTrainedModel):
     """ViT image tower. Its pooled output is the class token after the last LayerNorm, not yet projected."""
 
@@ -252,7 +291,8 @@ class HFCLIPVisionModel(HFCLIPPreTrainedModel):
         if config.pre_layer_norm:
             self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = HFCLIPEncoder(config)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_pool = HFCLIPAttentionPool(config) if config.pooling == "attention" else None
+        self.post_layernorm = nn.LayerNorm(config.projection_size or config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     @merge_with_config_defaults
@@ -288,9 +328,11 @@ class HFCLIPVisionModel(HFCLIPPreTrainedModel):
         )
 
     def pool(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(batch, 1 + patches, hidden) -> (batch, hidden), after the last LayerNorm, by the config's `pooling`."""
+        """(batch, 1 + patches, hidden) -> (batch, pooled), after the last LayerNorm, by the config's `pooling`."""
         if self.config.pooling == "cls":
             return self.post_layernorm(hidden_states[:, 0])
+        if self.config.pooling == "attention":
+            return self.post_layernorm(self.attention_pool(hidden_states))
         if self.config.pooling == "norm_of_mean":
             return self.post_layernorm(hidden_states[:, 1:].mean(dim=1))
         return self.post_layernorm(hidden_states[:, 1:]).mean(dim=1)
