@@ -133,6 +133,7 @@ def weight_names(checkpoint: Checkpoint, chosen: str | None) -> dict[str, str]:
         say(f"{left} tensors beside the weights (such as optimizer states) are left aside.")
     # CustomTextCLIP keeps the text tower below `text.`
     names = {new.removeprefix("text."): old for new, old in names.items()}
+    names = {new: old for new, old in names.items() if not new.startswith("text_decoder.")}
     return {new: old for new, old in names.items() if new not in CONSTANTS and not new.endswith(".position_ids")}
 
 

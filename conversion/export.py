@@ -222,6 +222,7 @@ def mlp_ratio(tower: Any) -> float:
 
 def _layer_settings(tower: Any) -> dict[str, Any]:
     settings = {} if tower.layer_norm_eps == 1e-5 else {"norm_kwargs": {"eps": tower.layer_norm_eps}}
+    settings |= {} if tower.layer_scale_init_value is None else {"ls_init_value": tower.layer_scale_init_value}
     return settings | ({"act_kwargs": {"approximate": "tanh"}} if tower.hidden_act == "gelu_pytorch_tanh" else {})
 
 
@@ -236,7 +237,7 @@ def transformers_config(config: HFCLIPConfig) -> CLIPConfig:
         if fields.get("eos_token_id") == 2:
             raise UsageError("text_config.eos_token_id is 2, for which transformers pools at the highest id instead.")
         ours_alone = {"causal", "pooling", "pre_layer_norm", "patch_dropout", "projection_type"}
-        ours_alone |= {"auto_map", "architectures"}
+        ours_alone |= {"pooling_heads", "layer_scale_init_value", "auto_map", "architectures"}
         towers[key] = {name: value for name, value in fields.items() if name not in ours_alone}
         towers[key]["model_type"] = types[fields["model_type"]]
     return CLIPConfig(

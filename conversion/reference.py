@@ -8,8 +8,8 @@ The mapping of tensors may be lazy over a file of gigabytes: every tensor is rea
 
 Three styles of names are understood: OpenAI's (`transformer.resblocks.0 ...`), the same with OpenCLIP's prefix `text.`,
 and transformers' (`text_model.encoder.layers.0 ...`). Covered are OpenAI's ModifiedResNet, ViT and text transformer, and
-OpenCLIP's variants of them: its activations, masks and poolings, LayerScale, no `ln_pre`, and projections that are
-missing, matrices or linear layers. All else is refused by name. `Recorder` and `unread` tell whether every tensor of a
+OpenCLIP's variants of them: its activations, masks and poolings, CoCa's among them, LayerScale, no `ln_pre`, and
+projections that are missing, matrices or linear layers. All else is refused by name. `Recorder` and `unread` tell whether every tensor of a
 checkpoint took part.
 """
 
@@ -30,8 +30,8 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
-TEXT_POOLINGS = ("argmax", "first", "last", "eos")
-VISION_POOLINGS = ("tok", "avg")
+TEXT_POOLINGS = ("argmax", "first", "last", "eos", "class")
+VISION_POOLINGS = ("tok", "avg", "query")
 BATCH_NORM_EPS = 1e-5
 
 # Scalars and masks that take no part in the features, and two kinds of counters.
@@ -74,10 +74,11 @@ BLOCK = (
     rf"transformer\.resblocks\.\d+\.((ln_[12]|attn\.(q|k|v|out)_proj|mlp\.c_(fc|proj)){LAYER}"
     r"|attn\.in_proj_(weight|bias)|ls_[12]\.gamma)"
 )
-TEXT_NAMES = (
-    rf"{BLOCK}|token_embedding\.weight|positional_embedding|ln_final{LAYER}|text_projection|text_projection{LAYER}"
+TEXT_NAMES = rf"{BLOCK}|token_embedding\.weight|positional_embedding|ln_final{LAYER}|text_projection|text_projection{LAYER}|cls_emb"
+VIT_NAMES = (
+    rf"{BLOCK}|class_embedding|positional_embedding|conv1\.weight|ln_(pre|post){LAYER}|proj|proj\.weight"
+    rf"|attn_pool\.(query|ln_[qk]{LAYER}|attn\.([qkv]_proj_weight|in_proj_(weight|bias)|out_proj{LAYER}))"
 )
-VIT_NAMES = rf"{BLOCK}|class_embedding|positional_embedding|conv1\.weight|ln_(pre|post){LAYER}|proj|proj\.weight"
 RESNET_NAMES = (
     rf"(layer[1-4]\.\d+\.)?(conv[123]\.weight|bn[123]{BATCH_NORM})"
     rf"|layer[1-4]\.\d+\.downsample\.(0\.weight|1{BATCH_NORM})"
@@ -101,12 +102,16 @@ class Settings:
     causal: bool = True
     """Whether a text token sees only itself and what precedes it (OpenCLIP: not `no_causal_mask`)."""
     text_pooling: str = "argmax"
-    """The token that stands for the text: `argmax` (first highest id), `first`, `last`, or `eos` (first
-    `eos_token_id`). transformers' CLIP is `eos`, except `argmax` for old configs, whose `eos_token_id` is 2."""
+    """The token that stands for the text: `argmax` (first highest id), `first`, `last`, `eos` (first
+    `eos_token_id`), or `class` (CoCa's, after the whole context). transformers' CLIP is `eos`, except `argmax` for old configs, whose `eos_token_id` is 2."""
     eos_token_id: int | None = None
     """Read by `eos` pooling only."""
+    pad_token_id: int = 0
+    """Read by `class` pooling only."""
     vision_pooling: str = "tok"
-    """`tok` (class token) or `avg` (mean over the patches, without the class token)."""
+    """`tok` (class token), `avg` (mean over the patches, without the class token), or `query` (CoCa's first query)."""
+    pooling_heads: int = 8
+    """Read by `query` pooling only."""
     norm_before_pooling: bool = True
     """Whether `ln_post` comes before pooling (OpenCLIP: not `final_ln_after_pool`). It matters to `avg` alone."""
     layer_norm_eps: float = 1e-5
@@ -187,8 +192,12 @@ def text_features(
     tower.refuse_unknown(TEXT_NAMES)
     # Before the transformer, since texts without an end are refused here.
     pooled_at = _pooled_positions(input_ids, settings)
-    x = _embed_tokens(tower, input_ids)
-    x = _transformer(tower, x, settings.text_heads, settings.causal, settings)
+    x, seen = _embed_tokens(tower, input_ids), None
+    if settings.text_pooling == "class":
+        x = torch.cat([x, (tower["cls_emb"] + tower["positional_embedding"][-1]).expand(len(x), 1, -1)], dim=1)
+        # OpenCLIP's mask of the padding lies one position late.
+        seen = torch.cat([torch.ones(len(x), 1, dtype=torch.bool), input_ids != settings.pad_token_id], dim=1)
+    x = _transformer(tower, x, settings.text_heads, settings.causal, settings, seen)
     # (batch, seq, width) -> (batch, width); a LayerNorm of single tokens may as well come after the choice
     x = x[torch.arange(len(x)), pooled_at]
     return _project(tower, "text_projection", _layer_norm(tower, "ln_final", x, settings))
@@ -301,17 +310,35 @@ def _vit(tower: _Tower, pixel_values: Tensor, settings: Settings) -> Tensor:
     x = _transformer(tower, x, settings.vision_heads, False, settings)
     norm = partial(_layer_norm, tower, "ln_post", settings=settings)
     # (batch, 1 + patches, width) -> (batch, width)
+    if settings.vision_pooling == "query":
+        return _project(tower, "proj", norm(_pool_by_queries(tower, x, settings))[:, 0])
     pool = (lambda x: x[:, 0]) if settings.vision_pooling == "tok" else (lambda x: x[:, 1:].mean(dim=1))
     pooled = pool(norm(x)) if settings.norm_before_pooling else norm(pool(x))
     return _project(tower, "proj", pooled)
 
 
-def _transformer(tower: _Tower, x: Tensor, num_heads: int | None, causal: bool, settings: Settings) -> Tensor:
+def _pool_by_queries(tower: _Tower, x: Tensor, settings: Settings) -> Tensor:
+    """(batch, seq, width) -> (batch, queries, dim)"""
+    query = _layer_norm(tower, "attn_pool.ln_q", tower["attn_pool.query"], settings).expand(len(x), -1, -1)
+    keys = _layer_norm(tower, "attn_pool.ln_k", x, settings)
+    if "attn_pool.attn.in_proj_weight" in tower:
+        matrices = tower["attn_pool.attn.in_proj_weight"].chunk(3)
+    else:
+        matrices = [tower[f"attn_pool.attn.{part}_proj_weight"] for part in "qkv"]
+    biases = tower["attn_pool.attn.in_proj_bias"].chunk(3)
+    qkv = map(F.linear, (query, keys, keys), matrices, biases)
+    return _linear(tower, "attn_pool.attn.out_proj", _attend(*qkv, settings.pooling_heads))
+
+
+def _transformer(
+    tower: _Tower, x: Tensor, num_heads: int | None, causal: bool, settings: Settings, seen: Tensor | None = None
+) -> Tensor:
+    """`seen`: (batch, seq), the positions that others may see."""
     num_heads = _num_heads(num_heads, x.shape[-1])
     for number in range(tower.count_blocks(r"transformer\.resblocks")):
         block = f"transformer.resblocks.{number}"
         qkv = _query_key_value(tower, f"{block}.attn", _layer_norm(tower, f"{block}.ln_1", x, settings))
-        y = _linear(tower, f"{block}.attn.out_proj", _attend(*qkv, num_heads, causal))
+        y = _linear(tower, f"{block}.attn.out_proj", _attend(*qkv, num_heads, causal, seen))
         x = x + _layer_scale(tower, f"{block}.ls_1", y)
         y = _linear(tower, f"{block}.mlp.c_fc", _layer_norm(tower, f"{block}.ln_2", x, settings))
         y = _linear(tower, f"{block}.mlp.c_proj", ACTIVATIONS[settings.activation](y))
@@ -335,13 +362,17 @@ def _query_key_value(tower: _Tower, attn: str, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(_linear(tower, f"{attn}.{part}_proj", x) for part in "qkv")
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, causal: bool = False) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, causal: bool = False, seen: Tensor | None = None
+) -> Tensor:
     # (batch, seq, width) -> (batch, heads, seq, head width)
     query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
         scores = scores.masked_fill(future, -torch.inf)
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     # (batch, heads, seq, head width) -> (batch, seq, width)
     return (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import cpu_offload
 from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig
@@ -84,23 +85,34 @@ def timm_features(name: str, pool: str, weights: Tensors, pixel_values: Tensor) 
 
     trunk = {key.removeprefix("visual.trunk."): key for key in weights if key.startswith("visual.trunk.")}
     projection = timm_projection(weights)
-    if projection == "visual.head.proj":
-        model = timm.create_model(name)
+    options = {"inference_mode": True} if any(".reparam_conv." in key for key in trunk) else {}
+    has_head = projection is not None and projection.startswith("visual.head.")
+    if has_head:
+        model = timm.create_model(name, **options)
         model.reset_classifier(0, **({"global_pool": pool} if pool else {}))
     else:
         classes = len(weights[f"{projection}.weight"]) if projection else 0
-        model = timm.create_model(name, num_classes=classes, global_pool=pool)
+        model = timm.create_model(name, num_classes=classes, global_pool=pool, **options)
     model.load_state_dict({key: weights[theirs] for key, theirs in trunk.items()})
     embeds = model.double().eval()(pixel_values.double())
-    if projection == "visual.head.proj":
-        bias = weights[f"{projection}.bias"].double() if f"{projection}.bias" in weights else 0
-        embeds = embeds @ weights[f"{projection}.weight"].double().t() + bias
-    return embeds
+    if projection == "visual.head.mlp.fc1":
+        embeds = F.gelu(linear(weights, projection, embeds))
+        projection = "visual.head.mlp.fc2"
+    return linear(weights, projection, embeds) if has_head else embeds
+
+
+def linear(weights: Tensors, layer: str, x: Tensor) -> Tensor:
+    bias = weights[f"{layer}.bias"].double() if f"{layer}.bias" in weights else None
+    return F.linear(x, weights[f"{layer}.weight"].double(), bias)
 
 
 @torch.no_grad()
 def hugging_face_features(config: PreTrainedConfig, pooler: str, weights: Tensors, input_ids: Tensor) -> Tensor:
-    model = AutoModel.from_config(config, add_pooling_layer=pooler == "cls_pooler").double().eval()
+    if config.is_encoder_decoder:
+        model = AutoModel.from_config(config).encoder
+    else:
+        model = AutoModel.from_config(config, add_pooling_layer=pooler == "cls_pooler")
+    model = model.double().eval()
     inner = {name.removeprefix("transformer."): name for name in weights if name.startswith("transformer.")}
     model.load_state_dict({name: weights[theirs] for name, theirs in inner.items()})
     mask = (input_ids != config.pad_token_id).long()
@@ -109,5 +121,8 @@ def hugging_face_features(config: PreTrainedConfig, pooler: str, weights: Tensor
         # (batch, seq, width) -> (batch, width)
         pooled = (outputs.last_hidden_state * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
     else:
-        pooled = outputs.pooler_output if pooler == "cls_pooler" else outputs.last_hidden_state[:, 0]
-    return pooled @ weights["proj.weight"].double().t() if "proj.weight" in weights else pooled
+        own = outputs.get("pooler_output") if pooler == "cls_pooler" else None
+        pooled = outputs.last_hidden_state[:, 0] if own is None else own
+    if "proj.0.weight" in weights:
+        return linear(weights, "proj.2", F.gelu(linear(weights, "proj.0", pooled)))
+    return linear(weights, "proj", pooled) if "proj.weight" in weights else pooled

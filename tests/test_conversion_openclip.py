@@ -3,6 +3,7 @@ counterpart; the others are refused by name."""
 
 import io
 import json
+import re
 from functools import partial
 
 import pytest
@@ -200,6 +201,7 @@ CLIPA = dict(
         (dict(vision_cfg=dict(act_kwargs={"approximate": "tanh"}, norm_kwargs={"eps": 1e-3})), dict(vision=dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-3))),
         (dict(text_cfg=dict(act_kwargs={"approximate": "tanh"}, norm_kwargs={"eps": 1e-4})), dict(text=dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-4))),
         (dict(custom_text=True, vision_cfg=dict(patch_dropout=0.5, ls_init_value=None)), {}),
+        (dict(vision_cfg=dict(ls_init_value=0.1)), dict(vision=dict(layer_scale_init_value=0.1))),
     ],
 )  # fmt: skip
 def test_settings_convert_and_come_back(changes, fields, golden, tmp_path):
@@ -208,6 +210,9 @@ def test_settings_convert_and_come_back(changes, fields, golden, tmp_path):
         settings[part] = {**settings[part], **values} if isinstance(values, dict) else values
     if settings["vision_cfg"].get("no_ln_pre"):
         weights = {name: tensor for name, tensor in weights.items() if "ln_pre" not in name}
+    if settings["vision_cfg"].get("ls_init_value"):
+        biases = {name: tensor for name, tensor in weights.items() if re.match(r"visual\..*\.ln_[12]\.bias", name)}
+        weights |= {re.sub(r"ln_(.)\.bias", r"ls_\1.gamma", name): tensor + 0.5 for name, tensor in biases.items()}
     source, model = save(tmp_path / "model.pt", weights), write_json(tmp_path / "model.json", settings)
     # The script itself proves that the result computes what `reference` does with these settings.
     run_script("convert_openclip", source, tmp_path / "out", "--model", model)
@@ -234,12 +239,9 @@ def test_sigmoid_head_keeps_its_bias(data_dir, tmp_path):
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        (dict(multimodal_cfg={"layers": 2}), "CoCa's decoder"),
-        (dict(vision_cfg=dict(attentional_pool=True)), "CoCa's pooling"),
-        (dict(text_cfg=dict(embed_cls=True)), "CoCa's class token"),
-        (dict(vision_cfg=dict(ls_init_value=1e-4), text_cfg=dict(ls_init_value=None)), "ls_init_value: LayerScale"),
-        (dict(vision_cfg=dict(timm_model_name="vit_base", timm_proj="mlp")), "timm_proj 'mlp': a projection of two layers"),
-        (dict(text_cfg=dict(hf_model_name="roberta-base")), "hf_proj_type 'mlp' (OpenCLIP's default)"),
+        (dict(vision_cfg=dict(attentional_pool="parallel")), "attentional_pool: a pooling by learned queries other than CoCa's"),
+        (dict(vision_cfg=dict(attentional_pool=True, pool_type="avg")), "attentional_pool: a pooling by learned queries other than CoCa's"),
+        (dict(text_cfg=dict(embed_cls=True, no_causal_mask=True)), "embed_cls: a class token after a text that is not causal"),
         (dict(text_cfg=dict(qk_norm=True)), "qk_norm: an attention block"),
         (dict(vision_cfg=dict(pool_type="none")), "vision_cfg.pool_type 'none': none of tok, avg"),
         (dict(text_cfg=dict(pool_type="mean")), "text_cfg.pool_type 'mean'"),
@@ -401,6 +403,14 @@ def test_shapes_tell_resnets():
     assert architecture_of(shapes, "RN101-quickgelu")[0].vision_config.num_attention_heads == 32
 
 
+def test_shapes_tell_coca_and_layer_scale():
+    changes = {"visual.attn_pool.query": (256, 512), "cls_emb": (512,), "transformer.resblocks.0.ls_1.gamma": (512,)}
+    config, _ = architecture_of({**openai_shapes(**FULL_SIZE["ViT-B-32"][0]), **changes})
+    vision, text = config.vision_config, config.text_config
+    assert (vision.pooling, vision.pooling_heads, vision.layer_scale_init_value) == ("attention", 8, None)
+    assert (text.pooling, text.max_position_embeddings, text.layer_scale_init_value) == ("class", 76, 1e-4)
+
+
 @pytest.mark.parametrize(
     "name, expected",
     [
@@ -421,8 +431,6 @@ def test_a_name_that_is_another_models_is_refused(name, expected):
     [
         ({"visual.trunk.pos_embed": (1, 2, 3)}, "one of timm"),
         ({"transformer.embeddings.word_embeddings.weight": (2, 3)}, "one of transformers"),
-        ({"visual.attn_pool.query": (2, 3)}, "CoCa"),
-        ({"visual.transformer.resblocks.0.ls_1.gamma": (3,)}, "LayerScale"),
         ({"visual.conv1.weight": (3, 3)}, "visual.conv1.weight missing, or of unknown form"),
     ],
 )

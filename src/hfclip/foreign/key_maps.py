@@ -25,6 +25,8 @@ BLOCK = {
     "attn.out_proj": "self_attn.out_proj",
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
+    "ls_1": "layer_scale1",
+    "ls_2": "layer_scale2",
 }
 TEXT = {
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -43,6 +45,15 @@ VIT = {
 }
 TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
 UNCHANGED = ("logit_scale", "logit_bias")
+# CoCa's poolings. Of its learned queries the first makes the embedding; the others, and `text_decoder`, write captions.
+COCA = {"cls_emb": "text_model.embeddings.class_embedding"}
+COCA |= {
+    f"visual.attn_pool.{theirs}.{kind}": f"vision_model.attention_pool.{ours}.{kind}"
+    for theirs, ours in {"ln_q": "query_norm", "ln_k": "key_norm", "attn.out_proj": "out_proj"}.items()
+    for kind in ("weight", "bias")
+}
+COCA |= {f"visual.attn_pool.attn.{x}_proj_weight": f"vision_model.attention_pool.{x}_proj.weight" for x in "qkv"}
+QUERY, IN_PROJ = "visual.attn_pool.query", ("visual.attn_pool.attn.in_proj_weight", "visual.attn_pool.attn.in_proj_bias")  # fmt: skip
 # The two transformers: OpenAI's prefix -> ours.
 TRANSFORMERS = {
     "transformer.resblocks": "text_model.encoder.layers",
@@ -55,9 +66,10 @@ CONSTANTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 def hfclip_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Our names and tensors, one after the other; each of `state_dict` is asked for once, when its turn comes."""
     is_vit = _is_vit(state_dict)
-    tables = {**TEXT, **(VIT if is_vit else {}), **{name: name for name in UNCHANGED}}
+    tables = {**TEXT, **COCA, **(VIT if is_vit else {}), **{name: name for name in UNCHANGED}}
     names = [name for name in state_dict if name not in CONSTANTS]
-    if unknown := _unknown(names, {*tables, *TRANSPOSED}, TRANSFORMERS, () if is_vit else ("visual.",)):
+    known = {*tables, *TRANSPOSED, QUERY, *IN_PROJ}
+    if unknown := _unknown(names, known, TRANSFORMERS, () if is_vit else ("visual.",)):
         raise UsageError(
             f"{len(unknown)} tensors have names that neither OpenAI's nor OpenCLIP's CLIP has, such as {unknown[:5]}. "
             "Strip prefixes such as `module.`, and pass the model's weights only."
@@ -69,6 +81,11 @@ def hfclip_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, 
             yield TRANSPOSED[name], state_dict[name].t().contiguous()
         elif (block := _block_name(name, TRANSFORMERS)) is not None:
             yield from _block_to_hfclip(*block, state_dict[name])
+        elif name == QUERY:
+            yield "vision_model.attention_pool.query", state_dict[name][:1].clone()
+        elif name in IN_PROJ:
+            for x, part in zip("qkv", state_dict[name].chunk(3)):
+                yield f"vision_model.attention_pool.{x}_proj.{name.rpartition('_')[2]}", part.clone()
         else:
             yield "vision_model." + name.removeprefix("visual."), state_dict[name]
 
@@ -147,10 +164,6 @@ def openai_config(state_dict: Mapping[str, torch.Tensor]) -> HFCLIPConfig:
 VISION_POOLINGS, TEXT_POOLINGS = ("tok", "avg"), ("argmax", "eos", "first", "last")
 ATTENTION_VARIANTS = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
 INCONVERTIBLE = {
-    "multimodal_cfg": "CoCa's decoder writes captions; it is no dual encoder",
-    "attentional_pool": "CoCa's pooling by learned queries",
-    "embed_cls": "CoCa's class token after the text",
-    "ls_init_value": "LayerScale",
     "patch_embed_type": "a patch embedding of its own kind",
     "timm_model_name": "a tower of another library",
     "hf_model_name": "a tower of another library",
@@ -162,7 +175,7 @@ CONVERTIBLE = set(
     "init_logit_bias nonscalar_logit_scale layers width heads head_width mlp_ratio patch_size image_size patch_dropout "
     "pos_embed_type block_type pool_type no_ln_pre final_ln_after_pool act_kwargs norm_kwargs context_length vocab_size "
     "pad_id eos_id no_causal_mask proj_bias proj_type hf_tokenizer_name tokenizer_mode hf_tokenizer_mode "
-    "tokenizer_kwargs attn_pooler_queries attn_pooler_heads".split()
+    "tokenizer_kwargs attentional_pool attn_pooler_queries attn_pooler_heads embed_cls ls_init_value multimodal_cfg".split()
 )
 
 
@@ -173,7 +186,10 @@ def _is_count(value: Any) -> bool:
 # The kinds of OpenCLIP's settings, where another kind would fail later. Names, objects and `OPTIONAL` may be None.
 OPTIONAL = ("patch_size", "ls_init_value", "init_logit_scale", "init_logit_bias")
 KINDS = {
-    "a positive number": (_is_count, "embed_dim width heads head_width patch_size context_length vocab_size"),
+    "a positive number": (
+        _is_count,
+        "embed_dim width heads head_width patch_size context_length vocab_size attn_pooler_heads",
+    ),
     "a whole number": (
         lambda value: value is not False and (value == 0 or _is_count(value)),
         "image_size pad_id eos_id",
@@ -233,6 +249,12 @@ def reasons_against(model_cfg: dict[str, Any], convertible: set[str]) -> list[st
     for part, tower, known in (("vision_cfg", vision, VISION_POOLINGS), ("text_cfg", text, TEXT_POOLINGS)):
         if tower.get("pool_type") not in (None, *known):
             reasons.append(f"{part}.pool_type {tower['pool_type']!r}: none of {', '.join(known)}")
+    if vision.get("attentional_pool") and (
+        vision["attentional_pool"] is not True or vision.get("pool_type", "tok") != "tok"
+    ):
+        reasons.append("attentional_pool: a pooling by learned queries other than CoCa's, whose first query is read")
+    if text.get("embed_cls") and text.get("no_causal_mask"):
+        reasons.append("embed_cls: a class token after a text that is not causal")
     return reasons
 
 
@@ -244,11 +266,14 @@ def openclip_text_fields(model_cfg: dict[str, Any]) -> dict[str, Any]:
         "layer_norm_eps": _epsilon(text),
         "causal": not text.get("no_causal_mask", False),
         "pooling": {"argmax": "eos"}.get(text.get("pool_type", "argmax"), text.get("pool_type")),
+        "layer_scale_init_value": text.get("ls_init_value"),
         "num_attention_heads": text.get("heads", 8),
         "pad_token_id": text.get("pad_id", 0),
     }
     if text.get("pool_type") == "eos":  # "argmax" pools at the highest id instead, the last of the vocabulary
         fields |= {"eos_token_id": text.get("eos_id", 2), "bos_token_id": None}
+    if text.get("embed_cls"):
+        fields["pooling"] = "class"
     return fields
 
 
@@ -256,11 +281,14 @@ def openclip_vision_fields(model_cfg: dict[str, Any]) -> dict[str, Any]:
     """What the settings tell of OpenCLIP's own image tower, for `vision_config`."""
     vision = model_cfg.get("vision_cfg") or {}
     average = "norm_of_mean" if vision.get("final_ln_after_pool") else "mean"
+    pooling = {"tok": "cls", "avg": average}.get(vision.get("pool_type", "tok"), vision.get("pool_type"))
     return {
         "head_width": vision.get("head_width", 64),
         "hidden_act": _activation(vision, model_cfg),
         "layer_norm_eps": _epsilon(vision),
-        "pooling": {"tok": "cls", "avg": average}.get(vision.get("pool_type", "tok"), vision.get("pool_type")),
+        "layer_scale_init_value": vision.get("ls_init_value"),
+        "pooling": "attention" if vision.get("attentional_pool") else pooling,
+        "pooling_heads": vision.get("attn_pooler_heads", 8),
     }
 
 
@@ -318,7 +346,7 @@ def text_config(state_dict: Mapping[str, torch.Tensor], **fields) -> dict[str, A
         "intermediate_size": _shape(state_dict, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         "num_hidden_layers": _count_blocks(state_dict, r"transformer\.resblocks\.(\d+)\."),
         "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": _shape(state_dict, "positional_embedding", 2)[0],
+        "max_position_embeddings": _shape(state_dict, "positional_embedding", 2)[0] - ("cls_emb" in state_dict),
         # OpenAI's CLIP pools at the highest id of a text, the last of the vocabulary.
         "bos_token_id": vocab_size - 2,
         "eos_token_id": vocab_size - 1,

@@ -62,7 +62,14 @@ def settings_from_shapes(weights: Mapping[str, torch.Tensor], name: str | None) 
     require_own_towers(weights)
     vision = vision_settings(weights)
     vocabulary, width = weights["token_embedding.weight"].shape
-    text = {"width": width, "heads": max(1, width // 64), **VOCABULARIES.get(vocabulary, {})}
+    text = {
+        "width": width,
+        "heads": max(1, width // 64),
+        **VOCABULARIES.get(vocabulary, {}),
+        **layer_scale(weights, ""),
+    }
+    if "cls_emb" in weights:
+        text["embed_cls"] = True
     found = name_of_architecture(vision)
     if name is not None:
         require_named(name, found)
@@ -86,14 +93,10 @@ def require_own_towers(weights: Mapping[str, torch.Tensor]) -> None:
         raise UsageError(f"The image tower is one of timm, which its shapes do not tell. {ASK}")
     if any(name.startswith(("transformer.embeddings.", "transformer.encoder.")) for name in weights):
         raise UsageError(f"The text tower is one of transformers, which its shapes do not tell. {ASK}")
-    if any(name.startswith(("visual.attn_pool.", "text_decoder.", "cls_emb")) for name in weights):
-        raise UsageError("Not convertible: CoCa, whose decoder writes captions.")
     needed = {"token_embedding.weight": 2, "text_projection": 2, "visual.conv1.weight": 4}
     wrong = [name for name, ndim in needed.items() if name not in weights or weights[name].ndim != ndim]
     if wrong:
         raise UsageError(f"The architecture cannot be told: {', '.join(wrong)} missing, or of unknown form. {ASK}")
-    if any(name.endswith(".gamma") for name in weights):
-        raise UsageError("Not convertible: ls_init_value: LayerScale.")
 
 
 def vision_settings(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -108,7 +111,15 @@ def vision_settings(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         return {"layers": layers, "width": 2 * channels, "head_width": 64}
     vision = {"layers": len(blocks[None]), "width": channels, "patch_size": patch}
     vision["head_width"] = HEAD_WIDTHS.get(channels, 64)
+    vision |= layer_scale(weights, "visual.")
+    if "visual.attn_pool.query" in weights:
+        vision["attentional_pool"] = True
     return vision if "visual.ln_pre.weight" in weights else vision | CLIPA
+
+
+def layer_scale(weights: Mapping[str, torch.Tensor], tower: str) -> dict[str, float]:
+    """The setting that gives the blocks of a tower LayerScale, if they have it."""
+    return {"ls_init_value": 1e-4} if f"{tower}transformer.resblocks.0.ls_1.gamma" in weights else {}
 
 
 def name_of_architecture(vision: dict[str, Any]) -> str:

@@ -3,11 +3,12 @@
     visual.trunk. ...    timm's SigLIP ViT             -> siglip_vision_model
     visual.trunk. ...    any other timm model          -> timm_wrapper (timm has to be installed)
     transformer. ...     BERT, RoBERTa, XLM-RoBERTa    -> the same model
+    transformer. ...     mT5, NLLB                     -> the same model's encoder
     text tower with a bias in its projection, or none  -> siglip_text_model
     OpenCLIP's own tower beside one of these           -> our own, as in `key_maps`
 
-Each half of a checkpoint becomes a `Tower`: its config, its pooling rule, its tensors under our names. A tower that ends
-in the joint space itself gets an identity matrix as its projection, which changes no bit of its output.
+Each half of a checkpoint becomes a `Tower`: its config, its pooling rule, its kind of projection, its tensors under our
+names.
 """
 
 import importlib.util
@@ -65,22 +66,37 @@ SIGLIP_NAMES = (
 )
 SIGLIP_PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
 
-TEXT_MODELS = ("bert", "roberta", "xlm-roberta")
-# OpenCLIP's pooler -> our rule. `cls_pooler` goes through the model's own pooling layer.
+TEXT_MODELS = ("bert", "roberta", "xlm-roberta", "mt5", "m2m_100")
+# OpenCLIP's pooler -> our rule. `cls_pooler` goes through the model's own pooling layer, which encoders of
+# encoder-decoders do not have.
 TEXT_POOLERS = {"mean_pooler": "mean", "cls_pooler": "pooler", "cls_last_hidden_state_pooler": "cls"}
+
+
+# OpenCLIP's layers of a projection -> ours. A tower without any ends in the joint space.
+PROJECTIONS = {
+    "proj": "text_projection",
+    "proj.0": "text_projection.fc1",
+    "proj.2": "text_projection.fc2",
+    "visual.head.proj": "visual_projection",
+    "visual.head.mlp.fc1": "visual_projection.fc1",
+    "visual.head.mlp.fc2": "visual_projection.fc2",
+    "visual.trunk.head": "visual_projection",
+    "visual.trunk.head.fc": "visual_projection",
+}
 
 
 @dataclass
 class Tower:
     """Half a dual encoder.
 
-    config, pooling: for `HFCLIPConfig`.
+    config, pooling, projection: for `HFCLIPConfig`.
     items: the source's tensors -> ours, under our names.
     """
 
     config: dict[str, Any] | PreTrainedConfig
-    pooling: str
     items: Callable[[Tensors], Iterator[tuple[str, Tensor]]]
+    pooling: str = "pooler"
+    projection: str = "linear"
 
 
 def is_foreign(model_cfg: dict[str, Any]) -> bool:
@@ -123,6 +139,8 @@ def foreign_plan(
             vision_config=image_tower.config,
             text_pooling=text_tower.pooling,
             vision_pooling=image_tower.pooling,
+            text_projection_type=text_tower.projection,
+            vision_projection_type=image_tower.projection,
             projection_dim=model_cfg["embed_dim"],
             logit_bias_init_value=-10.0 if "logit_bias" in weights else None,
         )
@@ -145,19 +163,46 @@ def join_items(image_tower: Tower, text_tower: Tower, weights: Tensors) -> Itera
             yield name, weights[name].reshape(())  # OpenCLIP may train them in a list of one
 
 
-def identity(size: int, like: Tensor) -> Tensor:
-    return torch.eye(size, dtype=like.dtype, device=like.device)
+def renamed_items(prefix: str, ours: str, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a tower whose names differ from ours in `prefix` alone, and those of its projection."""
+    for name in weights:
+        layer, _, kind = name.rpartition(".")
+        if layer in PROJECTIONS:
+            yield f"{PROJECTIONS[layer]}.{kind}", weights[name]
+        else:
+            yield name.replace(prefix, ours, 1), weights[name]
+
+
+def projection_kind(weights: Tensors) -> str:
+    """Our kind of the projection among a tower's tensors."""
+    layers = {
+        PROJECTIONS[layer] + kind for layer in PROJECTIONS for kind in (".weight", ".bias") if layer + kind in weights
+    }
+    names = {name.partition("_projection.")[2] for name in layers}
+    kinds = {
+        "linear": {"weight"},
+        "linear_bias": {"weight", "bias"},
+        "mlp": {"fc1.weight", "fc2.weight"},
+        "mlp_bias": {"fc1.weight", "fc1.bias", "fc2.weight"},
+        "identity": set(),
+    }
+    kind = next((kind for kind, expected in kinds.items() if names == expected), None)
+    if kind is None:
+        raise UsageError(
+            f"Not convertible: a projection with {', '.join(sorted(names))}, of no kind that is known here."
+        )
+    return kind
 
 
 # OpenCLIP's own towers
 
 
 def own_image_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
-    return Tower(vision_config(weights, **openclip_vision_fields(model_cfg)), "pooler", hfclip_items)
+    return Tower(vision_config(weights, **openclip_vision_fields(model_cfg)), hfclip_items)
 
 
 def own_text_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
-    return Tower(text_config(weights, **openclip_text_fields(model_cfg)), "pooler", hfclip_items)
+    return Tower(text_config(weights, **openclip_text_fields(model_cfg)), hfclip_items)
 
 
 # SigLIP
@@ -179,7 +224,7 @@ def siglip_text_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
     padding = {"pad_token_id": 0 if own["vocab_size"] == 256_000 else 1, "bos_token_id": None, "eos_token_id": 1}
     config = {"model_type": "siglip_text_model", **{key: own[key] for key in kept}, **padding}
     config["projection_size"] = model_cfg["embed_dim"]
-    return Tower(config, "pooler", partial(siglip_text_items, model_cfg["embed_dim"]))
+    return Tower(config, partial(siglip_text_items, model_cfg["embed_dim"]), projection="identity")
 
 
 def siglip_text_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
@@ -189,9 +234,8 @@ def siglip_text_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, T
         yield "text_model.head.weight", weights["text_projection.weight"]
         yield "text_model.head.bias", weights["text_projection.bias"]
     else:
-        yield "text_model.head.weight", identity(embed_dim, like)
+        yield "text_model.head.weight", torch.eye(embed_dim, dtype=like.dtype, device=like.device)
         yield "text_model.head.bias", torch.zeros(embed_dim, dtype=like.dtype, device=like.device)
-    yield "text_projection.weight", identity(embed_dim, like)
 
 
 def siglip_kind(model_name: str) -> tuple[int, int, str] | None:
@@ -237,7 +281,7 @@ def siglip_image_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
         "hidden_act": "gelu_pytorch_tanh" if activation == "gelu_tanh" else "gelu",
         "layer_norm_eps": 1e-6,
     }
-    return Tower(config, "pooler", siglip_image_items)
+    return Tower(config, siglip_image_items, projection="identity")
 
 
 def siglip_image_items(weights: Tensors) -> Iterator[tuple[str, Tensor]]:
@@ -246,7 +290,6 @@ def siglip_image_items(weights: Tensors) -> Iterator[tuple[str, Tensor]]:
         if rest == "pos_embed":
             # (1, patches, width) -> (patches, width)
             yield "vision_model.embeddings.position_embedding.weight", tensor.squeeze(0)
-            yield "visual_projection.weight", identity(tensor.shape[-1], tensor)
         elif rest.startswith("norm."):
             yield f"vision_model.post_layernorm.{rest.removeprefix('norm.')}", tensor
         elif match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", rest):
@@ -272,11 +315,9 @@ def has_timm() -> bool:
 
 def against_timm(vision: dict[str, Any]) -> str | None:
     """Why an image tower of timm cannot be converted."""
-    name, pool, proj = vision["timm_model_name"], vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
+    name, pool = vision["timm_model_name"], vision.get("timm_pool", "avg")
     if pool in ("abs_attn", "rot_attn"):
         return f"timm_pool {pool!r}: OpenCLIP's own attention pooling after a timm model"
-    if proj == "mlp":
-        return "timm_proj 'mlp': a projection of two layers, where CLIP's is a matrix"
     if is_siglip(vision):
         return None
     if not has_timm():
@@ -295,38 +336,25 @@ def timm_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
     if not timm.is_model(name):
         raise UsageError(f"timm {timm.__version__} has no model {name!r}. Another version of timm may have it.")
     projection = timm_projection(weights)
+    is_fused = any(".reparam_conv." in name for name in weights)  # MobileOne's branches, added up for inference
+    arguments = ({"global_pool": pool} if pool else {}) | ({"inference_mode": True} if is_fused else {})
     config = {
         "model_type": "timm_wrapper",
         "architecture": name,
-        "model_args": {"global_pool": pool} if pool else None,
+        "model_args": arguments or None,
         # The wrapper's config has no place of its own for these.
         "hidden_size": weights[f"{projection}.weight"].shape[1] if projection else model_cfg["embed_dim"],
         "image_size": vision.get("image_size", 224),
         "num_channels": 3,
     }
-    return Tower(config, "pooler", partial(timm_items, model_cfg["embed_dim"]))
+    items = partial(renamed_items, "visual.trunk.", "vision_model.timm_model.")
+    return Tower(config, items, projection=projection_kind(weights))
 
 
 def timm_projection(weights: Tensors) -> str | None:
-    """The layer that ends in the joint space: OpenCLIP's, or the classifier of the timm model; None if there is none."""
-    layers = ("visual.head.proj", "visual.trunk.head", "visual.trunk.head.fc")
+    """The first layer after the pooling: OpenCLIP's, or the classifier of the timm model; None if there is none."""
+    layers = ("visual.head.proj", "visual.head.mlp.fc1", "visual.trunk.head", "visual.trunk.head.fc")
     return next((layer for layer in layers if f"{layer}.weight" in weights), None)
-
-
-def timm_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
-    projection = timm_projection(weights)
-    for name in weights:
-        if name == f"{projection}.weight":
-            yield "visual_projection.weight", weights[name]
-        elif name != f"{projection}.bias":
-            yield name.replace("visual.trunk.", "vision_model.timm_model.", 1), weights[name]
-        elif not weights[name].is_meta and weights[name].any():
-            raise UsageError(
-                f"Not convertible: {name!r} is not zero: a projection with a bias, where CLIP's is a matrix."
-            )
-    if projection is None:
-        like = next(weights[name] for name in weights if weights[name].is_floating_point())
-        yield "visual_projection.weight", identity(embed_dim, like)
 
 
 # Text towers of transformers
@@ -334,16 +362,14 @@ def timm_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, Tensor]]
 
 def against_text_model(text: dict[str, Any]) -> str | None:
     """Why a text tower of transformers cannot be converted, as far as the settings tell."""
-    projection, pooler = text.get("hf_proj_type", "mlp"), text.get("hf_pooler_type", "mean_pooler")
-    if projection == "mlp":
-        return "hf_proj_type 'mlp' (OpenCLIP's default): two layers with GELU between them, where CLIP's is one matrix"
+    pooler = text.get("hf_pooler_type", "mean_pooler")
     if pooler is not None and pooler not in TEXT_POOLERS:
         return f"hf_pooler_type {pooler!r}: none of {', '.join(TEXT_POOLERS)}"
     return None
 
 
 def hugging_face_tower(weights: Tensors, model_cfg: dict[str, Any], name: str) -> Tower:
-    """BERT, RoBERTa or XLM-RoBERTa; `name` is the folder or the Hub name of its config."""
+    """One of `TEXT_MODELS`; `name` is the folder or the Hub name of its config."""
     try:
         refuse_absurd(name, PreTrainedConfig.get_config_dict(name)[0])
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -352,23 +378,15 @@ def hugging_face_tower(weights: Tensors, model_cfg: dict[str, Any], name: str) -
             f"The text tower's config is not available: {name} ({error}). Pass --text-model FOLDER, a folder with its config.json."
         ) from error
     if config.model_type not in TEXT_MODELS:
-        why = ": AutoModel builds its decoder as well" if config.is_encoder_decoder else ""
-        raise UsageError(f"Not convertible: a text tower {config.model_type}{why}; expected {', '.join(TEXT_MODELS)}.")
+        raise UsageError(f"Not convertible: a text tower {config.model_type}; expected {', '.join(TEXT_MODELS)}.")
     pooling = TEXT_POOLERS[pooler_of(model_cfg, config)]
-    return Tower(config, pooling, partial(hugging_face_items, model_cfg["embed_dim"]))
+    if config.is_encoder_decoder and pooling == "pooler":
+        pooling = "cls"
+    items = partial(renamed_items, "transformer.", "text_model.")
+    return Tower(config, items, pooling, projection_kind(weights))
 
 
 def pooler_of(model_cfg: dict[str, Any], config: PreTrainedConfig) -> str:
     """OpenCLIP's pooler of a text tower; a null in its settings stands for the default of its family."""
-    default = "cls_pooler" if config.model_type == "bert" else "mean_pooler"
+    default = "cls_pooler" if config.model_type in ("bert", "m2m_100") else "mean_pooler"
     return model_cfg["text_cfg"].get("hf_pooler_type", "mean_pooler") or default
-
-
-def hugging_face_items(embed_dim: int, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
-    for name in weights:
-        if name == "proj.weight":
-            yield "text_projection.weight", weights[name]
-        else:
-            yield name.replace("transformer.", "text_model.", 1), weights[name]
-    if "proj.weight" not in weights:
-        yield "text_projection.weight", identity(embed_dim, weights["transformer.embeddings.word_embeddings.weight"])
