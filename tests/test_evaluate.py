@@ -21,7 +21,8 @@ from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProces
 from hfclip.commands import evaluate as command
 from hfclip.errors import UsageError
 from hfclip.evaluation import DataSet, registry
-from hfclip.evaluation.running import evaluate
+from hfclip.evaluation.adapter import adapt, adapt_transformers
+from hfclip.evaluation.running import evaluate, open_model
 
 
 LABELS = ["cat", "dog", "bus"]
@@ -246,3 +247,39 @@ def test_registered_data_are_measured_by_the_papers_metric_beside_its_numbers(hf
     assert line in out and "released weights 87.00%" in out
     with pytest.raises(UsageError, match="expected one of ViT-L/14@336px"):
         hfclip(*words[:-1], "ViT-B/33")
+
+
+# ------------------------------------------------------------------------------------------- models of other libraries
+
+
+def test_a_model_of_transformers_is_measured_as_ours_is(place, tmp_path):
+    model, processor, _ = open_model(str(place / "small"))
+    ours = evaluate("zero-shot", str(place / "small"), str(place / "pets"), limit=60)
+    adapted = adapt_transformers(model, processor, name="other library")
+    theirs = evaluate("zero-shot", adapted, str(place / "pets"), limit=60, out=tmp_path)
+    assert theirs.metrics == pytest.approx(ours.metrics) and theirs.path.parts[-3] == "other_library"
+    both = [evaluate("retrieval", one, str(place / "pets"), limit=60) for one in (str(place / "small"), adapted)]
+    assert both[0].metrics == pytest.approx(both[1].metrics)
+
+
+@pytest.mark.peers
+def test_a_model_of_open_clip_is_measured_as_it_classifies(place, data_dir):
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    }
+    model = open_clip.CLIP(**config).eval()
+    preprocess = open_clip.image_transform(32, is_train=False)
+    adapted = adapt(model, preprocess, open_clip.tokenize, name="open_clip")
+    found = evaluate("zero-shot", adapted, str(place / "pets"), limit=60)
+    labels, templates, samples = DataSet(place / "pets", limit=60).labelled()[:3]
+    with torch.no_grad():
+        prompts = [[template.replace("{c}", label) for template in templates] for label in labels]
+        sides = [model.encode_text(open_clip.tokenize(texts), normalize=True).mean(0) for texts in prompts]
+        classes = torch.nn.functional.normalize(torch.stack(sides), dim=-1)
+        images, targets = zip(*samples, strict=True)
+        logits = model.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True) @ classes.T
+    assert found.metrics["top1"] == (logits.argmax(1) == torch.tensor(targets)).double().mean().item()
