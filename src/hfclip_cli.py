@@ -100,6 +100,12 @@ VERBS = {
         "measures a model on data: zero-shot accuracy, retrieval ...",
         "hfclip evaluate zero-shot --model FOLDER --data cifar10/test",
     ),
+    "report": Verb(
+        run_program,
+        "hfclip.commands.report",
+        "makes a page of results, with plots and the paper's numbers",
+        "hfclip report results --out report",
+    ),
     "info": Verb(
         run_program,
         "hfclip.commands.info",

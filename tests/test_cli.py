@@ -174,7 +174,7 @@ def test_convert_says_what_it_cannot_know(hfclip, model, tmp_path):
     assert status == 0 and "usage: hfclip convert" in out and "--merges" in out
 
 
-@pytest.mark.parametrize("verb", ["plan", "embed", "evaluate", "export", "push"])
+@pytest.mark.parametrize("verb", ["plan", "embed", "evaluate", "report", "export", "push"])
 def test_help_of_a_verb_is_its_own(verb, hfclip):
     status, out, err = hfclip(verb, "--help")
     assert status == 0 and out.startswith(f"usage: hfclip {verb}"), err

@@ -1,7 +1,10 @@
 """The command `hfclip evaluate` and `hfclip.evaluation.running`, on real folders, in real processes."""
 
+import csv
+import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,15 +16,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from test_evaluation import write_tar
 from training_utils import ROOT
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from hfclip.commands import evaluate as command
+from hfclip.commands import report as report_command
 from hfclip.errors import UsageError
-from hfclip.evaluation import DataSet, registry
+from hfclip.evaluation import DataSet, Plot, registry
 from hfclip.evaluation.adapter import adapt, adapt_transformers
+from hfclip.evaluation.records import Record
 from hfclip.evaluation.running import evaluate, open_model
 
 
@@ -283,3 +289,51 @@ def test_a_model_of_open_clip_is_measured_as_it_classifies(place, data_dir):
         images, targets = zip(*samples, strict=True)
         logits = model.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True) @ classes.T
     assert found.metrics["top1"] == (logits.argmax(1) == torch.tensor(targets)).double().mean().item()
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def test_report_shows_results_beside_published_numbers(hfclip, place, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "data"
+    root.mkdir()
+    os.symlink(place / "pets", root / "mnist"), os.symlink(place / "pets", root / "flickr30k")
+    shared = ["--data-root", root, "--out", tmp_path / "results", "--limit", 50]
+    hfclip("zero-shot", "--model", "small", "other", "--data", "mnist", *shared)
+    hfclip("retrieval", "--model", "small", "--data", "flickr30k", *shared)
+    record = Record.read(tmp_path / "results/small/mnist/zero-shot-limit=50.json")
+    record.result["model"]["architecture"] = "ViT-B/32"
+    record.result["tables"]["curve"] = [
+        {"shots": 1, "accuracy": 0.2, "seed": "a"},
+        {"shots": 2, "accuracy": 0.4, "seed": "b"},
+    ]
+    record.result["plots"] = [dataclasses.asdict(Plot("curve", "shots", "accuracy", series="seed", x_scale="log"))]
+    record.arrays = {"confusion": np.eye(3)}
+    record.write(record.path)
+    (place / "small" / "README.md").write_text("---\nlicense: mit\n---\n# Small\n")
+    out = tmp_path / "report"
+    monkeypatch.setattr(
+        sys, "argv", ["hfclip report", str(tmp_path / "results"), "--out", str(out), "--card", "small"]
+    )
+    report_command.main()
+    text = (out / "report.md").read_text()
+    assert "| data | metric | other | small | paper ViT-B/32 | released ViT-B/32 | protocol |" in text
+    assert f"{100 * record.headline:.2f} | 51.90 | 48.39 | NOT the paper's protocol: only 50 images |" in text
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 4 and "http://" not in page.replace("http://www.w3.org", "") and "src=" not in page
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) and set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
+    assert len(list((out / "plots").glob("*.png"))) == len(list((out / "plots").glob("*.svg"))) == 4
+    columns, *rows = csv.reader((out / "openclip.csv").open())
+    wide = dict(zip(columns, rows[[row[0] for row in rows].index("small")], strict=True))
+    assert float(wide["MNIST"]) == record.headline and float(wide["Flickr"]) >= 0 and wide["ImageNet 1k"] == ""
+    report_command.main()  # again: no row comes twice
+    card = ModelCard.load(place / "small" / "README.md")
+    assert card.data.license == "mit" and {(r.dataset_type, r.metric_type) for r in card.data.eval_results} == {
+        ("mnist", "top1"),
+        ("flickr30k", "text_retrieval_recall@1"),
+    }
+    assert len(card.data.eval_results) == 2
+    monkeypatch.setattr(sys, "argv", ["hfclip report", str(tmp_path / "nothing")])
+    with pytest.raises(UsageError, match="found no results"):
+        report_command.main()

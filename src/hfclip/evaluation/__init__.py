@@ -10,6 +10,9 @@
     records.py      a result as a file
     shared.py       embeddings that tasks share: images without their labels, sentences that name classes
     metrics.py      accuracy, average precision, ROC AUC, calibration ...: pure functions of scores and targets
+    registry.py     the data sets that have names, and what was published of them
+    report.py       results beside published numbers; page.py and plots.py show them
+    adapter.py      models of other libraries
 
 A task embeds its data by `hfclip.embeddings.embed`: processes share the work, and all return the same. Another one needs no
 change elsewhere: whoever shows results asks them for their `headline`.
