@@ -1,6 +1,7 @@
 """Plots of results, from their stored tables, as PNG for documents and SVG for pages, whose text takes the page's colour."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -148,5 +149,5 @@ def _drawing(figure: Any, title: str) -> Drawing:
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", metadata={"Software": None})
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = svg.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", svg.getvalue(), flags=re.DOTALL)
     return Drawing(title, text[text.index("<svg") :].replace(INK, "currentColor"), png.getvalue())
