@@ -248,6 +248,7 @@ def test_registered_data_are_measured_by_the_papers_metric_beside_its_numbers(hf
     assert "NOT the paper's protocol: 601 images, the paper has 3,669" in out
     (path,) = (tmp_path / "out").rglob("*.json")
     result = json.loads(path.read_text())["result"]
+    assert result["headline"] == result["options"]["metric"] == "mean_per_class_recall"
     recall = result["metrics"]["mean_per_class_recall"]
     line = f"mean_per_class_recall {recall:.2%}, paper 87.00% (Table 11): {100 * recall - 87:+.2f} points"
     assert line in out and "released weights 87.00%" in out
@@ -320,10 +321,10 @@ def test_report_shows_results_beside_published_numbers(hfclip, place, tmp_path, 
     assert "| data | metric | other | small | paper ViT-B/32 | released ViT-B/32 | protocol |" in text
     assert f"{100 * record.headline:.2f} | 51.90 | 48.39 | NOT the paper's protocol: only 50 images |" in text
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 4 and not re.search('(src|href)="(?!#|data:)', page)
+    assert page.count("<svg") == 7 and not re.search('(src|href)="(?!#|data:)', page)
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids)) and set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
-    assert len(list((out / "plots").glob("*.png"))) == len(list((out / "plots").glob("*.svg"))) == 4
+    assert len(list((out / "plots").glob("*.png"))) == len(list((out / "plots").glob("*.svg"))) == 7
     columns, *rows = csv.reader((out / "openclip.csv").open())
     wide = dict(zip(columns, rows[[row[0] for row in rows].index("small")], strict=True))
     assert float(wide["MNIST"]) == record.headline and float(wide["Flickr"]) >= 0 and wide["ImageNet 1k"] == ""

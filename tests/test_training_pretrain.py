@@ -73,7 +73,12 @@ def finished(tmp_path_factory):
     """A run to its end on data with some damage, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
     write_shards(folder, 60)
-    damaged = [("x.jpg", image_bytes(0)[:300]), ("x.txt", b"a cat"), ("y.jpg", image_bytes(0)), ("y.json", b'{"text": " "}')]
+    damaged = [
+        ("x.jpg", image_bytes(0)[:300]),
+        ("x.txt", b"a cat"),
+        ("y.jpg", image_bytes(0)),
+        ("y.json", b'{"text": " "}'),
+    ]
     write_tar(folder / "shards" / "1.tar", [*damaged, ("z.txt", b"no picture")])
     held_out = {"zero_shot": str(write_classes(folder)), "retrieval": str(folder / "shards" / "0.tar"), "every": 4}
     run = {"save_every": 4, "keep_checkpoints": 2, "precision": "auto", "trackers": TENSORBOARD}

@@ -97,10 +97,9 @@ class Job:
         if len(self.sets) != 1 and self.row.reads != "several":
             raise UsageError(f"{task}: found {len(self.sets)} data sets, expected one for each result.")
         card = self.sets[0].card
-        if "metric" in defaults and card and self.row.reads != "several":
-            options = {"metric": card.metric, **options}
+        by_card = {"metric": card.metric} if "metric" in defaults and card and self.row.reads != "several" else {}
         self.changed = {name: value for name, value in options.items() if plain(value) != plain(defaults.get(name))}
-        self.options = defaults | {name: value for name, value in options.items() if name in defaults}
+        self.options = defaults | by_card | {name: value for name, value in options.items() if name in defaults}
         self.embedding = {name: options[name] for name in EMBEDDING if name in options}
 
     @property
