@@ -16,7 +16,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,13 +28,22 @@ from transformers import PreTrainedModel
 
 import hfclip
 from hfclip import HFCLIPConfig, HFCLIPModel, HFCLIPProcessor, errors
-from hfclip.configuration_hfclip import TOWER_CONFIGS
 from hfclip.errors import UsageError, as_usage_error
-from hfclip.foreign.checkpoints import Checkpoint, View, open_checkpoint, rounded, sha256_of
+from hfclip.foreign.checkpoints import (
+    FOLDER_FILES,
+    OPENCLIP_FILES,
+    Checkpoint,
+    View,
+    open_checkpoint,
+    rounded,
+    sha256_of,
+)
+from hfclip.foreign.plan import Items, Plan, check_fit, on_meta
+from hfclip.foreign.processors import join
 from hfclip.foreign.whose import advice, require_own
 from hfclip.hub import check_target, end_on_interrupt, model_card, push
 from hfclip.hub.card import describe
-from hfclip.hub.check import mismatches, read_json
+from hfclip.hub.check import read_json
 
 from .folder import new_folder, require_free
 from .proof import compare, compute_features, differences, fixed_inputs, show, streamed
@@ -46,7 +54,6 @@ from .safetensors_files import num_bytes, write_weights
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-Items = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]]
 Features = Callable[[Mapping[str, Tensor], Tensor, Tensor], dict[str, Tensor]]
 
 
@@ -55,7 +62,7 @@ class Conversion:
     """One conversion, planned and not yet done.
 
     weights: the source's tensors in its own names.
-    items: renames them; a generator, so that one tensor at a time is in memory.
+    items: as of a `Plan`.
     model_class, config: what they make.
     features: (weights, pixel_values, input_ids) -> embeddings in float64 by name, from the source's tensors alone.
     processor: tokenizer and image processor to go with the model.
@@ -70,6 +77,21 @@ class Conversion:
     features: Features
     processor: Any = None
     notes: list[str] = field(default_factory=list)
+
+
+def conversion_of(plan: Plan, features: Features, unproven: Iterable[str] = ()) -> Conversion:
+    """The conversion of a dual encoder; `unproven`: notes on what `features` leaves open."""
+    tokenizer, notes = plan.build_tokenizer()
+    return Conversion(
+        plan.checkpoint,
+        plan.weights,
+        plan.items,
+        HFCLIPModel,
+        plan.config,
+        features,
+        join(plan.image_processor, tokenizer),
+        [*plan.notes, *unproven, *notes],
+    )
 
 
 def convert(plan: Conversion, out: Path, options: argparse.Namespace) -> None:
@@ -130,32 +152,10 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def on_meta(model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model without weights."""
-    towers = [getattr(config, f"{name}_config", config) for name in ("text", "vision")]
-    is_ours = all(tower.model_type in TOWER_CONFIGS for tower in towers)
-    with nullcontext() if is_ours else as_usage_error("A tower cannot be built"), torch.device("meta"):
-        model = model_class(config)
-    return model if dtype is None else model.to(dtype)
-
-
-def check_fit(layout: Mapping[str, Tensor], model: PreTrainedModel) -> None:
-    """Raises UsageError unless `layout` is exactly the model's state dict, names and shapes."""
-    expected = model.state_dict()
-    found_shapes, shapes = ({n: list(t.shape) for n, t in tensors.items()} for tensors in (layout, expected))
-    problems = mismatches(found_shapes, shapes)
-    integers = [
-        n for n, t in layout.items() if n in expected and expected[n].is_floating_point() > t.is_floating_point()
-    ]
-    problems += [f"{len(integers)} of whole numbers, such as {integers[0]}"] if integers else []
-    if problems:
-        raise UsageError(f"The tensors do not fit the architecture that they tell: {'; '.join(problems)}.")
-
-
 def open_source(own: str, source: Path) -> Checkpoint:
     """The checkpoint at `source`, refused with the right program where it is certainly not `own`, a key of `PROGRAMS`."""
     require_own(own, source)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, OPENCLIP_FILES if own == "openclip" else FOLDER_FILES)
     require_own(own, source, checkpoint)
     return checkpoint
 

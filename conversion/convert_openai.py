@@ -16,13 +16,12 @@ from hfclip_errors import start_program
 if __name__ == "__main__":
     start_program(__file__, __spec__, "convert")
 
-from hfclip import HFCLIPImageProcessor, HFCLIPModel
 from hfclip.errors import UsageError
-from hfclip.foreign.checkpoints import Checkpoint, View
-from hfclip.foreign.key_maps import CONSTANTS, hfclip_items, openai_config
-from hfclip.foreign.processors import join, openai_tokenizer
+from hfclip.foreign.checkpoints import Checkpoint
+from hfclip.foreign.openai import plan_openai
+from hfclip.foreign.plan import Choices
 
-from .convert import Conversion, build_parser, convert, open_source, parse_options, run, say
+from .convert import build_parser, conversion_of, convert, open_source, parse_options, run, say
 from .reference_settings import openai_features
 
 
@@ -50,7 +49,7 @@ def main() -> None:
     )
     options = parse_options(parser)
     checkpoint = open_source("openai", options.source)
-    conversion = plan(checkpoint, options.merges)
+    conversion = conversion_of(plan_openai(checkpoint, Choices(merges=options.merges)), openai_features)
     if not check_hash(checkpoint, options.any_hash):
         conversion.notes.append(
             "taken for a model as OpenAI built them, with QuickGELU and 64 units a head, which tensors cannot tell. "
@@ -73,15 +72,6 @@ def check_hash(checkpoint: Checkpoint, any_hash: bool) -> bool:
     else:
         say(f"SHA-256 {found}, none of OpenAI's nine.")
     return found in known
-
-
-def plan(checkpoint: Checkpoint, merges: str | None) -> Conversion:
-    """Finds the architecture of a checkpoint in OpenAI's names and plans its conversion."""
-    weights = View(checkpoint, {name: name for name in checkpoint if name.rpartition(".")[2] not in CONSTANTS})
-    config = openai_config(weights.on_meta())
-    tokenizer, notes = openai_tokenizer(config, merges)
-    processor = join(HFCLIPImageProcessor(size=config.image_size), tokenizer)
-    return Conversion(checkpoint, weights, hfclip_items, HFCLIPModel, config, openai_features, processor, notes)
 
 
 if __name__ == "__main__":

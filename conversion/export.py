@@ -33,7 +33,7 @@ from hfclip.errors import UsageError
 from hfclip.foreign.checkpoints import View, open_checkpoint
 from hfclip.foreign.key_maps import openai_config, openai_items, openclip_config
 from hfclip.foreign.processors import join, open_processor
-from hfclip.foreign.whose import OPENCLIP_CONFIG
+from hfclip.foreign_hfclip import OPENCLIP_CONFIG
 from hfclip.translation_hfclip import TRANSFORMERS_MODEL_TYPES
 
 from .convert import add_paths, open_model, run, say

@@ -25,9 +25,10 @@ import torch
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from hfclip.errors import UsageError, as_usage_error
 from hfclip.foreign.checkpoints import View
+from hfclip.foreign.plan import on_meta
 from hfclip.foreign.processors import join, open_processor
 
-from .convert import add_paths, on_meta, open_model, run, say
+from .convert import add_paths, open_model, run, say
 from .folder import new_folder, require_free
 from .proof import compare, compute_features, fixed_inputs
 from .safetensors_files import write_weights

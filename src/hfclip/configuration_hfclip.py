@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .foreign_hfclip import foreign, is_foreign
 from .limits_hfclip import limited, refuse_absurd
 from .presets_hfclip import fields_of_preset
 from .projection_hfclip import ProjectionType, require_projection
@@ -58,6 +59,8 @@ class HFCLIPBaseConfig(Requirements, PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        if is_foreign(pretrained_model_name_or_path, kwargs):
+            return foreign(pretrained_model_name_or_path).open_config(pretrained_model_name_or_path, **kwargs)
         try:
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
             config_dict.keys()

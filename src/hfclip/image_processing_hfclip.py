@@ -18,6 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .foreign_hfclip import foreign, is_foreign
 from .open_image_hfclip import ImageSource, data_format_of, open_image, shortened
 
 
@@ -298,6 +299,12 @@ class HFCLIPImageProcessor(BaseImageProcessor):
         """The options, and where remote code lies. Other attributes are no options, and a file with them is refused."""
         names = {*_OPTIONS, *_INERT, "auto_map"}
         return {name: value for name, value in super().to_dict().items() if name in names}
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        if is_foreign(pretrained_model_name_or_path, kwargs):
+            return foreign(pretrained_model_name_or_path).open_image_processor(pretrained_model_name_or_path, **kwargs)
+        return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):

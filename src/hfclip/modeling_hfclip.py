@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hfclip import HFCLIPConfig, HFCLIPTextConfig, HFCLIPVisionConfig
+from .foreign_hfclip import foreign, is_foreign
 from .layers_hfclip import with_init_std
 from .modeling_hfclip_resnet import HFCLIPResNetModel
 from .modeling_hfclip_text import HFCLIPBagOfWordsModel, HFCLIPTextModel
@@ -188,11 +189,22 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     @classmethod
-    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs) -> "HFCLIPModel":
-        """Opens a folder or a Hub name; see `PreTrainedModel.from_pretrained`."""
+    def from_pretrained(cls, name=None, *args, key_mapping: dict[str, str] | None = None, **kwargs) -> "HFCLIPModel":
+        """Opens a folder or a Hub name, see `PreTrainedModel.from_pretrained`, or a checkpoint of OpenAI or OpenCLIP.
+
+        Args:
+            name: Of such a checkpoint the file (`ViT-B-32.pt`, `epoch_32.pt`), or the folder or Hub name with
+                `open_clip_config.json`. It is read as data; nothing is converted on disk.
+            architecture: Of a training checkpoint: OpenCLIP's name, such as "ViT-B-32-quickgelu", or its JSON file.
+            weights: Of a training checkpoint with several sets of weights, which, such as "state_dict".
+            tokenizer: Of a checkpoint without: folder, Hub name, or OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
+            text_model: Folder or Hub name of the config of a text tower of transformers.
+        """
+        if is_foreign(name, kwargs):
+            return foreign(name).open_model(cls, name, **kwargs)
         # Dual encoders that transformers 4 wrote hold CLIP's towers one level deeper.
         deeper = {rf"^{tower}\.{tower}\.": f"{tower}." for tower in ("vision_model", "text_model")}
-        return super().from_pretrained(*args, key_mapping={**deeper, **(key_mapping or {})}, **kwargs)
+        return super().from_pretrained(name, *args, key_mapping={**deeper, **(key_mapping or {})}, **kwargs)
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, projection_dim: int = 512, **config) -> "HFCLIPModel":

@@ -19,6 +19,7 @@ from transformers.processing_utils import (
     VideosKwargs,
 )
 
+from .foreign_hfclip import foreign, is_foreign
 from .image_processing_hfclip import HFCLIPImageProcessor
 from .tokenization_hfclip import HFCLIPTokenizer
 
@@ -113,6 +114,13 @@ class HFCLIPProcessor(ProcessorMixin):
             return super().save_pretrained(save_directory, **kwargs)
         finally:
             self.__dict__.pop("auto_map", None)  # noted for the file; a processor opened from it has none
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "HFCLIPProcessor":
+        """Opens what `HFCLIPModel.from_pretrained` does, with the same `architecture`, `tokenizer` ..."""
+        if is_foreign(pretrained_model_name_or_path, kwargs):
+            return foreign(pretrained_model_name_or_path).open_processor(cls, pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:

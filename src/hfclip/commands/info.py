@@ -12,9 +12,10 @@ from typing import Any
 from transformers import AutoImageProcessor
 from transformers.utils import logging
 
-from hfclip import HFCLIPConfig, HFCLIPModel
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from hfclip.errors import as_usage_error, run
 from hfclip.flops import ModelFlops
+from hfclip.foreign_hfclip import is_foreign
 from hfclip.hub.card import describe
 from hfclip.names import opening
 
@@ -57,7 +58,8 @@ def collect(name: str) -> dict[str, Any]:
 
 def preprocessing(name: str) -> str | dict[str, Any]:
     try:
-        settings = AutoImageProcessor.from_pretrained(name).to_dict()
+        opener = HFCLIPImageProcessor if is_foreign(name, {}) else AutoImageProcessor
+        settings = opener.from_pretrained(name).to_dict()
     except (OSError, ValueError):
         return "no image processor"
     fields = ("size", "crop_size", "resample", "image_mean", "image_std")
@@ -66,6 +68,8 @@ def preprocessing(name: str) -> str | dict[str, Any]:
 
 def origin(folder: Path) -> str:
     """What the converter or the trainer has left beside the weights."""
+    if is_foreign(folder, {}):
+        return "a checkpoint of OpenAI or OpenCLIP, opened as it is"
     for file, told in (
         ("conversion.json", _conversion),
         ("../config.yaml", lambda path: f"trained by {path.resolve()}"),

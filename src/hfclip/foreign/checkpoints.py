@@ -50,6 +50,9 @@ FOLDER_FILES = (
     "pytorch_model.bin.index.json",
     "open_clip_pytorch_model.bin",
 )
+# In a folder for OpenCLIP and transformers both, OpenCLIP's.
+OPENCLIP_WEIGHTS = tuple(name for name in FOLDER_FILES if name.startswith("open_clip_"))
+OPENCLIP_FILES = tuple(dict.fromkeys((*OPENCLIP_WEIGHTS, *FOLDER_FILES)))
 # First bytes of files that are often taken for checkpoints, what they are, and what to do.
 DOWNLOAD = "download the file itself"
 LOOKALIKES = (
@@ -185,8 +188,8 @@ def rounded(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a checkpoint file, or a folder with one under a usual name (`FOLDER_FILES`); reads no tensor data.
+def open_checkpoint(path: str | Path, names: tuple[str, ...] = FOLDER_FILES) -> Checkpoint:
+    """Opens a checkpoint file, or a folder with one under one of `names`, best first; reads no tensor data.
 
     Raises:
         CheckpointError: no such file, another kind of file, an incomplete, damaged or forged one, or one that needs
@@ -195,7 +198,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     with errors_of(path):
         if path.is_dir():
-            path = find_in_folder(path)
+            path = find_in_folder(path, names)
         if not path.is_file():
             raise CheckpointError("no such file; expected a checkpoint file or a folder with one.")
     with errors_of(path):
@@ -219,12 +222,12 @@ def errors_of(place: Path | str) -> Iterator[None]:
         raise CheckpointError(f"{place}: cannot be read ({error.strerror or error}).") from error
 
 
-def find_in_folder(folder: Path) -> Path:
-    for name in FOLDER_FILES:
+def find_in_folder(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
         if (folder / name).is_file():
             return folder / name
     found = sorted(item.name for item in folder.iterdir())[:10]
-    raise CheckpointError(f"no checkpoint in this folder: found {found}, expected one of {list(FOLDER_FILES)}.")
+    raise CheckpointError(f"no checkpoint in this folder: found {found}, expected one of {list(names)}.")
 
 
 def check_kind(path: Path) -> str:

@@ -44,7 +44,7 @@ def openai_tokenizer(config: HFCLIPConfig, merges: str | None) -> tuple[HFCLIPTo
     """OpenAI's tokenizer, with merges from a file or from the Hub; None, with a note, for another vocabulary."""
     text = config.text_config
     if merges is None and text.vocab_size != OPENAI_VOCABULARY:
-        return None, [f"no tokenizer was written: OpenAI's has 49,408 tokens, this model {text.vocab_size}."]
+        return None, [f"no tokenizer: OpenAI's has 49,408 tokens, this model {text.vocab_size}."]
     try:
         if merges is not None:
             tokenizer = HFCLIPTokenizer.from_openai_bpe(merges)

@@ -16,7 +16,6 @@ from .checkpoints import Checkpoint, open_checkpoint
 from .key_maps import CONSTANTS
 
 
-OPENCLIP_CONFIG = "open_clip_config.json"
 # What it is, and what takes it.
 PROGRAMS = {
     "openai": ("a checkpoint of OpenAI's CLIP", "hfclip convert FILE OUT --from openai"),
