@@ -72,7 +72,7 @@ def embed(
         cache_dir: holds a folder per fingerprint.
         what: "images", "texts" or both.
         layers: modules of the model by name ("vision_model.encoder.layers.3"), whose output for each image is kept:
-            its "mean" over tokens or places, the "first" token, or "all" of it.
+            its "mean" over tokens or places, the "first" token, "all" of it, or the module's "input" instead.
         batch_size: images, or texts, that the model sees at a time. None: 32 on a CPU, else 256.
         num_workers: processes that read and decode beside this one. None: what the machine has for it.
         precision: "fp32", "bf16", "fp16" or "auto": bf16 where the hardware has it.

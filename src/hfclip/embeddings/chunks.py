@@ -17,7 +17,7 @@ from ..open_image_hfclip import open_image
 
 CHUNK = 256  # samples, if a batch is not larger
 
-Pool = Literal["mean", "first", "all"]
+Pool = Literal["mean", "first", "all", "input"]
 
 
 class Options(NamedTuple):

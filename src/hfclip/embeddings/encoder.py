@@ -1,5 +1,6 @@
 """What a model makes of a chunk: a row per image and per caption, which depends on itself alone."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
@@ -59,15 +60,17 @@ class Encoder:
         self.hooks, self.outputs = [], {}
 
     def __enter__(self) -> "Encoder":
-        for name in self.options.layers:
+        for name, how in self.options.layers.items():
             try:
                 module = self.model.get_submodule(name)
             except AttributeError as error:
                 raise UsageError(f"layers: the model has no module {name!r}: {error}.") from error
-            self.hooks.append(
-                module.register_forward_hook(lambda *call, name=name: self.outputs.update({name: call[2]}))
-            )
+            keep = functools.partial(self._keep, name, how)
+            self.hooks.append(module.register_forward_hook(keep))
         return self
+
+    def _keep(self, name: str, how: Pool, module: nn.Module, inputs: tuple, output: Any) -> None:
+        self.outputs[name] = inputs[0] if how == "input" else output
 
     def __exit__(self, *exception) -> None:
         for hook in self.hooks:
@@ -124,7 +127,7 @@ class Encoder:
                 f"layers: {name} gives {shape or 'nothing'} for {batch_size} images, expected a row for each"
                 f"{', (images, tokens, width)' if how == 'first' else ''}."
             )
-        if how == "all" or output.ndim == 2:
+        if how in ("all", "input") or output.ndim == 2:
             return output
         # (images, tokens, width), or (images, channels, height, width)
         return output[:, 0] if how == "first" else output.float().mean(1 if output.ndim == 3 else (2, 3))

@@ -2,6 +2,8 @@
 
     zero_shot.py    accuracy of a prompt-ensembled classifier on labelled images
     retrieval.py    recall between images and their captions
+    linear_probe.py    accuracy of a linear classifier on a model's features
+    few_shot.py     the same on a few images per class, beside zero-shot
 
     task.py         Result: metrics, their headline, and tables, plots, arrays, protocol for a report
     tasks.py        the table of tasks; a task's keyword-only parameters are flags of `hfclip evaluate`
@@ -9,6 +11,7 @@
     running.py      a task on a model and data by their names; what is stored is not computed again
     records.py      a result as a file
     shared.py       embeddings that tasks share: images without their labels, sentences that name classes
+    logistic.py     logistic regression for many lambdas on the same data
     metrics.py      accuracy, average precision, ROC AUC, calibration ...: pure functions of scores and targets
     registry.py     the data sets that have names, and what was published of them
     report.py       results beside published numbers; page.py and plots.py show them

@@ -41,6 +41,10 @@ class Task(NamedTuple):
 TASKS = {
     "zero-shot": Task("zero_shot", "zero_shot", "labelled", "accuracy of a classifier made of words"),
     "retrieval": Task("retrieval", "retrieval", "captioned", "recall between images and captions"),
+    "linear-probe": Task(
+        "linear_probe", "linear_probe", "splits", "accuracy of a linear classifier on frozen features"
+    ),
+    "few-shot": Task("few_shot", "few_shot", "splits", "accuracy by the number of labelled images per class"),
 }
 
 

@@ -1,0 +1,241 @@
+"""The linear probe's logistic regression beside scikit-learn's: at single lambdas, and in the paper's search for one.
+
+    python benchmarks/probe.py                            # prints the tables
+    python benchmarks/probe.py --write                    # also stores them, dated, in benchmarks/results/
+    python benchmarks/probe.py --images data/cifar10      # a random ViT's features of real images in place of mixtures
+
+Each fit is of a process of its own, on the same float32 features and with the same number of threads; the time includes all
+but reading the features. scikit-learn stops by `--tol`, a bound on the gradient of the mean loss, or after 1,000 iterations, as
+the paper has it. Both losses are computed from the weights, in float64, and predictions are compared on features that neither
+has seen. A search takes some 15 fits of four fifths of the samples, of which each of ours begins at the one before, and one of
+all; scikit-learn's are those of the same lambdas.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import hfclip
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
+from hfclip.embeddings import embed
+from hfclip.evaluation import DataSet
+from hfclip.evaluation.data import LabelledFolder
+from hfclip.evaluation.linear_probe import Split, divide, search
+
+
+RESULTS = Path(__file__).parent / "results"
+LAMBDAS = (100.0, 1.0, 0.01)
+MAX_ITERATIONS = 1000
+
+
+def mixtures(num_samples: int, dim: int, num_classes: int) -> dict[str, np.ndarray]:
+    """Clusters on a falling spectrum, off centre, of about unit variance, as a tower's last LayerNorm gives them."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.arange(1, dim + 1) ** -0.7
+    spread *= (dim / spread.square().sum()).sqrt()
+    turn = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+    targets = torch.randint(num_classes, (2 * num_samples,), generator=generator)
+    centres = 0.2 * torch.randn(num_classes, dim, generator=generator)
+    features = (centres[targets] + torch.randn(2 * num_samples, dim, generator=generator)) * spread @ turn
+    features += 0.5 * torch.randn(dim, generator=generator)
+    return as_arrays(features, targets, num_samples)
+
+
+def features_of_images(place: str, num_samples: int) -> dict[str, np.ndarray]:
+    """The pooled features of a random ViT of 4 layers of width 768 on patches of 8 pixels of 32."""
+    torch.manual_seed(0)
+    vision = dict(model_type="hfclip_vit", image_size=32, patch_size=8, hidden_size=768, intermediate_size=3072)
+    vision |= dict(num_hidden_layers=4, num_attention_heads=12)
+    model = HFCLIPModel(HFCLIPConfig(vision_config=vision))
+    processor = argparse.Namespace(image_processor=HFCLIPImageProcessor(size=32))
+    data = DataSet(place, limit=2 * num_samples).labelled("train")
+    layers = {"visual_projection": "input"}
+    found = embed(model, processor, data.samples.source, what=("images",), layers=layers, precision="fp32")
+    order = np.random.default_rng(0).permutation(len(found))
+    return as_arrays(found.layers["visual_projection"][order], found.label_ids[order], len(order) // 2)
+
+
+def as_arrays(features: np.ndarray, targets: np.ndarray, num_samples: int) -> dict[str, np.ndarray]:
+    """Those to fit, and new ones."""
+    features, targets = np.asarray(features, np.float32), np.asarray(targets)
+    return {"features": features[:num_samples], "targets": targets[:num_samples], "new": features[num_samples:]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--images", help="a labelled data set, instead of mixtures")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tol", type=float, default=1e-6, help="of scikit-learn")
+    parser.add_argument("--wrap", default="", help="words before the command of each measured process")
+    parser.add_argument("--write", action="store_true", help="store the tables in benchmarks/results/")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--lam", type=float, default=1.0, help=argparse.SUPPRESS)
+    parser.add_argument("--data", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        torch.set_num_threads(arguments.threads)
+        print(json.dumps(SIDES[arguments.side](arguments)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.data = f"{folder}/data.npz"
+        shape = arguments.samples, arguments.dim, arguments.classes
+        arrays = features_of_images(arguments.images, arguments.samples) if arguments.images else mixtures(*shape)
+        np.savez(arguments.data, **arrays)
+        table = report(arguments, [*single_lambdas(arguments), "", *the_search(arguments, folder)])
+    print(table)
+    if arguments.write:
+        RESULTS.mkdir(exist_ok=True)
+        of = "images" if arguments.images else "mixtures"
+        (RESULTS / f"{date.today().isoformat()}_probe_{of}.md").write_text(table)
+
+
+# ----------------------------------------------------------------------------------------- what a measured process does
+
+
+def fit_ours(arguments: argparse.Namespace) -> dict:
+    split = read(arguments)
+    start = time.perf_counter()
+    fit = split.regression().fit(arguments.lam)
+    seconds = time.perf_counter() - start
+    return result(arguments, seconds, fit.iterations, fit.converged, fit.weight, fit.bias)
+
+
+def search_ours(arguments: argparse.Namespace) -> dict:
+    split = read(arguments)
+    start = time.perf_counter()
+    best, rows = search(*divide(split, 0), "top1")
+    fit = split.regression().fit(best.lam, best)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "best": fit.lam, "iterations": fit.iterations, "rows": rows}
+
+
+def fit_scikit_learn(arguments: argparse.Namespace) -> dict:
+    from sklearn.linear_model import LogisticRegression
+
+    split = read(arguments)
+    features, targets = split.features.double().numpy(), split.targets.numpy()
+    start = time.perf_counter()
+    fit = LogisticRegression(C=1 / arguments.lam, tol=arguments.tol, max_iter=MAX_ITERATIONS).fit(features, targets)
+    seconds = time.perf_counter() - start
+    iterations = int(fit.n_iter_[0])
+    weight, bias = torch.from_numpy(fit.coef_), torch.from_numpy(fit.intercept_)
+    return result(arguments, seconds, iterations, iterations < MAX_ITERATIONS, weight, bias)
+
+
+SIDES = {"hfclip": fit_ours, "search": search_ours, "scikit-learn": fit_scikit_learn}
+
+
+def read(arguments: argparse.Namespace) -> Split:
+    with np.load(arguments.data) as file:
+        features, targets = torch.from_numpy(file["features"]), torch.from_numpy(file["targets"])
+    torch.ones(999, 999).mm(torch.ones(999, 999))  # threads are started
+    labels = [str(label) for label in range(int(targets.max()) + 1)]
+    return Split(LabelledFolder(labels, [], None), features, features[:, :1], targets)
+
+
+def result(arguments, seconds, iterations, converged, weight, bias) -> dict:
+    """What is asked about a fit; its loss and predictions are computed here, from float64."""
+    with np.load(arguments.data) as file:
+        features, targets, new = (torch.from_numpy(file[name]) for name in ("features", "targets", "new"))
+    losses = F.cross_entropy(features.double() @ weight.T + bias, targets, reduction="sum")
+    loss = (losses + arguments.lam / 2 * weight.square().sum()).item()
+    predicted = (new.double() @ weight.T + bias).argmax(1).tolist()
+    return {"seconds": seconds, "iterations": iterations, "converged": converged, "loss": loss, "predicted": predicted}
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def measured(arguments: argparse.Namespace, side: str, lam: float = 1.0, data: str | None = None) -> dict:
+    """The result of a process."""
+    options = {
+        "side": side,
+        "lam": lam,
+        "data": data or arguments.data,
+        "threads": arguments.threads,
+        "tol": arguments.tol,
+    }
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    environment = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(arguments.threads))}
+    command = [*shlex.split(arguments.wrap), sys.executable, __file__, *flags]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def single_lambdas(arguments: argparse.Namespace) -> list[str]:
+    lines = [
+        "| lambda | hfclip | scikit-learn | ratio | iterations | losses, relative difference | same predictions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for lam in LAMBDAS:
+        ours, theirs = measured(arguments, "hfclip", lam), measured(arguments, "scikit-learn", lam)
+        ratio, difference = theirs["seconds"] / ours["seconds"], ours["loss"] / theirs["loss"] - 1
+        same = np.mean(np.array(ours["predicted"]) == theirs["predicted"])
+        lines.append(
+            f"| {lam:g} | {ours['seconds']:.2f} s | {theirs['seconds']:.1f} s | {ratio:.1f} | "
+            f"{iterations(ours)}, {iterations(theirs)} | {difference:+.1e} | {same:.2%} |"
+        )
+        print(lines[-1], flush=True)
+    return lines
+
+
+def iterations(result: dict) -> str:
+    return f"{result['iterations']}{'' if result['converged'] else ' (not converged)'}"
+
+
+def the_search(arguments: argparse.Namespace, folder: str) -> list[str]:
+    ours = measured(arguments, "search")
+    with np.load(arguments.data) as file:
+        kept, _ = divide(read(arguments), 0)
+        np.savez(f"{folder}/kept.npz", features=kept.features, targets=kept.targets, new=file["new"][:1])
+    lines = ["| lambda | iterations of hfclip | of scikit-learn | seconds of scikit-learn |", "|---|---|---|---|"]
+    total = 0.0
+    for row in [*ours["rows"], {"lambda": ours["best"], "iterations": ours["iterations"], "converged": True}]:
+        data = arguments.data if len(lines) == len(ours["rows"]) + 2 else f"{folder}/kept.npz"
+        theirs = measured(arguments, "scikit-learn", row["lambda"], data)
+        total += theirs["seconds"]
+        name = f"{row['lambda']:.3g}{', of all' if data == arguments.data else ''}"
+        lines.append(f"| {name} | {iterations(row)} | {iterations(theirs)} | {theirs['seconds']:.1f} |")
+        print(lines[-1], flush=True)
+    ratio = total / ours["seconds"]
+    said = f"The search: hfclip {ours['seconds']:.1f} s, scikit-learn {total:.0f} s, ratio {ratio:.1f}."
+    return [said, "", *lines]
+
+
+def report(arguments: argparse.Namespace, tables: list[str]) -> str:
+    split = read(arguments)
+    (num_samples, dim), num_classes = split.features.shape, len(split.folder.labels)
+    kind = f"of a random ViT, of images of {Path(arguments.images).name}" if arguments.images else "of random clusters"
+    return "\n".join(
+        [
+            f"# Logistic regression beside scikit-learn {version('scikit-learn')}, {date.today().isoformat()}",
+            "",
+            f"{num_samples:,} features of {dim} dimensions {kind}, {num_classes} classes, {arguments.threads} threads of "
+            f"{platform.machine()} ({os.cpu_count()} cores), torch {torch.__version__}, hfclip {hfclip.__version__}. "
+            f"scikit-learn in float64 with tol={arguments.tol:g}, at most {MAX_ITERATIONS:,} iterations. Ratio above 1: hfclip "
+            "takes less; a difference below 0: its loss is lower. `python benchmarks/probe.py --write`",
+            "",
+            *tables,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
