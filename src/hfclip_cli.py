@@ -112,6 +112,12 @@ VERBS = {
         "says what a model folder holds",
         "hfclip info FOLDER",
     ),
+    "models": Verb(
+        run_program,
+        "hfclip.commands.models",
+        "lists well-known models and where they are",
+        "hfclip models siglip 384",
+    ),
     "convert": Verb(
         run_program,
         "hfclip.conversion.convert_any",

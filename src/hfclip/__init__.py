@@ -26,6 +26,7 @@ from .modeling_hfclip import (
 from .modeling_hfclip_resnet import HFCLIPResNetModel
 from .modeling_hfclip_text import HFCLIPBagOfWordsModel, HFCLIPTextModel
 from .modeling_hfclip_transformer import HFCLIPPreTrainedModel, HFCLIPVisionModel
+from .models import list_models
 from .processing_hfclip import HFCLIPProcessor
 from .tokenization_hfclip import HFCLIPTokenizer
 from .zero_shot import ZeroShotClassifier
@@ -40,7 +41,7 @@ __all__ = [
     *("HFCLIPTextModelWithProjection", "HFCLIPVisionModelWithProjection"),
     *("HFCLIPTokenizer", "HFCLIPImageProcessor", "HFCLIPProcessor"),
     *("ZeroShotImageClassificationPipeline", "optimize_for_inference"),
-    *("ZeroShotClassifier", "contrastive_loss", "sigmoid_loss", "__version__"),
+    *("ZeroShotClassifier", "contrastive_loss", "sigmoid_loss", "list_models", "__version__"),
 ]
 
 if not (Path(__file__).parent / "training").is_dir():  # they are in the wheel; in a clone they lie at its top

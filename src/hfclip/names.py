@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import UsageError
+from .models import nearest_model
 
 
 # Files of a model folder that say what goes with the weights.
@@ -66,8 +67,11 @@ def _reason(place: Path, error: Exception) -> str:
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes) and (hint := nearest_model(str(place))):
+        return f"found no folder {str(place)!r} here, and nothing of that name on the Hub. {hint}"
     if any(isinstance(cause, LocalEntryNotFoundError | ConnectionError) for cause in causes):
-        return f"found no folder {str(place)!r} here, and the Hub cannot be reached. Give a folder, or connect first."
+        hint = f" {nearest_model(str(place))}".rstrip()
+        return f"found no folder {str(place)!r} here, and the Hub cannot be reached. Give a folder, or connect first.{hint}"
     if place.is_dir():
         for part, files in PARTS.items():
             if part.split()[0] in str(error) and not any((place / file).exists() for file in files):

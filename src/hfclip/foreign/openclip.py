@@ -63,7 +63,9 @@ def weight_names(checkpoint: Checkpoint, chosen: str | None) -> tuple[dict[str, 
         notes.append(f"{left} tensors beside the weights (such as optimizer states) are left aside.")
     # CustomTextCLIP keeps the text tower below `text.`
     names = {new.removeprefix("text."): old for new, old in names.items()}
-    names = {new: old for new, old in names.items() if not new.startswith("text_decoder.")}
+    if decoder := [name for name in names if name.startswith("text_decoder.")]:
+        notes.append(f"{len(decoder)} tensors of CoCa's decoder, which writes captions, are left aside.")
+    names = {new: old for new, old in names.items() if new not in decoder}
     names = {new: old for new, old in names.items() if new not in CONSTANTS and not new.endswith(".position_ids")}
     return names, notes
 
