@@ -1,4 +1,4 @@
-"""A contact sheet of zero-shot predictions: what the model saw, what it should have said and what it said."""
+"""Contact sheets: what a model saw, what it should have said and what it said; and images side by side."""
 
 import math
 from collections.abc import Sequence
@@ -66,6 +66,32 @@ def _draw_card(sheet: Image.Image, draw: ImageDraw.ImageDraw, box, image, truth:
         draw.rectangle((text_left - 4, y - 9, text_left - 4 + bar + 8, y + 9), fill="#cdeed9" if right else "#f3d9d6")
         draw.text((text_left, y), entry["label"], _RIGHT if right else _FAINT, plain, anchor="lm")
         draw.text((text_right, y), f"{entry['score']:.0%}", _RIGHT if right else _FAINT, plain, anchor="rm")
+
+
+def draw_pairs(
+    path: str | Path, pairs: Sequence[tuple[Image.Image, Image.Image, str, bool]], *, columns: int = 4
+) -> None:
+    """Writes a contact sheet of pairs of images, each with a line of words, green if they count as the same.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+    """
+    if not pairs:
+        raise ValueError("draw_pairs needs at least one pair, found none.")
+    columns = min(columns, len(pairs))
+    width, height = 2 * _CARD + 3 * _PADDING, _CARD + _LINE + 2 * _PADDING
+    size = columns * (width + _PADDING) + _PADDING, math.ceil(len(pairs) / columns) * (height + _PADDING) + _PADDING
+    sheet = Image.new("RGB", size, "#e9edf1")
+    draw, plain = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for index, (*images, words, is_same) in enumerate(pairs):
+        left, top = index % columns * (width + _PADDING) + _PADDING, index // columns * (height + _PADDING) + _PADDING
+        box, colour = (left, top, left + width, top + height), _RIGHT if is_same else _WRONG
+        draw.rounded_rectangle(box, radius=8, fill=_PAPER, outline=colour, width=3)
+        for side, image in enumerate(map(_fitted, images)):
+            middle = left + _PADDING + side * (_CARD + _PADDING) + _CARD // 2
+            sheet.paste(image, (middle - image.width // 2, top + _PADDING + (_CARD - image.height) // 2))
+        draw.text((left + _PADDING, top + height - _LINE // 2 - 4), words[:56], colour, plain, anchor="lm")
+    sheet.save(path)
 
 
 def _fitted(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +49,8 @@ class ShardSource(Source):
         super().__init__()
         self.shards, self.key, self.required = shards, keys.caption, keys.required
         self.labels = read_lines(shards[0].parent, CLASS_NAMES)
+        if self.labels and all(re.match(r"[a-z_]+:\S", line) for line in self.labels):
+            self.labels = None  # values of several attributes, "age:0-2": no sample has a row of them
         self.a_caption_per_line = read_lines(shards[0].parent, NUMBER_OF_SHARDS) is not None
         folder = _index_folder(cache)
         found = map_in_threads(lambda shard: self._samples_of(shard, folder), shards, "indexing shards")

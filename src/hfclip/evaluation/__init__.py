@@ -4,6 +4,11 @@
     retrieval.py    recall between images and their captions
     linear_probe.py    accuracy of a linear classifier on a model's features
     few_shot.py     the same on a few images per class, beside zero-shot
+    robustness.py   one classifier under natural shift, against other models; corruptions.py: under corruptions, and words
+    overlap.py      accuracy on images that the training data have, too
+    fairness.py     accuracy and denigrating labels by groups of people
+    scaling.py      error against compute, of stored results
+    video.py        videos by their middle frame or the mean of frames
 
     task.py         Result: metrics, their headline, and tables, plots, arrays, protocol for a report
     tasks.py        the table of tasks; a task's keyword-only parameters are flags of `hfclip evaluate`

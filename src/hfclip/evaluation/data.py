@@ -124,7 +124,7 @@ def _contents(place: str) -> list:
     return [sizes, *(read_lines(path, name) for name in (CLASS_NAMES, TEMPLATES_FILE))]
 
 
-class _Part(Source):
+class Part(Source):
     """Some samples of a source."""
 
     def __init__(self, source: Source, indices: Sequence[int]):
@@ -155,7 +155,7 @@ def evenly(source: Source, limit: int | None) -> Source:
     """The source, or `limit` of its samples at equal distances."""
     if limit is None or limit >= len(source):
         return source
-    return _Part(source, np.linspace(0, len(source), limit, endpoint=False).astype(int).tolist())
+    return Part(source, np.linspace(0, len(source), limit, endpoint=False).astype(int).tolist())
 
 
 class UndecodableImage(ValueError):

@@ -100,7 +100,8 @@ class Job:
         by_card = {"metric": card.metric} if "metric" in defaults and card and self.row.reads != "several" else {}
         self.changed = {name: value for name, value in options.items() if plain(value) != plain(defaults.get(name))}
         self.options = defaults | by_card | {name: value for name, value in options.items() if name in defaults}
-        self.embedding = {name: options[name] for name in EMBEDDING if name in options}
+        embedding = () if self.row.reads == "results" else EMBEDDING  # what reads results embeds nothing
+        self.embedding = {name: options[name] for name in embedding if name in options}
 
     @property
     def names(self) -> str:

@@ -45,6 +45,16 @@ TASKS = {
         "linear_probe", "linear_probe", "splits", "accuracy of a linear classifier on frozen features"
     ),
     "few-shot": Task("few_shot", "few_shot", "splits", "accuracy by the number of labelled images per class"),
+    "robustness": Task("robustness", "robustness", "several", "one classifier on a reference and on shifted sets"),
+    "frames": Task("robustness", "frames", "several", "anchor frames of videos, alone and with the frames near them"),
+    "corruptions": Task("corruptions", "corruptions", "labelled", "accuracy on images corrupted in twelve ways"),
+    "typographic": Task("corruptions", "typographic", "labelled", "images with the name of a wrong class on them"),
+    "robustness-plot": Task("robustness", "robustness_plot", "results", "robustness of models on logit axes"),
+    "overlap": Task("overlap", "overlap", "labelled", "accuracy on images that the training data have, and on others"),
+    "overlap-summary": Task("overlap", "overlap_summary", "results", "overlap of all data sets together"),
+    "fairness": Task("fairness", "fairness", "splits", "accuracy and denigrating labels by groups of people"),
+    "video": Task("video", "video", "splits", "videos by their middle frame, or the mean of frames"),
+    "scaling": Task("scaling", "scaling", "results", "error against compute: a power law with its interval"),
 }
 
 

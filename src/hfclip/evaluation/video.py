@@ -1,0 +1,56 @@
+"""Zero-shot classification of videos by their middle frame, or by the mean of several frames (paper table 15)."""
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..data.files import read_lines
+from ..data.videos import VideoFrames
+from ..errors import UsageError
+from ..zero_shot import DEFAULT_TEMPLATES, check_templates, embed_labels
+from .data import TEMPLATES_FILE, DataSet
+from .predictions import embed_readable
+from .task import Result
+
+
+def video(model: nn.Module, processor: Any, data: DataSet, *, num_frames: int = 1, **embedding) -> Result:
+    """Zero-shot accuracy on videos in class folders: see `hfclip.data.videos`.
+
+    Args:
+        num_frames: of each video, at equal distances, whose embeddings are averaged. 1: the middle frame.
+
+    Returns:
+        `top1`, `top5` and `mean_top1_top5`, the metric of Kinetics; `unreadable_videos`, of which no frame could be read,
+        if there are any.
+    """
+    source = VideoFrames(data.place, num_frames)
+    templates = [line for line in read_lines(source.folder, TEMPLATES_FILE) or () if line] or DEFAULT_TEMPLATES
+    label_embeds = embed_labels(model, processor, source.labels, check_templates(templates))
+    found = embed_readable(model, processor, source, **embedding)
+    names = [key.rpartition("/")[0] for key in found.keys]
+    videos, owner = np.unique(names, return_inverse=True)
+    means = mean_of_frames(found.embeds, owner)
+    targets = np.empty(len(videos), np.int64)
+    targets[owner] = found.targets
+    scores = found._replace(embeds=means, targets=targets, keys=videos).compare(label_embeds).scores
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+    hits = order == targets[:, None]
+    top1, top5 = float(hits[:, 0].mean()), float(hits.any(axis=1).mean())
+    lost = len(source.videos) - len(videos)
+    return Result(
+        {"top1": top1, "top5": top5, "mean_top1_top5": (top1 + top5) / 2}
+        | ({"unreadable_videos": lost} if lost else {}),
+        headline="top1",
+        protocol={"frames": "middle" if num_frames == 1 else f"mean of {num_frames}", "templates": list(templates)},
+    )
+
+
+def mean_of_frames(embeds: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """Unit means, (num_videos, dim), of the unit embeddings of frames; `owner` is the number of each one's video."""
+    sums = np.zeros((owner.max() + 1, embeds.shape[1]))
+    np.add.at(sums, owner, embeds)
+    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+    if not (lengths > 0).all():
+        raise UsageError("found a video whose frames cancel each other out, or without a frame: it has no mean.")
+    return (sums / lengths).astype(np.float32)
