@@ -107,15 +107,33 @@ def embed_prompts(
     check_tokenizer(model, processor)
     labels, templates = check_labels(labels), check_templates(templates)
     prompts = [[fill_template(template, label) for label in labels] for template in templates]
-    texts = distinct(prompt for row in prompts for prompt in row)
-    # By their length: a batch holds texts of one width, and is filled up.
+    embeds, rows = embed_sentences(model, processor, [prompt for row in prompts for prompt in row], **embedding)
+    rows = rows.reshape(len(templates), len(labels))
+    return Prompts(embeds, rows, labels, [fill_template(template, "{}") for template in templates])
+
+
+def embed_sentences(
+    model: nn.Module, processor: Any, sentences: Sequence[str], **embedding
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeds sentences that may repeat, each once and without much padding; processes share the work.
+
+    Args:
+        embedding: options of `hfclip.embeddings.embed`; batches are its default, since those of images do not fit.
+
+    Returns:
+        `(num_distinct, dim)` unit embeddings, and the row of each sentence.
+
+    Raises:
+        UsageError: a model without a text tower; no sentence, or an empty one.
+    """
+    check_text_tower(model)
+    texts = distinct(sentences)
     lengths = [len(ids) for ids in processor(text=texts, padding=False, truncation=True)["input_ids"]]
     texts = [texts[number] for number in np.argsort(lengths, kind="stable")]
-    options = {"precision": "fp32", **embedding, "num_workers": 0}
-    found = embed(model, processor, TextList(texts), what=("texts",), **options)
+    options = {"precision": "fp32", **embedding, "num_workers": 0, "batch_size": None}
+    found = embed(model, processor, _ByLength(texts), what=("texts",), **options)
     row_of = {text: row for row, text in enumerate(texts)}
-    rows = np.array([[row_of[prompt] for prompt in row] for row in prompts])
-    return Prompts(found.text_embeds, rows, labels, [fill_template(template, "{}") for template in templates])
+    return found.text_embeds, np.array([row_of[sentence] for sentence in sentences])
 
 
 def embed_labelled(
@@ -160,6 +178,12 @@ def check_text_tower(model: nn.Module) -> None:
             f"found a {type(model).__name__}, which has no text tower; expected a model of images and texts, such as "
             "HFCLIPModel, to compare images with words. Without text there is the linear probe."
         )
+
+
+class _ByLength(TextList):
+    """Texts in the order of their lengths: neighbours make a batch."""
+
+    width = 2
 
 
 def _checked(target: int | None, num_labels: int) -> int:
