@@ -35,7 +35,7 @@ from ..errors import UsageError
 from ..precision import settled_precision
 from ..zero_shot import device_of
 from .chunks import CHUNK, Chunks, Options, Pool
-from .encoder import Encoder, prepared
+from .encoder import WIDTH, Encoder, prepared
 from .processes import Processes, fingerprint_of
 from .store import Embeddings, Store, join
 
@@ -115,7 +115,8 @@ def _compute(
     todo = range(processes.rank, len(chunks), processes.size)
     todo = [number for number in todo if store is None or not store.chunk(number).exists()]
     computed = {}
-    with prepared(model, chunks.options.precision) as bare, Encoder(bare, chunks.processor, chunks.options) as encoder:
+    settings = chunks.processor, chunks.options, getattr(chunks.source, "width", WIDTH)
+    with prepared(model, chunks.options.precision) as bare, Encoder(bare, *settings) as encoder:
         for number, inputs in chunks.load(todo, num_workers, "embedding", processes.rank == 0):
             if store is None:
                 computed[number] = encoder(inputs)

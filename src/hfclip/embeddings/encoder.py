@@ -19,7 +19,7 @@ from ..zero_shot import device_of, evaluating
 from .chunks import Options, Pool, is_plain
 
 
-WIDTH = 8  # tokens; the width of a batch of texts is a multiple
+WIDTH = 8  # tokens; the width of a batch of texts is a multiple, or one of its source's `width`
 
 
 @contextmanager
@@ -50,14 +50,14 @@ def _exact(precision: str, device: torch.device) -> AbstractContextManager:
 class Encoder:
     """What the model makes of a chunk: rows of its samples and of its captions."""
 
-    def __init__(self, model: nn.Module, processor: Any, options: Options):
+    def __init__(self, model: nn.Module, processor: Any, options: Options, width: int = WIDTH):
         self.model, self.processor, self.options, self.device = model, processor, options, device_of(model)
         self.scale = model.logit_scale.exp().item()
         self.normalization = None
         if is_plain(images := getattr(processor, "image_processor", None)):
             values = torch.tensor([images.image_mean, images.image_std], device=self.device)
             self.normalization = values[:, :, None, None]  # (2, 3) -> mean and deviation, (3, 1, 1) each
-        self.hooks, self.outputs = [], {}
+        self.width, self.hooks, self.outputs = width, [], {}
 
     def __enter__(self) -> "Encoder":
         for name, how in self.options.layers.items():
@@ -138,7 +138,7 @@ class Encoder:
         lengths = [len(ids) for ids in self.processor(text=texts, padding=False, truncation=True)["input_ids"]]
         by_width: dict[int, list[int]] = {}
         for place, length in enumerate(lengths):
-            by_width.setdefault(min(-(-length // WIDTH) * WIDTH, context), []).append(place)
+            by_width.setdefault(min(-(-length // self.width) * self.width, context), []).append(place)
         rows = np.empty((len(texts), self.model.config.projection_dim), np.float32)
         for width, same in by_width.items():
             options = {"padding": "max_length", "max_length": width, "truncation": True, "return_tensors": "pt"}

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
 
-from ..data.samples import Sample, Source, not_blank, usable_captions
+from ..data.samples import Sample, Source, usable_captions
 from ..embeddings import embed
 from ..errors import UsageError
 from ..zero_shot import device_of
 from .metrics import median_rank, top_k_accuracy
-from .shared import ROWS, Images, check_text_tower
+from .shared import ROWS, Images, check_text_tower, embed_sentences
 from .task import Result
 
 
@@ -35,26 +35,28 @@ def retrieval(
         embedding: options of `hfclip.embeddings.embed`; `precision` is "fp32" if it is not given.
 
     Returns:
-        What `retrieval_recall` measures, `mean_recall@k` of both ways, `text_retrieval_median_rank` and `image_retrieval_median_rank` (from 1), and
-        `unreadable_images` that have captions if there are any.
+        What `retrieval_recall` measures, `mean_recall@k` of both ways, `text_retrieval_median_rank` and
+        `image_retrieval_median_rank` (from 1), and `unreadable_images` that have captions if there are any.
 
     Raises:
         UsageError: no sample has both an image and a caption; a model without a text tower.
     """
     model, embedding = unwrap_model(model), {"precision": "fp32", **embedding}
     check_text_tower(model)
-    if not any(usable_captions(data, index) for index in range(len(data))):
+    captions = [usable_captions(data, index) for index in range(len(data))]
+    num_captions = np.array([len(of_image) for of_image in captions])
+    if not num_captions.any():
         raise UsageError(f"retrieval: found {len(data)} samples and no image with a caption, expected at least one.")
-    captions = embed(model, processor, _Captions(data, prefix), what=("texts",), **embedding)
+    sentences = [f"{prefix} {caption}".strip() for of_image in captions for caption in of_image]
+    text_embeds, rows = embed_sentences(model, processor, sentences, **embedding)
     images = embed(model, processor, Images(data), what=("images",), **embedding).image_embeds
-    num_captions = np.diff(captions.offsets)
     unreadable = ~images.any(axis=1)
     kept = ~unreadable & (num_captions > 0)
     if not kept.any():
         raise UsageError(f"retrieval: found {len(kept)} samples and no readable image with a caption.")
     owner = np.repeat(np.arange(len(kept)), num_captions)
     of_kept = kept[owner]
-    arrays = images[kept], captions.text_embeds[of_kept], (kept.cumsum() - 1)[owner[of_kept]]
+    arrays = images[kept], text_embeds[rows[of_kept]], (kept.cumsum() - 1)[owner[of_kept]]
     ranks = retrieval_ranks(*(torch.from_numpy(array).to(device_of(model)) for array in arrays))
     metrics = _recalls(*ranks, ks)
     for k in ks:
@@ -81,17 +83,6 @@ class Pairs(Source):
 
     def captions(self, index: int) -> list[str]:
         return [self.texts[index]]
-
-
-class _Captions(Source):
-    """The captions of a source after the same words."""
-
-    def __init__(self, source: Source, prefix: str):
-        super().__init__()
-        self.source, self.prefix, self.length = source, prefix.strip(), len(source)
-
-    def captions(self, index: int) -> list[str]:
-        return [f"{self.prefix} {caption}".strip() for caption in not_blank(self.source.captions(index))]
 
 
 def retrieval_recall(

@@ -124,9 +124,8 @@ def embed_sentences(
         `(num_distinct, dim)` unit embeddings, and the row of each sentence.
 
     Raises:
-        UsageError: a model without a text tower; no sentence, or an empty one.
+        UsageError: no sentence, or an empty one.
     """
-    check_text_tower(model)
     texts = distinct(sentences)
     lengths = [len(ids) for ids in processor(text=texts, padding=False, truncation=True)["input_ids"]]
     texts = [texts[number] for number in np.argsort(lengths, kind="stable")]
