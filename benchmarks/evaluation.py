@@ -63,14 +63,16 @@ def build(folder: Path) -> None:
     HFCLIPProcessor(image_processor=HFCLIPImageProcessor(), tokenizer=tokenizer).save_pretrained(folder)
 
 
-def cut(data: Path, num_images: int, kind: str, out: Path) -> Path:
-    """Images spread over the held-out split, in the layout of clip-benchmark, in two tars."""
+def cut(data: Path, num_images: int, num_classes: int | None, kind: str, out: Path) -> Path:
+    """Images spread over the held-out split, of the first classes, in the layout of clip-benchmark, in two tars."""
     samples: dict[str, dict[str, bytes]] = {}
     for shard in sorted((data / "test").glob("*.tar"), key=lambda path: int(path.stem)):
         with tarfile.open(shard) as tar:
             for member in tar:
                 key, _, ending = member.name.partition(".")
                 samples.setdefault(f"{shard.stem}-{key}", {})[ending] = tar.extractfile(member).read()
+    names = (data / "classnames.txt").read_text().splitlines()[:num_classes]
+    samples = {key: sample for key, sample in samples.items() if int(sample["cls"]) < len(names)}
     kept = [
         list(samples)[i]
         for i in np.linspace(0, len(samples), min(num_images, len(samples)), endpoint=False).astype(int)
@@ -84,8 +86,8 @@ def cut(data: Path, num_images: int, kind: str, out: Path) -> Path:
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
-        shutil.copy(data / name, out)
+    (out / "classnames.txt").write_text("\n".join(names) + "\n")
+    shutil.copy(data / "zeroshot_classification_templates.txt", out)
     (out / "dataset_type.txt").write_text(kind)
     (out / "test" / "nshards.txt").write_text("2")
     return out
@@ -159,7 +161,7 @@ def beside_clip_benchmark(options: argparse.Namespace) -> list[str]:
             [sys.executable, ROOT / "conversion" / "export.py", folder, exported, "--to", "openclip"], check=True
         )
         for kind in options.tasks:
-            data = cut(options.data, options.images, kind, Path(temporary, kind))
+            data = cut(options.data, options.images, options.classes, kind, Path(temporary, kind))
             times = []
             for _ in range(options.rounds):
                 (own, found), (peer, expected) = (
@@ -261,6 +263,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a model; default: ViT-B/32 of random weights")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["classification"])
     parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--classes", type=int, help="the first ones alone; images and sentences keep their ratio")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -275,7 +278,8 @@ def main() -> None:
         title, rows = "Memory of evaluations", memory()
     else:
         name = options.model.name if options.model else "ViT-B/32"
-        title = f"{name} on {options.images} images of {options.data.name} beside CLIP_benchmark {version('clip_benchmark')}"
+        what = f"{options.data.name}" + (f", {options.classes} classes" if options.classes else "")
+        title = f"{name} on {options.images} images of {what} beside CLIP_benchmark {version('clip_benchmark')}"
         rows = beside_clip_benchmark(options)
     where = f"{torch.get_num_threads()} threads, torch {torch.__version__}, hfclip {hfclip.__version__}, float32"
     where += "" if options.memory else f", batch {options.batch_size}, {options.workers} workers"

@@ -16,11 +16,12 @@ from ..data.samples import BadSample, Sample, Source, say
 from ..embeddings import TextList, embed
 from ..errors import UsageError
 from ..open_image_hfclip import open_image
-from ..zero_shot import Template, check_labels, check_templates, check_tokenizer, fill_template
+from ..zero_shot import Template, check_labels, check_templates, check_tokenizer, device_of, fill_template
 from .data import LazyImages, UndecodableImage
 
 
 ROWS = 1024  # images compared with others at a time
+SENTENCES = 16  # embedded at a time on a CPU: batches are of one length and filled up, and many lengths are rare
 
 
 class LabelledImages(Protocol):
@@ -118,7 +119,7 @@ def embed_sentences(
     """Embeds sentences that may repeat, each once and without much padding; processes share the work.
 
     Args:
-        embedding: options of `hfclip.embeddings.embed`; batches are its default, since those of images do not fit.
+        embedding: options of `hfclip.embeddings.embed`, but for the size of batches, which is of images.
 
     Returns:
         `(num_distinct, dim)` unit embeddings, and the row of each sentence.
@@ -129,7 +130,8 @@ def embed_sentences(
     texts = distinct(sentences)
     lengths = [len(ids) for ids in processor(text=texts, padding=False, truncation=True)["input_ids"]]
     texts = [texts[number] for number in np.argsort(lengths, kind="stable")]
-    options = {"precision": "fp32", **embedding, "num_workers": 0, "batch_size": None}
+    batch_size = SENTENCES if device_of(model).type == "cpu" else None
+    options = {"precision": "fp32", **embedding, "num_workers": 0, "batch_size": batch_size}
     found = embed(model, processor, _ByLength(texts), what=("texts",), **options)
     row_of = {text: row for row, text in enumerate(texts)}
     return found.text_embeds, np.array([row_of[sentence] for sentence in sentences])
