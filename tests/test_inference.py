@@ -11,7 +11,13 @@ from torch import nn
 from torch.autograd import forward_ad
 from transformers import pipeline
 
-from hfclip import HFCLIPForImageClassification, ZeroShotImageClassificationPipeline, optimize_for_inference
+from hfclip import (
+    HFCLIPForImageClassification,
+    HFCLIPVisionConfig,
+    ZeroShotImageClassificationPipeline,
+    optimize_for_inference,
+)
+from hfclip.modeling_hfclip_transformer import HFCLIPMLP
 
 
 class TestOptimizedModels:
@@ -46,6 +52,23 @@ class TestOptimizedModels:
         with torch.no_grad():
             compiled = torch.compile(fast.encode_image, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(compiled(images()), again.encode_image(images()), **CLOSE)
+
+
+class TestOneDNNMLP:
+    @torch.no_grad()
+    @pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
+    def test_activation_is_the_plain_one(self, activation):
+        """Also for large values, and where somebody looks at what lies between the layers."""
+        torch.manual_seed(0)
+        plain = HFCLIPMLP(HFCLIPVisionConfig(hidden_size=24, intermediate_size=40, hidden_act=activation))
+        fast, seen = optimize_for_inference(copy.deepcopy(plain)), []
+        assert (type(fast) is HFCLIPMLP) == (activation == "gelu_pytorch_tanh")
+        for scale in (0.1, 3, 300):
+            x = torch.randn(2, 5, 24) * scale
+            torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-6 * scale)
+        fast.fc1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-6 * scale)
+        torch.testing.assert_close(seen[0], plain.fc1(x), rtol=1e-5, atol=1e-6 * scale)
 
 
 class TestOneDNNLinear:

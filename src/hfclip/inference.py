@@ -16,19 +16,25 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from transformers.activations import GELUActivation, QuickGELUActivation
 from transformers.image_utils import load_image
+
+from .modeling_hfclip_transformer import HFCLIPMLP
 
 
 LABELS_AT_A_TIME = 256
+# oneDNN's name and kind of an activation a, and the factor s by which it is a(x) = oneDNN's(s x) / s.
+ACTIVATIONS = {QuickGELUActivation: ("swish", "", 1.702), GELUActivation: ("gelu", "none", 1.0)}
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
     """Makes linear layers and patch embeddings compute float32 inference on CPUs with oneDNN's product, in place.
 
-    Plain torch takes MKL's for linear layers, which is slower on processors that are not Intel's, and a convolution for
-    patches, which puts its weights in another order at each call. All are exact to the order of summation, and read the
-    weights as they are at each call. With gradients, other dtypes, on other devices, under autocast, and in graphs that
-    are traced, compiled or exported, the layers compute what they did before.
+    Plain torch takes MKL's for linear layers, which is slower on processors that are not Intel's, a convolution for
+    patches, which puts its weights in another order at each call, and passes over memory for the activations of MLPs,
+    which become a part of their first product. All are exact to rounding, and read the weights as they are at each call.
+    With gradients, other dtypes, on other devices, under autocast, and in graphs that are traced, compiled or exported,
+    the layers compute what they did before.
 
     Layers of exactly the classes `nn.Linear` and `nn.Conv2d` (whose windows neither overlap nor leave gaps) with plain
     weights are changed. What looks for these classes (quantisation, counters of operations) comes before.
@@ -46,6 +52,8 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
             module.__class__ = OneDNNLinear
         elif type(module) is nn.Conv2d and type(module.weight) is nn.Parameter and _cuts_patches(module):
             module.__class__ = OneDNNPatchEmbedding
+        elif type(module) is HFCLIPMLP and type(module.activation_fn) in ACTIVATIONS:
+            module.__class__ = OneDNNMLP
     return model.eval()
 
 
@@ -62,6 +70,21 @@ class OneDNNLinear(nn.Linear):
         if not _can_take(self, x) or x.shape[-1] != self.in_features:
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class OneDNNMLP(HFCLIPMLP):
+    """`HFCLIPMLP` whose activation is computed with the first product; see `optimize_for_inference`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (self.fc1, self.activation_fn, self.fc2)
+        fits = type(self.fc1) is type(self.fc2) is OneDNNLinear and x.shape[-1] == self.fc1.in_features
+        is_seen = any(part._forward_hooks or part._forward_pre_hooks for part in parts)  # by who wants what lies between
+        if not fits or is_seen or not (_can_take(self.fc1, x) and _can_take(self.fc2, x)):
+            return super().forward(x)
+        name, kind, scale = ACTIVATIONS[type(self.activation_fn)]
+        product, first, second = torch.ops.mkldnn._linear_pointwise, self.fc1, self.fc2
+        hidden = product(x * scale, first.weight, first.bias * scale, name, [], kind)
+        return product(hidden, second.weight, second.bias * scale, "none", [], "").div_(scale)
 
 
 class OneDNNPatchEmbedding(nn.Conv2d):

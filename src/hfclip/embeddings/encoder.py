@@ -14,6 +14,7 @@ from transformers.modeling_utils import unwrap_model
 from ..data.samples import caption_id
 from ..errors import UsageError
 from ..inference import optimize_for_inference
+from ..modeling_hfclip_transformer import HFCLIPAttention
 from ..precision import autocast_for
 from ..zero_shot import device_of, evaluating
 from .chunks import Options, Pool, is_plain
@@ -33,11 +34,26 @@ def prepared(model: nn.Module, precision: str) -> Iterator[nn.Module]:
             if precision == "fp32" and device.type == "cpu":
                 with suppress(RuntimeError):  # without oneDNN
                     optimize_for_inference(bare)
+            if precision == "fp32":
+                for module in bare.modules():
+                    if type(module) is HFCLIPAttention:
+                        module.__class__ = _AttentionOfAll
             yield bare
     finally:
         for module, plain in classes.items():
             if type(module) is not plain:
                 module.__class__ = plain
+
+
+class _AttentionOfAll(HFCLIPAttention):
+    """Attention that is computed for all positions, also where only some are asked for.
+
+    That of a single query splits its work over threads by where in the batch an image lies.
+    """
+
+    def forward(self, *inputs, queries: slice | None = None, **options) -> tuple[Tensor, Tensor | None]:
+        attended, weights = super().forward(*inputs, **options)
+        return attended if queries is None else attended[:, queries], weights
 
 
 def _exact(precision: str, device: torch.device) -> AbstractContextManager:
@@ -102,11 +118,9 @@ class Encoder:
             batch = torch.from_numpy(pixels[places]).to(self.device)
             if self.normalization is not None:
                 mean, std = self.normalization
-                batch = (batch.float() / 255 - mean) / std
+                batch = batch.float().div_(255).sub_(mean).div_(std)
             batch = batch.to(self.model.dtype)
-            # With all positions in the last block, too: attention of a single query splits its work over threads by
-            # where in the batch an image lies.
-            if self.options.layers or self.options.precision == "fp32":
+            if self.options.layers:  # with all positions in the last block, too
                 embeds = self.model.get_image_features(batch).pooler_output
             else:
                 embeds = self.model.encode_image(batch, normalize=False)
