@@ -1,4 +1,4 @@
-"""The snippets of docs/using.md, run one after the other as they stand there."""
+"""The snippets of docs/using.md and docs/evaluation.md, run one after the other as they stand there."""
 
 import os
 import re
@@ -13,12 +13,14 @@ from PIL import Image
 from test_readme import save_what_is_read
 from training_utils import ROOT
 
+import hfclip_cli
+
 
 COMMAND = [sys.executable, "-c", "import hfclip_cli; hfclip_cli.main()"]
 
 
-def snippets(language: str) -> list[str]:
-    text = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
+def snippets(language: str, page: str = "using.md") -> list[str]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     found = re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     assert found
     return found
@@ -58,3 +60,15 @@ def test_commands_run(place):
         )
         assert done.returncode == 0, done.stderr
     assert "trained by" in done.stdout  # of `info` on what was fine-tuned
+
+
+def test_evaluation_runs(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    for line in "".join(snippets("bash", "evaluation.md")).splitlines():
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        hfclip_cli.main()
+    assert "zero-shot\tclasses\t" in capsys.readouterr().out and Path("results/report/report.html").is_file()
+    names = {}
+    for snippet in snippets("python", "evaluation.md"):
+        exec(compile(snippet, "docs/evaluation.md", "exec"), names)
+    assert names["record"].path.is_file() and names["record"].metrics["top1"] == 0.5

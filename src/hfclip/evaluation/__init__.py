@@ -20,7 +20,8 @@
     metrics.py      accuracy, average precision, ROC AUC, calibration ...: pure functions of scores and targets
     registry.py     the data sets that have names, and what was published of them
     report.py       results beside published numbers; page.py and plots.py show them
-    adapter.py      models of other libraries
+    paper.py        the paper's tables and figures, filled with results
+    adapter.py      models of other libraries; mteb.py is ours as mteb takes it
 
 A task embeds its data by `hfclip.embeddings.embed`: processes share the work, and all return the same. Another one needs no
 change elsewhere: whoever shows results asks them for their `headline`.

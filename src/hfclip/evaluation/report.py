@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from .page import Section, Table, as_html, show, words
+from .paper import fill, templates
 from .plots import draw, draw_array, draw_overview
 from .records import Record, read_all, slug
 from .registry import compare, published, registered, tell_protocol
@@ -52,6 +53,7 @@ def build_sections(records: Sequence[Record]) -> list[Section]:
     sections = []
     for task, of_task in _grouped(records, lambda record: record.result["task"]):
         sections.append(_overview(task, of_task))
+    sections += [section for template in templates() if (section := fill(template, records))]
     sections += [_details(record) for record in records]
     return [*sections, _provenance(records)]
 
