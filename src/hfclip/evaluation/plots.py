@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,8 +51,15 @@ def draw(plot: Plot, rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
         series.setdefault(row.get(plot.series) if plot.series else None, []).append(row)
     with _figure(6.4, 4.2) as figure:
         axes = figure.subplots()
+        bars = list(dict.fromkeys(str(row[plot.x]) for row in rows)) if plot.kind == "bar" else []
+        width = 0.8 / len(series)
         for number, (name, points) in enumerate(series.items()):
-            _draw_series(axes, plot, points, None if name is None else str(name), number, len(series))
+            places = [point[plot.x] for point in points]
+            if bars:
+                places = [bars.index(str(x)) + (number - (len(series) - 1) / 2) * width for x in places]
+            _draw_series(axes, plot, points, places, None if name is None else str(name), number, width)
+        if bars:
+            axes.set_xticks(range(len(bars)), bars, rotation=90 if len(bars) > 8 else 0)
         _set_axes(axes, plot)
         if plot.series and len(series) > 1:
             axes.legend(frameon=False, fontsize=9)
@@ -96,25 +104,24 @@ def draw_overview(rows: Sequence[tuple[str, Mapping[str, float]]], title: str) -
 MARKERS = "osD^v*PX"
 
 
-def _draw_series(axes: Any, plot: Plot, points: list, name: str | None, number: int, several: int) -> None:
-    colour = COLOURS[number % len(COLOURS)]
-    x, y = [point[plot.x] for point in points], [point[plot.y] for point in points]
+def _draw_series(
+    axes: Any, plot: Plot, points: list, places: list, name: str | None, number: int, width: float
+) -> None:
+    """Draws the points of a series at `places` of the x axis, bars in their width."""
+    colour, y = COLOURS[number % len(COLOURS)], [point[plot.y] for point in points]
     if plot.kind == "bar":
-        places = np.arange(len(x)) + (number - (several - 1) / 2) * 0.8 / several
-        axes.bar(places, y, 0.8 / several, color=colour, label=name)
-        axes.set_xticks(range(len(x)), [str(value) for value in x], rotation=90 if len(x) > 8 else 0)
+        axes.bar(places, y, width, color=colour, label=name)
     else:
         style = {"linestyle": "" if plot.kind == "scatter" else "-", "marker": MARKERS[number % len(MARKERS)]}
-        axes.plot(x, y, color=colour, label=name, markersize=5, linewidth=1.6, **style)
-        places = x
+        axes.plot(places, y, color=colour, label=name, markersize=5, linewidth=1.6, **style)
     if plot.error:
         low, high = (np.array([point.get(end) for point in points], float) for end in plot.error)
         away = np.abs(np.stack([np.array(y) - low, high - np.array(y)]))
         axes.errorbar(places, y, yerr=np.nan_to_num(away), fmt="none", ecolor=colour, capsize=3, linewidth=1)
     if plot.label:
         for point in points:
-            place = (point[plot.x], point[plot.y])
-            axes.annotate(str(point.get(plot.label, "")), place, (4, 4), textcoords="offset points", fontsize=8)
+            at = (point[plot.x], point[plot.y])
+            axes.annotate(str(point.get(plot.label, "")), at, (4, 4), textcoords="offset points", fontsize=8)
 
 
 def _set_axes(axes: Any, plot: Plot) -> None:
@@ -125,24 +132,16 @@ def _set_axes(axes: Any, plot: Plot) -> None:
     axes.set_ylabel(plot.y_label or plot.y.replace("_", " "))
 
 
-class _figure:
-    """A figure of its own style, in inches; pyplot's would stay in memory, and look for a screen."""
-
-    def __init__(self, width: float, height: float):
-        self.size = (width, height)
-
-    def __enter__(self) -> Any:
-        try:
-            import matplotlib
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise UsageError("Plots are drawn by matplotlib: `pip install 'hfclip[evaluate]'`.") from error
-        self.style = matplotlib.rc_context(STYLE)
-        self.style.__enter__()
-        return Figure(self.size, dpi=150)
-
-    def __exit__(self, *exception) -> None:
-        self.style.__exit__(*exception)
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Any]:
+    """A figure of the style of all, in inches; pyplot's would stay in memory, and look for a screen."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("Plots are drawn by matplotlib: `pip install 'hfclip[evaluate]'`.") from error
+    with matplotlib.rc_context(STYLE):
+        yield Figure((width, height), dpi=150)
 
 
 def _drawing(figure: Any, title: str) -> Drawing:
