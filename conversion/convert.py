@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 import hfclip
 from hfclip import HFCLIPConfig, HFCLIPModel, HFCLIPProcessor, errors
 from hfclip.errors import UsageError, as_usage_error
+from hfclip.families_hfclip import FAMILIES
 from hfclip.foreign.checkpoints import (
     FOLDER_FILES,
     OPENCLIP_FILES,
@@ -166,7 +167,13 @@ def open_model(folder: Path) -> tuple[HFCLIPConfig, View]:
     if not path.is_file():
         raise UsageError(f"{folder}: found no config.json, expected the folder of a model.{advice(folder)}")
     written = read_json(path)
-    if (kind := written.get("model_type")) not in ("hfclip", "clip"):
+    kind = written.get("model_type")
+    if isinstance(kind, str) and kind in FAMILIES:
+        raise UsageError(
+            f"{folder}: found a model of type {kind!r}, expected hfclip's own folder. Write it first: "
+            "HFCLIPModel.from_pretrained opens this one as it is, save_pretrained writes it; likewise HFCLIPProcessor."
+        )
+    if kind not in ("hfclip", "clip"):
         raise UsageError(f"{folder}: found a model of type {kind!r}, expected a whole CLIP model.")
     if written.get("quantization_config") is not None:
         raise UsageError(

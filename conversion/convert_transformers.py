@@ -31,6 +31,7 @@ from hfclip import (
     HFCLIPVisionModelWithProjection,
 )
 from hfclip.errors import UsageError, as_usage_error
+from hfclip.families_hfclip import FAMILIES
 from hfclip.foreign.checkpoints import Checkpoint, View, open_checkpoint
 from hfclip.foreign.processors import IMAGE_FILES, TOKENIZER_FILES, has_any, join
 from hfclip.foreign.whose import advice, require_own
@@ -96,7 +97,7 @@ def plan(folder: Path) -> Conversion:
 def find_class(written: dict[str, Any], checkpoint: Checkpoint, folder: Path) -> type:
     """Our class for the one that wrote the folder: as `architectures` says, else by its tensors."""
     model_type = written.get("model_type")
-    if model_type == DUAL_ENCODER:
+    if model_type == DUAL_ENCODER or model_type in FAMILIES:
         raise UsageError(
             f"{folder}: found a model of type {model_type!r}, which needs no conversion: HFCLIPModel.from_pretrained opens "
             "it as it is, and save_pretrained writes it as hfclip's."

@@ -2,7 +2,7 @@
 
     hfclip export clip-rn50 RN50.pt --to openai             # a state dict in OpenAI's names
     hfclip export clip-b32 clip-b32-openclip --to openclip  # open_clip.create_model("local-dir:...")
-    hfclip export clip-b32 clip-b32-hf --to transformers    # transformers' CLIPModel and its processor
+    hfclip export clip-b32 clip-b32-hf --to transformers    # transformers' CLIPModel (SiglipModel ...)
     hfclip export clip-b32 clip-b32-onnx --to onnx          # both towers for onnxruntime
 
 What the other library cannot express is refused, field by field. Each export is proven: the written file is computed
@@ -26,17 +26,18 @@ if __name__ == "__main__":
     start_program(__file__, __spec__, "convert")
 
 import torch
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer, PreTrainedConfig
+from transformers import CLIPConfig, CLIPImageProcessorPil, PreTrainedConfig
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from hfclip.errors import UsageError
 from hfclip.foreign.checkpoints import View, open_checkpoint
 from hfclip.foreign.key_maps import openai_config, openai_items, openclip_config
-from hfclip.foreign.processors import join, open_processor
+from hfclip.foreign.processors import as_clip_tokenizer, join, open_processor
 from hfclip.foreign_hfclip import OPENCLIP_CONFIG
 from hfclip.translation_hfclip import TRANSFORMERS_MODEL_TYPES
 
 from .convert import add_paths, open_model, run, say
+from .export_families import family_of_towers, to_family
 from .folder import new_folder, partial_folder, require_free
 from .proof import compare, compute_features, fixed_inputs, streamed
 from .reference_settings import (
@@ -99,7 +100,9 @@ def to_openclip(options: argparse.Namespace, config: HFCLIPConfig, weights: View
 
 
 def to_transformers(options: argparse.Namespace, config: HFCLIPConfig, weights: View) -> None:
-    """A folder of transformers' CLIPModel."""
+    """A folder of transformers' CLIPModel, or of another family whose towers these are."""
+    if (name := family_of_towers(config)) is not None:
+        return to_family(options, config, name)
     theirs = transformers_config(config)
     require_same(
         config, HFCLIPConfig.from_dict({**theirs.to_dict(), "model_type": "hfclip"}), "transformers' CLIPModel"
@@ -247,13 +250,6 @@ def transformers_config(config: HFCLIPConfig) -> CLIPConfig:
         architectures=["CLIPModel"],
         dtype=config.dtype,
     )
-
-
-def as_clip_tokenizer(tokenizer: Any) -> CLIPTokenizer:
-    """transformers' own tokenizer with the same vocabulary and merges."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=tokenizer.model_max_length)
 
 
 def image_settings(processor: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from hfclip.data.samples import BadSample, Source
 from hfclip.errors import UsageError
 from hfclip.losses import LOSSES
 from hfclip.names import opening
+from hfclip.processing_hfclip import open_image_processor
 
 from .command import load_yaml
 from .config import SECTIONS, Config, ModelConfig
@@ -150,7 +151,13 @@ def build_processor(
 def _image_processor(model: ModelConfig, image_size: int) -> HFCLIPImageProcessor:
     if model.checkpoint is not None:
         with opening(model.checkpoint, "checkpoint"):
-            return HFCLIPImageProcessor.from_pretrained(model.checkpoint)
+            found = open_image_processor(model.checkpoint)
+        if not isinstance(found, HFCLIPImageProcessor):
+            raise ValueError(
+                f"found a {type(found).__name__}, expected an image processor whose pixels hfclip's gives: training cuts "
+                "random squares of them."
+            )
+        return found
     return HFCLIPImageProcessor(size=image_size)
 
 

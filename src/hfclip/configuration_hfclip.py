@@ -1,11 +1,11 @@
 """Configurations of the towers and of the dual encoder.
 
 A tower is chosen by the `model_type` of its config: `hfclip_vit`, `hfclip_resnet`, `hfclip_text` and
-`hfclip_bag_of_words` are ours, any other type is one that `AutoModel` knows. Configs written by transformers'
-`CLIPModel` are read as they are: `clip`, `clip_text_model` and `clip_vision_model` mean ours. So are those of its
-VisionTextDualEncoderModel, whose towers are pooled by their own poolers.
+`hfclip_bag_of_words` are ours, any other type is one that transformers knows. Configs written by transformers'
+`CLIPModel` are read as they are: `clip`, `clip_text_model` and `clip_vision_model` mean ours. So are those of its other
+dual encoders (`families_hfclip`), and of its VisionTextDualEncoderModel, whose towers are pooled by their own poolers.
 
-    dict / config object / folder -> translate (transformers' CLIP -> ours) -> limits -> typed fields -> validate_*
+    dict / config object / folder -> translate (transformers' dual encoders -> ours) -> limits -> typed fields -> validate_*
 
 Sizes and settings that no model has (`limits_hfclip`) and fields of the wrong kind are refused with a ValueError that
 says what was found, what was expected and what to do, before anything is built.
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .families_hfclip import refuse_other_families
 from .foreign_hfclip import foreign, is_foreign
 from .limits_hfclip import limited, refuse_absurd
 from .presets_hfclip import fields_of_preset
@@ -70,6 +71,8 @@ class HFCLIPBaseConfig(Requirements, PreTrainedConfig):
                 "expected an object of a model's settings. Fetch the file again."
             ) from error
         refuse_absurd(str(pretrained_model_name_or_path), config_dict)
+        if cls.model_type not in TOWER_CONFIGS and config_dict.get("model_type") not in TRANSFORMERS_MODEL_TYPES:
+            refuse_other_families(str(pretrained_model_name_or_path), config_dict.get("model_type"))
         config_dict = translate_transformers_config(config_dict)
         found = (config_dict.get(cls.base_config_key) or config_dict).get("model_type", cls.model_type)
         if cls.model_type in TOWER_CONFIGS and found != cls.model_type and found in TOWER_CONFIGS:
@@ -351,6 +354,10 @@ class HFCLIPConfig(HFCLIPBaseConfig):
         self.text_projection_type = self._projection_type(self.text_projection_type, self.text_config)
         self.vision_projection_type = self._projection_type(self.vision_projection_type, self.vision_config)
         super().__post_init__(**kwargs)
+        if self.logit_bias_init_value is not None:
+            # transformers' zero-shot pipeline takes the sigmoid, not the softmax, where it reads this word here. What is
+            # saved is the type of the class.
+            self.model_type = f"{type(self).model_type}_siglip"
 
     def _fields_of_parts(self) -> set[str]:
         parts = {name for tower in TOWER_CONFIGS.values() for name in tower.__dataclass_fields__}

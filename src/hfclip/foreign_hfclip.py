@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig
 
+from .families_hfclip import FAMILIES
 from .translation_hfclip import TRANSFORMERS_MODEL_TYPES
 
 
@@ -49,7 +50,7 @@ def is_foreign(name: Any, options: dict[str, Any]) -> bool:
 
 
 def _opened_here() -> set[str]:
-    return {"hfclip", *TRANSFORMERS_MODEL_TYPES}
+    return {"hfclip", *TRANSFORMERS_MODEL_TYPES, *FAMILIES}
 
 
 def _model_type(folder: Path) -> str | None:

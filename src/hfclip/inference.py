@@ -177,6 +177,6 @@ class ZeroShotImageClassificationPipeline(transformers.ZeroShotImageClassificati
     def _forward(self, model_inputs: dict, text_embeds: Tensor) -> dict:
         candidate_labels = model_inputs.pop("candidate_labels")
         # The embedding alone: the last block need not compute what nobody reads.
-        image_embeds = self.model.encode_image(model_inputs["pixel_values"])
+        image_embeds = self.model.encode_image(**model_inputs)
         outputs = self.model(image_embeds=image_embeds, text_embeds=text_embeds)
         return {"candidate_labels": candidate_labels, "logits": outputs.logits_per_image}

@@ -4,9 +4,10 @@
     input_ids    -> text tower  -> pooled -> text_projection   -> unit length -> text_embeds
     logits_per_image = exp(logit_scale) * image_embeds @ text_embeds.T (+ logit_bias)
 
-A tower is ours (`TOWERS`) or any that AutoModel builds, then pooled by a named rule.
+A tower is ours (`TOWERS`) or any of transformers, then pooled by a named rule.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hfclip import HFCLIPConfig, HFCLIPTextConfig, HFCLIPVisionConfig
+from .families_hfclip import FAMILIES, NAFLEX_INPUTS, OMITTED_TOWERS, Family, family_of, require_joint_space
 from .foreign_hfclip import foreign, is_foreign
 from .layers_hfclip import with_init_std
 from .modeling_hfclip_resnet import HFCLIPResNetModel
@@ -76,15 +78,16 @@ class HFCLIPVisionModelOutput(ModelOutput):
 
 
 def build_tower(config) -> PreTrainedModel:
-    """Our tower for our config types, AutoModel's for all others, and SigLIP's text towers, which AutoModel omits.
+    """Our tower for our config types, AutoModel's for all others, and transformers' own where AutoModel omits it.
 
     Of an encoder-decoder (mT5, NLLB) the encoder.
     """
     if config.model_type in TOWERS:
         return TOWERS[config.model_type]._from_config(config)
-    if config.model_type in SIGLIP_TEXT_TOWERS:
-        return getattr(transformers, SIGLIP_TEXT_TOWERS[config.model_type])._from_config(config)
-    tower = AutoModel.from_config(config)
+    if config.model_type in OMITTED_TOWERS:
+        tower = getattr(transformers, OMITTED_TOWERS[config.model_type])._from_config(config)
+    else:
+        tower = AutoModel.from_config(config)
     if config.is_encoder_decoder:
         tower = tower.get_encoder()
     # Parameters that an encoder never uses would have no gradient, an error under data parallelism.
@@ -156,20 +159,28 @@ def unit_length(embeds: torch.Tensor) -> torch.Tensor:
 class HFCLIPModel(HFCLIPPreTrainedModel):
     """CLIP: an image tower and a text tower that map into one space.
 
-    `from_pretrained` opens folders saved by this class and by transformers' `CLIPModel`.
+    `from_pretrained` opens folders saved by this class and by transformers' dual encoders (`families_hfclip`), whose
+    scale and bias may be of `scalar_shape` (1,) until they are read.
     """
 
-    def __init__(self, config: HFCLIPConfig):
+    _keys_to_ignore_on_load_unexpected = [
+        *(HFCLIPPreTrainedModel._keys_to_ignore_on_load_unexpected or []),
+        *(pattern for family in FAMILIES.values() for pattern in family.left_out),
+    ]
+
+    def __init__(self, config: HFCLIPConfig, scalar_shape: tuple[int, ...] = ()):
         super().__init__(config)
         self.text_model = build_tower(config.text_config)
         self.vision_model = build_tower(config.vision_config)
         if config.text_config.model_type not in TOWERS and config.text_pooling != "pooler":
             # Its pooling layer would never be used, and have no gradient.
             self.text_model.pooler = None
+        if config.vision_pooling != "pooler" and getattr(self.vision_model, "pooler", None) is not None:
+            self.vision_model.pooler.requires_grad_(False)
         self.visual_projection = projection_of(config, "vision")
         self.text_projection = projection_of(config, "text")
-        self.logit_scale = nn.Parameter(torch.empty(()))
-        self.logit_bias = None if config.logit_bias_init_value is None else nn.Parameter(torch.empty(()))
+        self.logit_scale = nn.Parameter(torch.empty(scalar_shape))
+        self.logit_bias = None if config.logit_bias_init_value is None else nn.Parameter(torch.empty(scalar_shape))
         self._frozen_towers: list[nn.Module] = []
         self.post_init()
 
@@ -189,22 +200,51 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     @classmethod
-    def from_pretrained(cls, name=None, *args, key_mapping: dict[str, str] | None = None, **kwargs) -> "HFCLIPModel":
+    def from_pretrained(
+        cls, name=None, *args, key_mapping: dict[str, str] | None = None, output_loading_info: bool = False, **kwargs
+    ) -> "HFCLIPModel":
         """Opens a folder or a Hub name, see `PreTrainedModel.from_pretrained`, or a checkpoint of OpenAI or OpenCLIP.
 
         Args:
-            name: Of such a checkpoint the file (`ViT-B-32.pt`, `epoch_32.pt`), or the folder or Hub name with
-                `open_clip_config.json`. It is read as data; nothing is converted on disk.
+            name: hfclip's own, one of transformers' dual encoders (`families_hfclip`), or of a checkpoint the file
+                (`ViT-B-32.pt`, `epoch_32.pt`), or the folder or Hub name with `open_clip_config.json`. That is read as data;
+                nothing is converted on disk.
             architecture: Of a training checkpoint: OpenCLIP's name, such as "ViT-B-32-quickgelu", or its JSON file.
             weights: Of a training checkpoint with several sets of weights, which, such as "state_dict".
             tokenizer: Of a checkpoint without: folder, Hub name, or OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
             text_model: Folder or Hub name of the config of a text tower of transformers.
+
+        Raises:
+            ValueError: projections, scale or bias are missing, and would be random. With `output_loading_info=True` the
+                caller is told, as of all weights that are missing.
         """
         if is_foreign(name, kwargs):
-            return foreign(name).open_model(cls, name, **kwargs)
+            return foreign(name).open_model(cls, name, output_loading_info=output_loading_info, **kwargs)
+        family, written = family_of(name, kwargs)
         # Dual encoders that transformers 4 wrote hold CLIP's towers one level deeper.
-        deeper = {rf"^{tower}\.{tower}\.": f"{tower}." for tower in ("vision_model", "text_model")}
-        return super().from_pretrained(name, *args, key_mapping={**deeper, **(key_mapping or {})}, **kwargs)
+        names = {rf"^{tower}\.{tower}\.": f"{tower}." for tower in ("vision_model", "text_model")}
+        if family is not None:
+            names |= family.names | ({r"^temperature$": "logit_scale"} if family.temperature else {})
+            kwargs |= {"scalar_shape": (1,)} if family.sigmoid else {}
+        names |= key_mapping or {}
+        model, report = super().from_pretrained(name, *args, key_mapping=names, output_loading_info=True, **kwargs)
+        if not output_loading_info:
+            require_joint_space(name, family, report["missing_keys"])
+        if family is not None:
+            model._read_scalars(family, written, report["missing_keys"])
+        return (model, report) if output_loading_info else model
+
+    @torch.no_grad()
+    def _read_scalars(self, family: Family, written: dict, missing: set[str]) -> None:
+        """Brings scale and bias, as they were read from a family's file, into the form that they have here."""
+        for scalar in ("logit_scale", "logit_bias") if family.sigmoid else ():
+            setattr(self, scalar, nn.Parameter(getattr(self, scalar).reshape(())))
+        if family.temperature and "logit_scale" not in missing:
+            self.logit_scale.copy_(-self.logit_scale.double().log())
+        if family.limited:
+            self.logit_scale.clamp_(0, math.log(written.get("max_logit_scale", 100.0)))
+        # By these transformers would give the tensors their names in that file again when they are saved.
+        self._weight_conversions = []
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, projection_dim: int = 512, **config) -> "HFCLIPModel":
@@ -250,6 +290,10 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         config = self.config.text_config
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
+        context = getattr(config, "max_position_embeddings", input_ids.shape[1])
+        if attention_mask is not None and input_ids.shape[1] > context and not attention_mask[:, context:].any():
+            # Padded to the context of another model, as by transformers' pipeline for SigLIP.
+            input_ids, attention_mask = input_ids[:, :context], attention_mask[:, :context]
         if config.model_type not in TOWERS:
             if attention_mask is None:
                 pad = getattr(config, "pad_token_id", None)
@@ -266,6 +310,13 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         """The image tower's outputs, with `pooler_output` pooled by the config's rule but not projected."""
         if self.config.vision_config.model_type in TOWERS:
             kwargs.update(interpolate_pos_encoding=interpolate_pos_encoding, pooled_only=pooled_only)
+        elif interpolate_pos_encoding is not None:
+            kwargs.update(interpolate_pos_encoding=interpolate_pos_encoding)
+        if self.config.vision_config.model_type == "siglip2_vision_model" and not kwargs.keys() >= NAFLEX_INPUTS:
+            raise ValueError(
+                f"pixel_values: found them without {' and '.join(sorted(NAFLEX_INPUTS - kwargs.keys()))}, expected all that "
+                "the model's own processor makes of images: NaFlex takes each in its own shape."
+            )
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
         return pooled_by(self.config.vision_pooling, outputs)
 
@@ -314,9 +365,12 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         embeds = self.text_projection(self._text_outputs(input_ids, attention_mask, **skipping).pooler_output)
         return unit_length(embeds) if normalize else embeds
 
-    def encode_image(self, pixel_values: torch.Tensor, normalize: bool = True) -> torch.Tensor:
-        """(batch, 3, height, width) pixels -> (batch, projection_dim) embeddings, unit length if `normalize`."""
-        embeds = self.visual_projection(self._vision_outputs(pixel_values, pooled_only=True).pooler_output)
+    def encode_image(self, pixel_values: torch.Tensor, normalize: bool = True, **kwargs: torch.Tensor) -> torch.Tensor:
+        """(batch, 3, height, width) pixels -> (batch, projection_dim) embeddings, unit length if `normalize`.
+
+        `kwargs`: what the tower takes beside pixels, such as NaFlex's `pixel_attention_mask` and `spatial_shapes`.
+        """
+        embeds = self.visual_projection(self._vision_outputs(pixel_values, pooled_only=True, **kwargs).pooler_output)
         return unit_length(embeds) if normalize else embeds
 
     @can_return_tuple
@@ -338,7 +392,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
 
         Args:
             input_ids: (num_texts, length); attention_mask and position_ids likewise.
-            pixel_values: (num_images, channels, height, width), normalised.
+            pixel_values: (num_images, channels, height, width), normalised; for NaFlex all that its processor makes.
             return_loss: also compute the contrastive loss of this batch (sigmoid loss if there is a logit bias).
             embeds_only: compute `image_embeds` and `text_embeds` (those whose input is given) and nothing else;
                 what a trainer needs, whose loss sees the batches of all processes.
@@ -357,9 +411,10 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             image_embeds is not None or text_embeds is not None or (input_ids is None and pixel_values is None)
         ):
             raise ValueError("embeds_only: expected input_ids, pixel_values or both, and no embeddings.")
+        of_images = {key: kwargs.pop(key) for key in NAFLEX_INPUTS & kwargs.keys()}
         if embeds_only:
             return HFCLIPOutput(
-                image_embeds=None if pixel_values is None else self.encode_image(pixel_values),
+                image_embeds=None if pixel_values is None else self.encode_image(pixel_values, **of_images),
                 text_embeds=None
                 if input_ids is None
                 else self.encode_text(input_ids, attention_mask, True, text_lengths),
@@ -374,7 +429,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
                 self._check_embeds(name, embeds)
         vision_outputs = text_outputs = None
         if image_embeds is None:
-            vision_outputs = self._vision_outputs(pixel_values, interpolate_pos_encoding, **kwargs)
+            vision_outputs = self._vision_outputs(pixel_values, interpolate_pos_encoding, **of_images, **kwargs)
             image_embeds = unit_length(self.visual_projection(vision_outputs.pooler_output))
         if text_embeds is None:
             text_outputs = self._text_outputs(input_ids, attention_mask, position_ids, **kwargs)
@@ -559,7 +614,6 @@ class HFCLIPForImageClassification(HFCLIPPreTrainedModel):
         )
 
 
-SIGLIP_TEXT_TOWERS = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}
 TOWERS = {
     tower.config_class.model_type: tower
     for tower in (HFCLIPTextModel, HFCLIPBagOfWordsModel, HFCLIPVisionModel, HFCLIPResNetModel)

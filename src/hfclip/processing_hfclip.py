@@ -6,10 +6,11 @@ images -> `image_processor` -> `pixel_values`; text -> `tokenizer` -> `input_ids
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import BatchFeature
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
 from transformers.processing_utils import (
     AudioKwargs,
     ProcessingKwargs,
@@ -19,16 +20,20 @@ from transformers.processing_utils import (
     VideosKwargs,
 )
 
+from .families_hfclip import IMAGE_PROCESSORS, family_of
 from .foreign_hfclip import foreign, is_foreign
 from .image_processing_hfclip import HFCLIPImageProcessor
 from .tokenization_hfclip import HFCLIPTokenizer
+from .translation_hfclip import translate_transformers_config
 
 
 class HFCLIPProcessor(ProcessorMixin):
     """`HFCLIPImageProcessor` and `HFCLIPTokenizer` (or others in their place) as one.
 
-    `from_pretrained` also opens what transformers' `CLIPProcessor` saved; image processor and tokenizer are then those
-    of hfclip with the saved settings, since transformers' own differ from openai/CLIP in some pixels and ids.
+    `from_pretrained` also opens what the processors of transformers' dual encoders saved. Image processor and tokenizer
+    are those of hfclip with the saved settings where the folder has CLIP's, since transformers' own differ from openai/CLIP
+    in some pixels and ids, and wherever hfclip's image processor gives the same pixels; else they are the family's own.
+    Texts are cut at the context, and padded to it where a family is trained so (SigLIP).
     """
 
     _auto_class = "AutoProcessor"  # saved folders carry this code, so that they load where hfclip is not installed
@@ -125,16 +130,41 @@ class HFCLIPProcessor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
         path = pretrained_model_name_or_path
-        image_processor, tokenizer = super()._get_arguments_from_pretrained(path, processor_dict, **kwargs)
-        if _is_transformers_clip(image_processor):
-            image_processor = HFCLIPImageProcessor.from_pretrained(path, **kwargs)
-        if _is_transformers_clip(tokenizer):
-            tokenizer = HFCLIPTokenizer.from_pretrained(path, **kwargs)
-        return [image_processor, tokenizer]
+        return [open_image_processor(path, **kwargs), open_tokenizer(path, **kwargs)]
 
 
-def _is_transformers_clip(part: Any) -> bool:
-    return type(part).__module__.startswith("transformers.models.clip.")
+def open_image_processor(path: str | os.PathLike, **kwargs) -> Any:
+    """The image processor of a folder or Hub name: hfclip's with its settings where the pixels are the same."""
+    backend = kwargs.pop("backend", "pil")  # pixels do not depend on what is installed
+    saved, others = HFCLIPImageProcessor.get_image_processor_dict(path, **kwargs)
+    name, own = saved.get("image_processor_type") or saved.get("feature_extractor_type"), None
+    if name is None:  # it follows from the model's type
+        own = AutoImageProcessor.from_pretrained(path, backend=backend, **kwargs)
+        name = type(own).__name__
+    name = re.sub("(Fast|Pil)$", "", name.replace("FeatureExtractor", "ImageProcessor"))
+    if name not in IMAGE_PROCESSORS:
+        return own or AutoImageProcessor.from_pretrained(path, backend=backend, **kwargs)
+    defaults = IMAGE_PROCESSORS[name]
+    if defaults:  # of another family, whose files may hold what has no bearing on these pixels
+        known = HFCLIPImageProcessor.valid_kwargs.__annotations__
+        saved = {key: value for key, value in saved.items() if key in known and value is not None}
+    return HFCLIPImageProcessor.from_dict({**defaults, **saved}, **others)
+
+
+def open_tokenizer(path: str | os.PathLike, **kwargs) -> Any:
+    """The tokenizer of a folder or Hub name, hfclip's in place of transformers' for CLIP."""
+    tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    if type(tokenizer).__module__.startswith("transformers.models.clip."):
+        return HFCLIPTokenizer.from_pretrained(path, **kwargs)
+    family, written = family_of(path, kwargs)
+    if family is not None:
+        context = translate_transformers_config(written)["text_config"]["max_position_embeddings"]
+        tokenizer.model_max_length = min(tokenizer.model_max_length, context - family.reserved_positions)
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        tokenizer.init_kwargs |= {"truncation": True, "model_input_names": tokenizer.model_input_names}
+        if family.sigmoid:
+            tokenizer.init_kwargs["padding"] = "max_length"
+    return tokenizer
 
 
 def _may_be_text(images: Any) -> bool:

@@ -26,6 +26,8 @@ def tower_width(config, rule: str = "pooler") -> int:
         return config.projection_dim
     if rule == "pooler" and getattr(config, "projection_size", None):
         return config.projection_size  # SigLIP's text towers end in a linear layer
+    if rule == "pooler" and getattr(config, "project_dim", None):
+        return config.project_dim  # so does AltCLIP's
     width = getattr(config, "hidden_size", None) or (getattr(config, "hidden_sizes", None) or [None])[-1]
     if width is None:
         raise ValueError(

@@ -1,9 +1,10 @@
-"""Configs that transformers wrote for its CLIP, or for its VisionTextDualEncoderModel, as ours."""
+"""Configs that transformers wrote for its dual encoders, as ours."""
 
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from .families_hfclip import FAMILIES, translate_family
 from .limits_hfclip import shown
 
 
@@ -28,7 +29,7 @@ def build_foreign_config(config_class: type[PreTrainedConfig], fields: dict[str,
 
 
 def translate_transformers_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Rewrites a config that transformers' CLIP or its VisionTextDualEncoderModel wrote into ours, sub-configs included.
+    """Rewrites a config that a dual encoder of transformers wrote into ours, sub-configs included.
 
     Others pass unchanged.
 
@@ -44,6 +45,10 @@ def translate_transformers_config(config: dict[str, Any]) -> dict[str, Any]:
                 f"found {key}={shown(value)}, expected {'a name' if kind is str else 'an object of settings'}. Correct "
                 "config.json, or fetch it again."
             )
+    if model_type in FAMILIES and model_type in CONFIG_MAPPING:
+        fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+        theirs = build_foreign_config(CONFIG_MAPPING[model_type], fields).to_dict()
+        return translate_family(config, FAMILIES[model_type], theirs)
     if model_type == DUAL_ENCODER:
         for key, default in (("text_config", "bert"), ("vision_config", "vit")):
             config[key] = {"model_type": default, **(config.get(key) or {})}

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import BatchFeature
 from transformers.modeling_utils import unwrap_model
 from transformers.utils.logging import tqdm
 
@@ -175,8 +176,8 @@ class ZeroShotClassifier:
         images, several = find_images(images)
         results = []
         with evaluating(self.model) as model:
-            for pixel_values in self._preprocessed(images, batch_size):
-                results += self._ranked(self._logits(model, pixel_values), top_k)
+            for inputs in self._preprocessed(images, batch_size):
+                results += self._ranked(self._logits(model, inputs), top_k)
         return results if several else results[0]
 
     def logits(self, images: Any | None = None, *, pixel_values: Tensor | None = None, batch_size: int = 32) -> Tensor:
@@ -196,7 +197,7 @@ class ZeroShotClassifier:
         if pixel_values is None:
             batches = self._preprocessed(find_images(images)[0], batch_size)
         else:
-            batches = pixel_values.split(batch_size)
+            batches = ({"pixel_values": batch} for batch in pixel_values.split(batch_size))
         with evaluating(self.model) as model:
             return torch.cat([self._logits(model, batch) for batch in batches])
 
@@ -208,8 +209,8 @@ class ZeroShotClassifier:
             logits = model(image_embeds=image_embeds, text_embeds=self.label_embeds).logits_per_image
         return self._ranked(logits, top_k)
 
-    def _preprocessed(self, images: Sequence, batch_size: int) -> Iterator[Tensor]:
-        """`(batch, channels, height, width)` pixel values, one batch of images opened at a time."""
+    def _preprocessed(self, images: Sequence, batch_size: int) -> Iterator[Mapping[str, Tensor]]:
+        """What the processor makes of images, `pixel_values` among it, one batch opened at a time."""
         if len(images) == 0:
             raise ValueError("found 0 images: expected at least one.")
         _check_count("batch_size", batch_size)
@@ -220,13 +221,13 @@ class ZeroShotClassifier:
                 # The processor counts within the batch, the caller over all images.
                 message = re.sub(r"^image (\d+)", lambda match: f"image {start + int(match[1])}", str(error))
                 raise type(error)(message) from error
-            yield inputs["pixel_values"]
+            yield inputs
 
-    def _logits(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
-        """`(batch, channels, height, width)` -> `(batch, num_labels)`, in float32 whatever the model's dtype."""
-        pixel_values = pixel_values.to(device=device_of(model), dtype=model.dtype)
+    def _logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Processed images -> `(batch, num_labels)`, in float32 whatever the model's dtype."""
+        inputs = BatchFeature(inputs).to(device=device_of(model), dtype=model.dtype)
         # Normalised here: in half precision a unit vector is off by up to a part in 256, and so would be the logits.
-        image_embeds = F.normalize(model.encode_image(pixel_values, normalize=False).float(), dim=-1)
+        image_embeds = F.normalize(model.encode_image(**inputs, normalize=False).float(), dim=-1)
         return model(image_embeds=image_embeds, text_embeds=self.label_embeds).logits_per_image
 
     def _ranked(self, logits: Tensor, top_k: int) -> list[list[dict]]:

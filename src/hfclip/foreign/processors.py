@@ -1,14 +1,15 @@
 """Tokenizers and image processors that go with a model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CLIPTokenizer
 
 from ..configuration_hfclip import HFCLIPConfig
 from ..errors import UsageError, as_usage_error
 from ..image_processing_hfclip import HFCLIPImageProcessor
-from ..processing_hfclip import HFCLIPProcessor
+from ..processing_hfclip import HFCLIPProcessor, open_image_processor
 from ..tokenization_hfclip import HFCLIPTokenizer
 
 
@@ -34,10 +35,17 @@ def open_processor(folder: Path, tokenizer_class: type = AutoTokenizer) -> tuple
     image_processor = tokenizer = None
     with as_usage_error(folder):
         if has_any(folder, IMAGE_FILES):
-            image_processor = HFCLIPImageProcessor.from_pretrained(folder)
+            image_processor = open_image_processor(folder)
         if has_any(folder, TOKENIZER_FILES[:2]):
             tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
     return image_processor, tokenizer
+
+
+def as_clip_tokenizer(tokenizer: Any) -> CLIPTokenizer:
+    """transformers' own tokenizer with the same vocabulary and merges."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=tokenizer.model_max_length)
 
 
 def openai_tokenizer(config: HFCLIPConfig, merges: str | None) -> tuple[HFCLIPTokenizer | None, list[str]]:

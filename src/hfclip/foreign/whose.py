@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..configuration_hfclip import TOWER_CONFIGS
 from ..errors import UsageError
+from ..families_hfclip import FAMILIES
 from ..translation_hfclip import TRANSFORMERS_MODEL_TYPES
 from .checkpoints import Checkpoint, open_checkpoint
 from .key_maps import CONSTANTS
@@ -65,7 +66,7 @@ def kinds_of_folder(source: Path) -> list[str]:
         model_type = None
     if model_type in ("hfclip", *TOWER_CONFIGS) or any(source.glob("*/trainer_state")):
         kinds.append("hfclip")
-    elif model_type in TRANSFORMERS_MODEL_TYPES:
+    elif model_type in TRANSFORMERS_MODEL_TYPES or model_type in FAMILIES:
         kinds.append("transformers")
     return kinds
 

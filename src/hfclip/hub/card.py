@@ -117,7 +117,7 @@ def model_card(
         has_processor: whether tokenizer and image processor lie beside a dual encoder. Pipelines need both.
     """
     title = title or name.rstrip("/").split("/")[-1]
-    is_dual_encoder = config.model_type == "hfclip"
+    is_dual_encoder = isinstance(config, HFCLIPConfig)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification" if is_dual_encoder and has_processor else None,
@@ -173,7 +173,7 @@ def _name_line(name: str) -> str:
 
 def describe(config: Any) -> str:
     """One line about a tower, or about both of a dual encoder, from what its config has."""
-    if config.model_type == "hfclip":
+    if isinstance(config, HFCLIPConfig):
         return f"{describe(config.vision_config)}; {describe(config.text_config)}"
     facts = {
         "patch_size": "patches of {0} x {0} pixels",
