@@ -290,10 +290,12 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         config = self.config.text_config
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
-        context = getattr(config, "max_position_embeddings", input_ids.shape[1])
-        if attention_mask is not None and input_ids.shape[1] > context and not attention_mask[:, context:].any():
-            # Padded to the context of another model, as by transformers' pipeline for SigLIP.
-            input_ids, attention_mask = input_ids[:, :context], attention_mask[:, :context]
+        context = getattr(config, "max_position_embeddings", None)
+        if attention_mask is not None and context is not None and input_ids.shape[1] > context:
+            if not attention_mask[
+                :, context:
+            ].any():  # padded to the context of another model, as SigLIP's are by pipelines
+                input_ids, attention_mask = input_ids[:, :context], attention_mask[:, :context]
         if config.model_type not in TOWERS:
             if attention_mask is None:
                 pad = getattr(config, "pad_token_id", None)
