@@ -237,8 +237,6 @@ def transformers_config(config: HFCLIPConfig) -> CLIPConfig:
         fields = getattr(config, key).to_dict()
         if fields["model_type"] not in types:
             raise UsageError(f"transformers' CLIPModel has no tower of type {fields['model_type']}.")
-        if fields.get("eos_token_id") == 2:
-            raise UsageError("text_config.eos_token_id is 2, for which transformers pools at the highest id instead.")
         ours_alone = {"causal", "pooling", "pre_layer_norm", "patch_dropout", "projection_type"}
         ours_alone |= {"pooling_heads", "layer_scale_init_value", "auto_map", "architectures"}
         towers[key] = {name: value for name, value in fields.items() if name not in ours_alone}
