@@ -146,7 +146,7 @@ def sent_back(export, ours, theirs):
 
 
 @pytest.mark.parametrize("name", ["siglip", "siglip 2 of a fixed size", "siglip 2 naflex", "metaclip_2", "chinese_clip", "align", "flava", "clipseg", "owlvit"])  # fmt: skip
-def test_pixels_are_those_of_the_familys_processor(name, source, opened, data_dir):
+def test_pixels_are_those_of_its_own_processor(name, source, opened, data_dir):
     found, (_, processor) = source(name), opened(name)
     photos = [Image.open(path) for path in sorted((data_dir / "imagenet_sample").glob("*.JPEG"))[:20]]
     for photo in photos:
@@ -163,7 +163,7 @@ def test_pixels_are_those_of_the_familys_processor(name, source, opened, data_di
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ids_are_those_of_the_familys_tokenizer(name, source, opened):
+def test_ids_are_those_of_its_own_tokenizer(name, source, opened):
     found, (_, processor) = source(name), opened(name)
     if processor is None:
         pytest.skip("no image processor here")
