@@ -13,6 +13,7 @@ from hfclip.data.sources import open_source
 from hfclip.embeddings import embed
 from hfclip.errors import UsageError
 from hfclip.evaluation import DataSet
+from hfclip.evaluation.data import select
 from hfclip.evaluation.figures import draw_overlap
 from hfclip.evaluation.overlap import (
     PerceptualHash,
@@ -20,7 +21,6 @@ from hfclip.evaluation.overlap import (
     overlap,
     overlap_statistics,
     overlap_summary,
-    select,
 )
 
 
@@ -32,10 +32,11 @@ def clip(tmp_path_factory):
     """A random model with its processor, and the folder that it is saved in."""
     torch.manual_seed(0)
     tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    text = dict(model_type="hfclip_text", vocab_size=524, bos_token_id=522, eos_token_id=523, **tower)
+    tokenizer = HFCLIPTokenizer.train_new_from_iterator(["a photo of a cat, a dog"] * 4, 524)
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    text = dict(model_type="hfclip_text", vocab_size=len(tokenizer), **ids, **tower)
     vision = dict(model_type="hfclip_vit", image_size=32, patch_size=8, **tower)
     model = HFCLIPModel(HFCLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
-    tokenizer = HFCLIPTokenizer.train_new_from_iterator(["a photo of a cat, a dog"] * 4, 524)
     processor = HFCLIPProcessor(image_processor=HFCLIPImageProcessor(size=32), tokenizer=tokenizer)
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
@@ -192,6 +193,8 @@ def test_overlap_is_found_listed_and_looked_at(clip, data, tmp_path, detector, t
     source = data[0].labelled().samples.source
     kept = select(source, tmp_path / "out" / "clean.txt")
     assert [kept[index].key for index in range(len(kept))] == clean
+    named = DataSet(data[0].place, only=tmp_path / "out" / "clean.txt", limit=5)
+    assert len(named.labelled().samples) == 5 and named.describe()["only"] != data[0].describe().get("only")
     assert PIL.Image.open(tmp_path / "out" / "pairs.png").size[0] > 1000
     again = overlap(model, processor, data[0].labelled(), threshold=0.99999999, **options)
     assert (again.arrays["similarity"] == result.arrays["similarity"]).all()

@@ -113,10 +113,11 @@ DATA = {"first": 0.05, "second": 0.1}
 def clip():
     torch.manual_seed(0)
     tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    text = dict(model_type="hfclip_text", vocab_size=524, bos_token_id=522, eos_token_id=523, **tower)
+    tokenizer = HFCLIPTokenizer.train_new_from_iterator(["a photo of jumping jacks", "yo yo"] * 4, 524)
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    text = dict(model_type="hfclip_text", vocab_size=len(tokenizer), **ids, **tower)
     vision = dict(model_type="hfclip_vit", image_size=32, patch_size=8, **tower)
     model = HFCLIPModel(HFCLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    tokenizer = HFCLIPTokenizer.train_new_from_iterator(["a photo of jumping jacks", "yo yo"] * 4, 524)
     return model, HFCLIPProcessor(image_processor=HFCLIPImageProcessor(size=32), tokenizer=tokenizer)
 
 

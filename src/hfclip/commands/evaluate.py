@@ -119,7 +119,7 @@ def jobs_of(parsed: argparse.Namespace) -> list[Planned]:
         if not getattr(parsed, flag):
             raise UsageError(f"{parsed.task}: found no --{flag}, expected at least one.")
     options = {name: getattr(parsed, name) for name in (*defaults_of(row.load()), *EMBEDDING) if hasattr(parsed, name)}
-    sets = [DataSet(_place(text), root=parsed.data_root, limit=parsed.limit) for text in parsed.data]
+    sets = [DataSet(_place(text), root=parsed.data_root, limit=parsed.limit, only=parsed.only) for text in parsed.data]
     groups = [sets] if row.reads == "several" else [[part] for part in sets]
     models = [None] if row.reads == "results" else parsed.model
     if parsed.expect and parsed.expect not in (SAME, *published_models()):
@@ -201,6 +201,7 @@ def build_parser(task: str | None) -> argparse.ArgumentParser:
     add("--data", nargs="+", metavar="PLACE", default=[], help=PLACES)
     add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="of results (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="images of each split, at most, spread evenly over it")
+    add("--only", metavar="FILE", help="keys of the samples that count, a line each: clean.txt of an overlap")
     add("--data-root", type=Path, metavar="FOLDER", help="where data sets of the registry lie; else they are fetched")
     add(
         "--expect",

@@ -25,9 +25,8 @@ from ..data.samples import BadSample, Sample, Source, decoding
 from ..errors import UsageError
 from ..image_processing_hfclip import HFCLIPImageProcessor
 from ..open_image_hfclip import open_image
-from ..zero_shot import embed_labels
 from .data import LabelledFolder
-from .predictions import embed_readable
+from .predictions import embed_names, embed_readable
 from .task import Plot, Result
 
 
@@ -239,15 +238,15 @@ class Typographic(Altered):
                 f"found the labels {source.labels}, expected two different ones or more to write a wrong one."
             )
 
-    def written(self, sample_key: str, label: int) -> int:
+    def written(self, sample: Sample) -> int:
         """The class whose name is written onto a sample: any but its own, each as likely."""
-        others = [number for number, name in enumerate(self.labels) if name != self.labels[label]]
-        return others[int(_generator(self.seed, sample_key).integers(len(others)))]
+        others = [number for number, name in enumerate(self.labels) if name != self.labels[sample.label]]
+        return others[int(_generator(self.seed, sample.key).integers(len(others)))]
 
     def alter(self, image: Image.Image, sample: Sample) -> Image.Image:
         if sample.label is None:
             raise BadSample("missing caption")
-        text, draw = self.labels[self.written(sample.key, sample.label)], ImageDraw.Draw(image)
+        text, draw = self.labels[self.written(sample)], ImageDraw.Draw(image)
         font = ImageFont.load_default(self.LINE)
         longest = draw.textlength(text, font)
         if longest > 0.94 * SIZE:
@@ -291,7 +290,7 @@ def corruptions(
             _check(kind, severity)
     if not kinds or not severities:
         raise UsageError("corruptions: found no kind or no severity, expected one of each or more.")
-    source, label_embeds = data.samples.source, embed_labels(model, processor, data.labels, data.templates)
+    source, label_embeds = data.samples.source, embed_names(model, processor, data.labels, data.templates, **embedding)
 
     def accuracy(altered: Source) -> float:
         return embed_readable(model, processor, altered, **embedding).compare(label_embeds).top1
@@ -332,10 +331,11 @@ def typographic(model: nn.Module, processor: Any, data: LabelledFolder, *, seed:
         share that was without the writing; `clean_top1` and `top1`.
     """
     attacked = Typographic(data.samples.source, seed)
-    label_embeds = embed_labels(model, processor, data.labels, data.templates)
+    label_embeds = embed_names(model, processor, data.labels, data.templates, **embedding)
     before = embed_readable(model, processor, attacked.source, **embedding).compare(label_embeds)
-    after = embed_readable(model, processor, attacked, **embedding).compare(label_embeds)
-    written = np.array([attacked.written(*pair) for pair in zip(after.keys, after.targets, strict=True)])
+    images = embed_readable(model, processor, attacked, **embedding)
+    after = images.compare(label_embeds)
+    written = np.array([attacked.written(attacked.source[place]) for place in images.places])
     return Result(
         {
             "attack_rate": float((after.best == written).mean()),

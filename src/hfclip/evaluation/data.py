@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from ..data.folders import SPLITS
 from ..data.samples import BadSample, Sample, Source, decoding
 from ..data.sources import open_source
 from ..data.webdataset import ShardSource
-from ..errors import UsageError, redact
+from ..errors import UsageError, as_usage_error, redact
 from ..open_image_hfclip import open_image
 from ..zero_shot import DEFAULT_TEMPLATES, check_labels, check_templates
 from .registry import fetch, find_local, registered
@@ -34,6 +35,7 @@ class DataSet:
         root: folder in which names of the registry are looked for. None: they are fetched from the Hub.
         name: under which it is reported. None: the last part of the place.
         limit: images of each split at most, spread evenly over it: data sets are often sorted by class.
+        only: file with the keys of the samples that count, such as the `clean.txt` of an overlap.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class DataSet:
         root: str | os.PathLike | None = None,
         name: str | None = None,
         limit: int | None = None,
+        only: str | os.PathLike | None = None,
     ):
+        self.only = only
         if limit is not None and limit < 1:
             raise UsageError(f"limit is {limit}, expected at least 1.")
         places = place if isinstance(place, Mapping) else {None: place}
@@ -60,7 +64,8 @@ class DataSet:
         Raises:
             UsageError: there is no such split, or it is not what `load_labelled_folder` reads.
         """
-        return load_labelled_folder(*self._place_of(split), limit=self.limit)
+        folder = load_labelled_folder(*self._place_of(split), limit=None if self.only else self.limit)
+        return folder if not self.only else folder._replace(samples=LazyImages(self._part(folder.samples.source)))
 
     def captioned(self, split: str | None = None) -> Source:
         """The samples of a split with their captions.
@@ -69,7 +74,10 @@ class DataSet:
             UsageError: there is no such split, or it has no captions.
         """
         place, split = self._place_of(split)
-        return evenly(open_source(place, split=split), self.limit)
+        return self._part(open_source(place, split=split))
+
+    def _part(self, source: Source) -> Source:
+        return evenly(select(source, self.only) if self.only else source, self.limit)
 
     def has(self, split: str) -> bool:
         """Whether a split is there."""
@@ -90,6 +98,9 @@ class DataSet:
         digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
         found = {"name": self.name, **{split or "place": redact(place) for split, place in self.places.items()}}
         found |= {"limit": self.limit} if self.limit else {}
+        if self.only:
+            with as_usage_error(self.only):
+                found["only"] = hashlib.sha256(Path(self.only).read_bytes()).hexdigest()
         found |= {"registered": self.card.name} if self.card else {}
         return {**found, "fingerprint": digest}
 
@@ -149,6 +160,23 @@ def _name_of(place: str) -> str:
     """The last parts of a place that say what it is: "cifar10/test" of "/data/cifar10/test"."""
     *_, above, last = ["", *redact(place).rstrip("/").split("/")]
     return f"{above}/{last}" if SPLITS.get(last) and above else last
+
+
+def select(source: Source, path: str | os.PathLike) -> Part:
+    """The samples of a source whose keys a file lists, a line each.
+
+    Raises:
+        UsageError: keys that the source has not, or none.
+    """
+    with as_usage_error(path):
+        wanted, found = set(Path(path).read_text(encoding="utf-8").splitlines()), {}
+    for place in range(len(source)):
+        with suppress(BadSample):
+            if (key := source[place].key) in wanted:
+                found[key] = place
+    if missing := sorted(wanted - found.keys()) or ([] if wanted else ["nothing"]):
+        raise UsageError(f"{path} lists {missing[0]}, which the data have not: expected a list made of the same data.")
+    return Part(source, sorted(found.values()))
 
 
 def evenly(source: Source, limit: int | None) -> Source:

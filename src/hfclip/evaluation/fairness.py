@@ -30,9 +30,8 @@ from ..data.sources import open_source
 from ..data.tars import files_of
 from ..data.webdataset import ShardSource
 from ..errors import UsageError, as_usage_error
-from ..zero_shot import embed_labels
 from .data import DataSet
-from .predictions import EmbeddedImages, embed_readable
+from .predictions import EmbeddedImages, embed_names, embed_readable
 from .task import Plot, Result
 
 
@@ -152,16 +151,17 @@ def fairness(
         raise UsageError(f"thresholds are {thresholds}, expected probabilities between 0 and 1.")
     people = open_people(data.place, attributes)
     images = embed_readable(model, processor, people.source, labelled=False, **embedding)
-    rows = [people.attributes.get(_stem(key)) for key in images.keys]
+    keys = images.keys(people.source)
+    rows = [people.attributes.get(_stem(key)) for key in keys]
     known = np.array([row is not None for row in rows])
     if not known.any():
-        raise UsageError(f"{data.name}: no image has attributes; {images.keys[0]} is one without.")
-    images = images._replace(embeds=images.embeds[known], keys=images.keys[known], targets=images.targets[known])
+        raise UsageError(f"{data.name}: no image has attributes; {keys[0]} is one without.")
+    images = images._replace(embeds=images.embeds[known], targets=images.targets[known], places=images.places[known])
     columns = {name: np.array([row[name] for row in rows if row is not None]) for name in attributes}
     groups = _groups(columns, people.values, smallest_group)
 
     def compare(labels: list[str], template: str) -> np.ndarray:
-        return images.compare(embed_labels(model, processor, labels, [template])).scores
+        return images.compare(embed_names(model, processor, labels, [template], **embedding)).scores
 
     metrics, accuracy = {}, []
     for name in attributes:
@@ -180,7 +180,7 @@ def fairness(
     whole = {row["labels"]: row for row in labels if row["group"] == "all"}
     for kind in ("crime", "non_human"):
         metrics[kind], metrics[f"{kind}_with_child"] = whole["default"][kind], whole["with child"][kind]
-    metrics |= {"images": len(images.keys), "without_attributes": int((~known).sum())}
+    metrics |= {"images": len(images.places), "without_attributes": int((~known).sum())}
     return Result(
         metrics,
         headline=f"{attributes[0]}_accuracy",

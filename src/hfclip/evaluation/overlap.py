@@ -12,7 +12,6 @@ for each data set; the training data are not read again for that.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,17 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from ..data.contact_sheet import draw_pairs
-from ..data.samples import BadSample, Source, decoding
+from ..data.samples import Source, decoding
 from ..data.sources import open_source
 from ..embeddings import embed
 from ..embeddings.processes import Processes
 from ..errors import UsageError, as_usage_error
 from ..image_processing_hfclip import HFCLIPImageProcessor
 from ..open_image_hfclip import open_image
-from ..zero_shot import device_of, embed_labels
+from ..zero_shot import device_of
 from .data import LabelledFolder, Part
 from .figures import draw_overlap
-from .predictions import embed_readable
+from .predictions import embed_names, embed_readable
 from .task import Plot, Result
 
 
@@ -209,15 +208,16 @@ def overlap(
         raise UsageError(f"num_data_sets is {num_data_sets}, expected 1 or more.")
     source, of_training = data.samples.source, open_source(training, require_captions=False)
     images = embed_readable(model, processor, source, **embedding)
-    found = images.compare(embed_labels(model, processor, data.labels, data.templates))
+    found = images.compare(embed_names(model, processor, data.labels, data.templates, **embedding))
     nearest = _nearest(model, processor, source, images, of_training, (training, detector), folder, embedding)
     is_overlap = nearest.similarity >= threshold
     metrics = overlap_statistics(found.hits, is_overlap, num_data_sets)
     if folder is not None and Processes.find(None, False).rank == 0:
         (Path(folder) / "clean.txt").write_text(
-            "".join(f"{key}\n" for key in found.keys[~is_overlap]), encoding="utf-8"
+            "".join(f"{key}\n" for key, both in zip(images.keys(source), is_overlap, strict=True) if not both),
+            encoding="utf-8",
         )
-        draw_pairs(Path(folder) / "pairs.png", list(_pairs(source, found.keys, of_training, nearest, threshold)))
+        draw_pairs(Path(folder) / "pairs.png", list(_pairs(source, images.places, of_training, nearest, threshold)))
     return Result(
         metrics,
         headline="overlap",
@@ -238,7 +238,7 @@ def _nearest(
     embedding: dict,
 ) -> Nearest:
     """The neighbours, from an earlier run in `folder` if it had the same images, training data and detector."""
-    about = json.dumps([*names, len(training), images.keys.tolist()])
+    about = json.dumps([*names, len(training), images.keys(source)])
     about, path = hashlib.sha256(about.encode()).hexdigest(), None if folder is None else Path(folder, "nearest.npz")
     if path is not None and path.is_file():
         with as_usage_error(path), np.load(path) as stored:
@@ -266,41 +266,17 @@ def _open_detector(name: str, device: torch.device) -> tuple[nn.Module, Any]:
 
 
 def _pairs(
-    source: Source, keys: Sequence[str], training: Source, nearest: Nearest, threshold: float
+    source: Source, places: np.ndarray, training: Source, nearest: Nearest, threshold: float
 ) -> Iterator[tuple[Any, Any, str, bool]]:
     """Evaluation image, training image, words and whether they count as the same, around the threshold."""
     wanted = np.argsort(np.abs(nearest.similarity - threshold), kind="stable")[:NUM_PAIRS]
-    places = {key: place for place, key in _keys(source)}
     for number in sorted(wanted, key=lambda number: -nearest.similarity[number]):
         similarity, sample = float(nearest.similarity[number]), training[int(nearest.index[number])]
         pair = []
-        for image in (source[places[keys[number]]].image, sample.image):
+        for image in (source[int(places[number])].image, sample.image):
             with decoding(image):
                 pair.append(open_image(image))
         yield *pair, f"{similarity:.3f}  {sample.key}", similarity >= threshold
-
-
-def _keys(source: Source) -> Iterator[tuple[int, str]]:
-    """Place and key of each sample that can be read."""
-    for place in range(len(source)):
-        try:
-            yield place, source[place].key
-        except BadSample:
-            continue
-
-
-def select(source: Source, path: str | os.PathLike) -> Part:
-    """The samples of a source whose keys a file lists, such as `clean.txt`.
-
-    Raises:
-        UsageError: keys that the source has not.
-    """
-    with as_usage_error(path):
-        wanted = set(Path(path).read_text(encoding="utf-8").splitlines())
-    found = {key: place for place, key in _keys(source) if key in wanted}
-    if missing := sorted(wanted - found.keys()) or ([] if wanted else ["nothing"]):
-        raise UsageError(f"{path} lists {missing[0]}, which the data have not: expected a list made of the same data.")
-    return Part(source, sorted(found.values()))
 
 
 def overlap_summary(

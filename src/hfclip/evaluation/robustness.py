@@ -32,10 +32,9 @@ from ..data.image_list import ImageList
 from ..data.records import read_records
 from ..data.samples import Keys
 from ..errors import UsageError, as_usage_error
-from ..zero_shot import embed_labels
 from .data import DataSet
 from .figures import draw_robustness
-from .predictions import Predictions, embed_readable
+from .predictions import Predictions, embed_names, embed_readable
 from .task import Plot, Result
 
 
@@ -280,7 +279,7 @@ def robustness(
     members = {name: _members(name, of.labels, reference.labels, class_maps) for name, of in folders.items()}
     fits = {name: fit_of(name) for name in folders}
     fits |= {} if baseline is None else read_baseline(baseline, names[0], folders)
-    label_embeds = embed_labels(model, processor, reference.labels, reference.templates)
+    label_embeds = embed_names(model, processor, reference.labels, reference.templates, **embedding)
     on_reference = embed_readable(model, processor, reference.samples.source, **embedding).compare(label_embeds)
     rows = []
     for name, folder in folders.items():
@@ -288,7 +287,7 @@ def robustness(
         row = {"set": name, "reference_top1": on_reference.top1}
         row |= _restricted_row(on_reference, images.compare(label_embeds), members[name])
         if any(label not in reference.labels for label in folder.labels):
-            own = embed_labels(model, processor, folder.labels, folder.templates)
+            own = embed_names(model, processor, folder.labels, folder.templates, **embedding)
             row["own_names_top1"] = images.compare(own).top1
         if fit := fits.get(name):
             row["expected_top1"] = fit(row["reference_top1"])
@@ -446,14 +445,16 @@ def frames(
         count = 1 + max(map(int, [*mapping, *(number for many in labels.values() for number in many)]))
     numbers = [str(number) for number in range(count)]
     members = members_by_map(data[1].name, numbers, reference.labels, mapping)
-    label_embeds = embed_labels(model, processor, reference.labels, reference.templates)
+    label_embeds = embed_names(model, processor, reference.labels, reference.templates, **embedding)
     needed = sorted({*sets, *(frame for near in sets.values() for frame in near)})
     images = ImageList([folder / frame for frame in needed])
-    found = embed_readable(model, processor, images, labelled=False, **embedding).compare(label_embeds)
-    best = dict(zip(found.keys.tolist(), restrict(found.scores, members).argmax(axis=1).tolist(), strict=True))
-    best = {frame: best.get(str(folder / frame), -1) for frame in needed}
+    found = embed_readable(model, processor, images, labelled=False, **embedding)
+    scores = restrict(found.compare(label_embeds).scores, members)
+    best = dict.fromkeys(needed, -1) | {
+        needed[place]: of.argmax() for place, of in zip(found.places, scores, strict=True)
+    }
     anchors, whole = pm_accuracy(best, labels, sets)
-    unreadable = len(needed) - len(found.keys)
+    unreadable = len(needed) - len(found.places)
     metrics = {"pm0": anchors, "pmk": whole} | ({"unreadable_images": unreadable} if unreadable else {})
     return Result(
         metrics,

@@ -111,6 +111,7 @@ class Job:
     def path(self, out: Path) -> Path:
         """Where its result is kept below `out`; options that are not the default tell results apart."""
         limit = {"limit": self.sets[0].limit} if self.sets[0].limit else {}
+        limit |= {"only": self.sets[0].only} if self.sets[0].only else {}
         told = {name: value for name, value in self.changed.items() if name not in OF_THE_MACHINE} | limit
         words = [f"{name}={slug(str(value))}" for name, value in sorted(told.items())]
         together = "+".join(slug(part.name) for part in self.sets)

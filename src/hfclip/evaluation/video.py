@@ -8,9 +8,9 @@ from torch import nn
 from ..data.files import read_lines
 from ..data.videos import VideoFrames
 from ..errors import UsageError
-from ..zero_shot import DEFAULT_TEMPLATES, check_templates, embed_labels
+from ..zero_shot import DEFAULT_TEMPLATES, check_templates
 from .data import TEMPLATES_FILE, DataSet
-from .predictions import embed_readable
+from .predictions import embed_names, embed_readable
 from .task import Result
 
 
@@ -26,14 +26,13 @@ def video(model: nn.Module, processor: Any, data: DataSet, *, num_frames: int = 
     """
     source = VideoFrames(data.place, num_frames)
     templates = [line for line in read_lines(source.folder, TEMPLATES_FILE) or () if line] or DEFAULT_TEMPLATES
-    label_embeds = embed_labels(model, processor, source.labels, check_templates(templates))
+    label_embeds = embed_names(model, processor, source.labels, check_templates(templates), **embedding)
     found = embed_readable(model, processor, source, **embedding)
-    names = [key.rpartition("/")[0] for key in found.keys]
-    videos, owner = np.unique(names, return_inverse=True)
+    videos, owner = np.unique(found.places // num_frames, return_inverse=True)
     means = mean_of_frames(found.embeds, owner)
     targets = np.empty(len(videos), np.int64)
     targets[owner] = found.targets
-    scores = found._replace(embeds=means, targets=targets, keys=videos).compare(label_embeds).scores
+    scores = found._replace(embeds=means, targets=targets, places=videos).compare(label_embeds).scores
     order = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     hits = order == targets[:, None]
     top1, top5 = float(hits[:, 0].mean()), float(hits.any(axis=1).mean())
