@@ -119,11 +119,15 @@ class PerceptualHash(nn.Module):
         size = {"height": cls.SIDE, "width": cls.SIDE}
         return cls(), HFCLIPImageProcessor(size=size, do_center_crop=False, do_normalize=False)
 
-    def get_image_features(self, pixel_values: Tensor) -> SimpleNamespace:
-        """(batch, 3, 32, 32) -> `pooler_output` (batch, 64) of -1 and 1."""
+    def encode_image(self, pixel_values: Tensor, normalize: bool = False) -> Tensor:
+        """(batch, 3, 32, 32) -> (batch, 64) of -1 and 1, or of unit length."""
         pixels = torch.einsum("bchw,c->bhw", pixel_values.double(), self.grey)
         waves = (self.waves @ pixels @ self.waves.T).flatten(1)
-        return SimpleNamespace(pooler_output=torch.where(waves > waves.median(dim=1, keepdim=True).values, 1.0, -1.0))
+        signs = torch.where(waves > waves.median(dim=1, keepdim=True).values, 1.0, -1.0)
+        return signs / self.BITS if normalize else signs
+
+    def get_image_features(self, pixel_values: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(pooler_output=self.encode_image(pixel_values))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
