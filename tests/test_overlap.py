@@ -122,7 +122,7 @@ def test_hash_is_that_of_low_frequencies():
     image = small.resize((90, 70), PIL.Image.Resampling.BICUBIC)
     others = [image.resize((333, 200)), image.point(lambda value: value * 0.8 + 20), image.transpose(1)]
     pixels = processor([image, *others], return_tensors="pt")["pixel_values"]
-    signs = model.get_image_features(pixels).pooler_output
+    signs = model.encode_image(pixels)
     grey = 0.299 * pixels[0, 0] + 0.587 * pixels[0, 1] + 0.114 * pixels[0, 2]
     place = (np.arange(32) + 0.5) * np.pi / 32
     waves = [

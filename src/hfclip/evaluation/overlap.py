@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,9 +124,6 @@ class PerceptualHash(nn.Module):
         waves = (self.waves @ pixels @ self.waves.T).flatten(1)
         signs = torch.where(waves > waves.median(dim=1, keepdim=True).values, 1.0, -1.0)
         return signs / self.BITS if normalize else signs
-
-    def get_image_features(self, pixel_values: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(pooler_output=self.encode_image(pixel_values))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
