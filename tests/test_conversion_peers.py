@@ -14,10 +14,10 @@ from conversion_utils import relative, run_script
 from torch.overrides import TorchFunctionMode
 from transformers import BertConfig, M2M100Config, MT5Config, RobertaConfig, XLMRobertaConfig
 
-from conversion.convert import check_fit, on_meta
 from hfclip import HFCLIPModel
 from hfclip.errors import UsageError
 from hfclip.foreign.key_maps import hfclip_items, openclip_config
+from hfclip.foreign.plan import check_fit, on_meta
 from hfclip.foreign.towers import foreign_plan, is_foreign, siglip_kind
 
 
