@@ -18,6 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hfclip_errors import MASK, UsageError, redact
 
+from .data.augment import AugmentConfig
 from .typed import build, require
 
 
@@ -124,6 +125,9 @@ class DataConfig:
     disk: float | None = None
     """Gigabytes of the remote tars of `train` that a machine keeps at a time; the rest are fetched while the run goes on.
     `python -m hfclip.training.index` must have counted them once. null: all are fetched before the run."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes of images beyond the paper's crop: a mapping of `scale`, `rotation`, `flip_prob`, `color_jitter` and
+    others (training/data/augment.py); null: none. They pay on small data, and for styles that are not in it."""
     phases: list[PhaseConfig] = field(default_factory=list)
     """Cheaper parts of the run that come before the full resolution (CLIPA, FLIP), each a mapping of `epochs` and of
     some of `image_size`, `text_length`, `patch_dropout`."""

@@ -17,12 +17,12 @@ from hfclip.data.samples import PROBLEMS, BadSample, Source, caption_id, decodin
 from hfclip.data.sources import MixtureSource, open_source
 from hfclip.data.streaming import StreamSource
 from hfclip.errors import UsageError
-from hfclip.image_processing_hfclip import random_square_crop
 
 from ..config import Config, DataConfig
 from ..machine import num_workers
 from ..phases import Phases
 from ..state.stopping import SIGNALS
+from .augment import augmented
 from .loading import HandingOver
 from .order import LaneOrder, Order, Place, StepSampler, rank_slice
 
@@ -65,6 +65,7 @@ class PairDataset(Dataset):
 
     def __init__(self, source: Source, config: Config, image_size: int):
         self.source, self.image_size, self.seed = source, image_size, config.run.seed
+        self.augment = config.data.augment
         batch_size = config.optim.batch_size
         self.steps_per_epoch = len(source) // batch_size
         if isinstance(source, StreamSource):
@@ -126,7 +127,8 @@ class PairDataset(Dataset):
             raise BadSample("empty caption")
         with decoding(image):
             caption = captions[rng.integers(len(captions))]
-            return {"image": random_square_crop(image, place.image_size or self.image_size, rng), "caption": caption}
+            pixels = augmented(image, place.image_size or self.image_size, self.augment, rng)
+            return {"image": pixels, "caption": caption}
 
 
 def _check_tokenizer(config: Config) -> None:

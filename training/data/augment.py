@@ -1,0 +1,130 @@
+"""Random changes of training images beyond the paper's square crop, for small data and for robustness to style.
+
+image -> turned -> crop of random area and shape, resized to the square -> mirrored -> drawn -> colors -> uint8
+
+Settings carry the names of OpenCLIP's `aug_cfg` where it has them. Brightness, contrast, saturation, hue and greyness
+are linear in RGB, so one 3 x 3 matrix and one offset per image stand for all of them. Everything random is drawn from
+the generator of the sample's place, as the paper's crop is.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import PIL.Image
+import PIL.ImageFilter
+
+from hfclip.image_processing_hfclip import random_square_crop
+from hfclip.open_image_hfclip import ImageSource, open_image
+
+from ..typed import require
+
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+@dataclass(kw_only=True, slots=True)
+class AugmentConfig:
+    """Random changes of training images. Without any, the paper's: a random square of the resized image."""
+
+    scale: list[float] | None = None
+    """Least and most share of an image's area that is seen, e.g. [0.9, 1.0]. null: the paper's square crop."""
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    """Least and most width per height of that part, which is resized to the square."""
+    rotation: float = 0.0
+    """Most degrees that an image is turned, either way. Corners take the mean color of its border."""
+    flip_prob: float = 0.0
+    """Share of images that are mirrored, left and right."""
+    sketch_prob: float = 0.0
+    """Share of images that become a drawing: dark where a pixel is darker than those around it, else white."""
+    color_jitter: list[float] | None = None
+    """Most change of brightness, contrast, saturation and hue, e.g. [0.4, 0.4, 0.4, 0.1], as in torchvision."""
+    color_jitter_prob: float = 0.8
+    """Share of images whose colors change."""
+    gray_scale_prob: float = 0.0
+    """Share of images that become grey."""
+
+    def __post_init__(self):
+        for name, least, most in (("scale", 0, 1), ("ratio", 0, math.inf)):
+            value, expected = getattr(self, name), f"two numbers in order, above {least} and up to {most}"
+            fits = value is None or (len(value) == 2 and least < value[0] <= value[1] <= most)
+            require(fits, f"data.augment.{name}", value, expected)
+        require(0 <= self.rotation <= 180, "data.augment.rotation", self.rotation, "0 to 180 degrees")
+        jitter = self.color_jitter
+        fits = jitter is None or (len(jitter) == 4 and min(jitter) >= 0 and max(jitter[:3]) <= 1 and jitter[3] <= 0.5)
+        require(fits, "data.augment.color_jitter", jitter, "four numbers: three in 0 to 1, and a hue in 0 to 0.5")
+        for name in ("flip_prob", "sketch_prob", "color_jitter_prob", "gray_scale_prob"):
+            require(0 <= getattr(self, name) <= 1, f"data.augment.{name}", getattr(self, name), "a share in 0 to 1")
+
+
+def augmented(source: ImageSource, size: int, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """A training image, (3, size, size) uint8, RGB; raises as `random_square_crop`, which it is without changes."""
+    if config.scale is None and not config.rotation:
+        pixels = random_square_crop(source, size, rng)
+    else:
+        image = open_image(source).convert("RGB")
+        if config.rotation:
+            angle = rng.uniform(-config.rotation, config.rotation)
+            image = image.rotate(angle, PIL.Image.Resampling.BILINEAR, fillcolor=_color_of_border(image))
+        pixels = _crop(image, size, config, rng).transpose(2, 0, 1)  # (size, size, 3) -> (3, size, size)
+    if rng.random() < config.flip_prob:
+        pixels = pixels[:, :, ::-1]
+    is_drawn = rng.random() < config.sketch_prob
+    matrix = _color_matrix(config, rng)
+    if not is_drawn and matrix is None:
+        return np.ascontiguousarray(pixels)
+    values = pixels.reshape(3, -1).astype(np.float32)
+    if is_drawn:
+        values = np.tile(_drawing(pixels, 255 * rng.uniform(0.1, 0.5)), (3, 1))
+    if matrix is not None:
+        factor, contrast = matrix
+        values = factor @ values
+        values = contrast * values + (1 - contrast) * values.mean()
+    return values.round().clip(0, 255).astype(np.uint8).reshape(pixels.shape)
+
+
+def _crop(image: PIL.Image.Image, size: int, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """A part of random area, shape and place, resized to (size, size, 3) by bicubic resizing."""
+    area = image.width * image.height * rng.uniform(*(config.scale or (1, 1)))
+    ratio = math.exp(rng.uniform(*np.log(config.ratio)))
+    width, height = min(math.sqrt(area * ratio), image.width), min(math.sqrt(area / ratio), image.height)
+    left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
+    box = (left, top, left + width, top + height)
+    return np.asarray(image.resize((size, size), PIL.Image.Resampling.BICUBIC, box=box))
+
+
+def _drawing(pixels: np.ndarray, depth: float) -> np.ndarray:
+    """(3, size, size) -> (size * size,): white, and black where a pixel is darker by `depth` than one near it."""
+    brightest = PIL.Image.fromarray(pixels.max(axis=0))
+    around = np.asarray(brightest.filter(PIL.ImageFilter.MaxFilter(5)), np.float32)
+    return (255 - (around - np.asarray(brightest, np.float32)) * (255 / depth)).clip(0, 255).reshape(-1)
+
+
+def _color_of_border(image: PIL.Image.Image) -> tuple[int, ...]:
+    pixels = np.asarray(image)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return tuple(border.mean(axis=0).round().astype(int).tolist())
+
+
+def _color_matrix(config: AugmentConfig, rng: np.random.Generator) -> tuple[np.ndarray, float] | None:
+    """The map of RGB that stands for all changes of color, (3, 3), and the contrast; None without a change."""
+    matrix, contrast = np.eye(3, dtype=np.float32), 1.0
+    changes = config.color_jitter is not None and rng.random() < config.color_jitter_prob
+    if changes:
+        brightness, contrast, saturation = (rng.uniform(1 - most, 1 + most) for most in config.color_jitter[:3])
+        grey = np.broadcast_to(LUMA, (3, 3))
+        matrix = (
+            brightness * (saturation * np.eye(3) + (1 - saturation) * grey) @ _turn_hue(config.color_jitter[3], rng)
+        )
+    is_grey = rng.random() < config.gray_scale_prob
+    if is_grey:
+        matrix = np.broadcast_to(LUMA, (3, 3)) @ matrix
+    return (matrix.astype(np.float32), contrast) if changes or is_grey else None
+
+
+def _turn_hue(most: float, rng: np.random.Generator) -> np.ndarray:
+    """(3, 3): a turn around the axis of grey, by at most `most` of a full one."""
+    angle = 2 * math.pi * rng.uniform(-most, most)
+    axis = np.full(3, 1 / math.sqrt(3))
+    cross = np.cross(np.eye(3), axis)  # Rodrigues' formula
+    return math.cos(angle) * np.eye(3) + (1 - math.cos(angle)) * np.outer(axis, axis) + math.sin(angle) * cross
