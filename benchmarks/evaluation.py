@@ -11,7 +11,7 @@ folder of weights to the numbers; the ratio is the median of the rounds' ratios,
 must be equal. hfclip's parts are timed once more alone: classifier, images.
 
 Memory is the peak of a process of its own beyond its embeddings, which are synthetic: retrieval with one caption per image,
-and a classifier of 1,000 classes x 80 templates, each template measured by itself.
+and a classifier of 1,000 classes x 80 templates.
 """
 
 import argparse
@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
-from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -235,7 +234,7 @@ def measure_classifier(num_images: int) -> float:
         targets = np.random.default_rng(3).integers(0, NUM_CLASSES, num_images)
         return [model, Embedded(unit(num_images, 4), np.arange(num_images), targets), prompts, labels]
 
-    return peak_beyond(embeddings, partial(measure, per_template=True))
+    return peak_beyond(embeddings, measure)
 
 
 MEASURES = {"retrieval": measure_retrieval, "classifier": measure_classifier}
@@ -246,7 +245,7 @@ def memory() -> list[str]:
     rows = ["| peak beyond the embeddings | 10,000 images | 100,000 images |", "|---|---|---|"]
     names = {
         "retrieval": "retrieval, a caption per image",
-        "classifier": f"{NUM_CLASSES:,} classes x {NUM_TEMPLATES} templates, each measured",
+        "classifier": f"{NUM_CLASSES:,} classes x {NUM_TEMPLATES} templates",
     }
     for task, name in names.items():
         found = []

@@ -197,25 +197,32 @@ def predict(model: nn.Module, images: Embedded, classes: Tensor, labels: Sequenc
     """
     device, number = device_of(model), {label: number for number, label in enumerate(distinct(labels))}
     classes, columns = classes.to(device), torch.tensor([number[label] for label in labels], device=device)
-    found = []
+    # Allocated before the blocks: between them, small arrays that stay would keep their memory from being used again.
+    kinds = Predictions(np.int64, np.int64, np.float32)
+    found = Predictions(*(np.empty(len(images.readable), kind) for kind in kinds))
     with evaluating(model) as model:
-        for block, targets in zip(images.blocks(), torch.from_numpy(images.targets).split(ROWS), strict=True):
-            image_embeds = torch.from_numpy(block).float().to(device)
-            logits = model(image_embeds=image_embeds, text_embeds=classes).logits_per_image
+        for start, block in zip(range(0, len(images.readable), ROWS), images.blocks()):
+            rows = slice(start, start + len(block))
+            image_embeds, targets = torch.from_numpy(block).float(), torch.from_numpy(images.targets[rows])
+            logits = model(image_embeds=image_embeds.to(device), text_embeds=classes).logits_per_image
             if not logits.isfinite().all():
                 raise ValueError(
                     "the model gives logits that are not finite: check its weights, or evaluate in float32."
                 )
             confidence = (logits.softmax(dim=-1) if model.logit_bias is None else logits.sigmoid()).amax(dim=1)
             logits = logits[:, columns]
-            ranks, best = metrics.rank_of_target(logits, targets.to(device)), metrics.best_label(logits)
-            found.append([part.cpu().numpy() for part in (ranks, best, confidence)])
-    return Predictions(*map(np.concatenate, zip(*found, strict=True)))
+            parts = metrics.rank_of_target(logits, targets.to(device)), metrics.best_label(logits), confidence
+            for whole, part in zip(found, parts, strict=True):
+                whole[rows] = part.cpu().numpy()
+    return found
 
 
 def _scores(images: Embedded, classes: Tensor) -> np.ndarray:
     """`(num_readable, len(classes))` similarities, which rank the images of each class as its logits do."""
-    return np.concatenate([block.astype(np.float32) @ classes.numpy().T for block in images.blocks()])
+    scores = np.empty((len(images.readable), len(classes)), np.float32)
+    for start, block in zip(range(0, len(scores), ROWS), images.blocks()):
+        scores[start : start + len(block)] = block.astype(np.float32) @ classes.numpy().T
+    return scores
 
 
 # -------------------------------------------------------------------------------------------------------------- measures
