@@ -78,7 +78,9 @@ class OneDNNMLP(HFCLIPMLP):
     def forward(self, x: Tensor) -> Tensor:
         parts = (self.fc1, self.activation_fn, self.fc2)
         fits = type(self.fc1) is type(self.fc2) is OneDNNLinear and x.shape[-1] == self.fc1.in_features
-        is_seen = any(part._forward_hooks or part._forward_pre_hooks for part in parts)  # by who wants what lies between
+        is_seen = any(
+            part._forward_hooks or part._forward_pre_hooks for part in parts
+        )  # by who wants what lies between
         if not fits or is_seen or not (_can_take(self.fc1, x) and _can_take(self.fc2, x)):
             return super().forward(x)
         name, kind, scale = ACTIVATIONS[type(self.activation_fn)]

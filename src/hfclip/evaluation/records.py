@@ -69,7 +69,7 @@ class Record:
             stored = json.loads(path.read_text(encoding="utf-8"))
             arrays = path.with_suffix(".safetensors")
             record = cls(stored["result"], stored["run"], load_file(arrays) if arrays.exists() else {}, path)
-            if not record.headline >= 0:
+            if not np.isfinite(record.headline):
                 raise ValueError(f"{record.result['headline']} is {record.headline}")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(f"{path} holds no result of `hfclip evaluate` ({error!r}). Remove it.") from error

@@ -59,8 +59,8 @@ def build_sections(records: Sequence[Record]) -> list[Section]:
 
 
 def _overview(task: str, records: list[Record]) -> Section:
-    """The headline of each data set by model, beside the paper's numbers."""
-    models = _models(records)
+    """The headline of each data set by model, beside the paper's numbers; fractions in percent, counts as they are."""
+    models = list(dict.fromkeys(record.result["model"].get("name", "results") for record in records))
     architectures = {record.result["model"].get("architecture") for record in records} - {None}
     papers = {f"paper {model}": (model, "paper") for model in sorted(architectures)}
     papers |= {f"released {model}": (model, "released") for model in sorted(architectures)}
@@ -74,14 +74,17 @@ def _overview(task: str, records: list[Record]) -> Section:
             found = published(task, known.name, model) if known else []
             found = [row.value for row in found if row.kind == kind and row.metric == first["headline"]]
             numbers |= {name: found[0]} if found else {}
-        values = {name: 100 * value for name, value in (measured | numbers).items()}
+        values = {
+            name: 100 * value if isinstance(value, float) else value for name, value in (measured | numbers).items()
+        }
         cells = [values.get(name) for name in [*models, *papers]]
         rows.append([data, first["headline"], *cells, tell_protocol(first) or ""])
-        drawn.append((data, values))
+        drawn.append((data, {name: value for name, value in values.items() if isinstance(value, float)}))
     used = [place for place in range(len(rows[0])) if any(row[place] not in (None, "") for row in rows)]
     columns = ["data", "metric", *models, *papers, "protocol"]
     table = Table("", [columns[place] for place in used], [[row[place] for place in used] for row in rows])
-    return Section(task, ["In percent."], [table], [draw_overview(drawn, f"{task}, in percent")])
+    drawings = [draw_overview(drawn, f"{task}, in percent")] if any(values for _, values in drawn) else []
+    return Section(task, ["In percent."] if drawings else [], [table], drawings)
 
 
 def _details(record: Record) -> Section:
