@@ -17,6 +17,7 @@ from hfclip import (
     ZeroShotImageClassificationPipeline,
     optimize_for_inference,
 )
+from hfclip.inference import fixed_weights
 from hfclip.modeling_hfclip_transformer import HFCLIPMLP
 
 
@@ -52,6 +53,16 @@ class TestOptimizedModels:
         with torch.no_grad():
             compiled = torch.compile(fast.encode_image, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(compiled(images()), again.encode_image(images()), **CLOSE)
+
+    @torch.no_grad()
+    def test_weights_that_are_fixed_give_the_same_values_and_are_read_anew_afterwards(self):
+        plain, fast = tiny(), optimize_for_inference(tiny())
+        with fixed_weights(fast):
+            for _ in range(2):
+                torch.testing.assert_close(fast.encode_image(images()), plain.encode_image(images()), **CLOSE)
+        for model in (plain, fast):
+            model.vision_model.encoder.layers[0].mlp.fc1.weight.neg_()
+        torch.testing.assert_close(fast.encode_image(images()), plain.encode_image(images()), **CLOSE)
 
 
 class TestOneDNNMLP:

@@ -9,7 +9,8 @@
 Neither keeps anything between two calls: what is computed follows from the weights at that moment.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .modeling_hfclip_transformer import HFCLIPMLP
 
 
 LABELS_AT_A_TIME = 256
+ROWS = 1600  # of a product, for which oneDNN chooses the order of weights that are kept: 32 images of 50 tokens
 # oneDNN's name and kind of an activation a, and the factor s by which it is a(x) = oneDNN's(s x) / s.
 ACTIVATIONS = {QuickGELUActivation: ("swish", "", 1.702), GELUActivation: ("gelu", "none", 1.0)}
 
@@ -63,13 +65,39 @@ def _cuts_patches(layer: nn.Conv2d) -> bool:
     return plain and layer.kernel_size == layer.stride and min(layer.stride) > 1
 
 
+@contextmanager
+def fixed_weights(model: nn.Module) -> Iterator[None]:
+    """Keeps the weights of an optimized model in oneDNN's order inside, where they do not change; it takes their size.
+
+    Without it they are put in this order at each call.
+    """
+    layers = [module for module in model.modules() if type(module) is OneDNNLinear]
+    try:
+        for layer in layers:
+            layer.ordered = {}
+        yield
+    finally:
+        for layer in layers:
+            del layer.ordered
+
+
 class OneDNNLinear(nn.Linear):
     """`nn.Linear` with oneDNN's kernel for what it can do; see `optimize_for_inference`."""
+
+    ordered: dict[str, Tensor] | None = None  # the weight in oneDNN's order, where it is kept, from its first use on
 
     def forward(self, x: Tensor) -> Tensor:
         if not _can_take(self, x) or x.shape[-1] != self.in_features:
             return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None, activation: str = "none", kind: str = "") -> Tensor:
+        weight = self.weight
+        if self.ordered is not None:
+            if not self.ordered:
+                self.ordered["weight"] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+            weight = self.ordered["weight"]
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], kind)
 
 
 class OneDNNMLP(HFCLIPMLP):
@@ -84,9 +112,8 @@ class OneDNNMLP(HFCLIPMLP):
         if not fits or is_seen or not (_can_take(self.fc1, x) and _can_take(self.fc2, x)):
             return super().forward(x)
         name, kind, scale = ACTIVATIONS[type(self.activation_fn)]
-        product, first, second = torch.ops.mkldnn._linear_pointwise, self.fc1, self.fc2
-        hidden = product(x * scale, first.weight, first.bias * scale, name, [], kind)
-        return product(hidden, second.weight, second.bias * scale, "none", [], "").div_(scale)
+        hidden = self.fc1.product(x * scale, self.fc1.bias * scale, name, kind)
+        return self.fc2.product(hidden, self.fc2.bias * scale).div_(scale)
 
 
 class OneDNNPatchEmbedding(nn.Conv2d):

@@ -13,7 +13,7 @@ from transformers.modeling_utils import unwrap_model
 
 from ..data.samples import caption_id
 from ..errors import UsageError
-from ..inference import optimize_for_inference
+from ..inference import fixed_weights, optimize_for_inference
 from ..modeling_hfclip_transformer import HFCLIPAttention
 from ..precision import autocast_for
 from ..zero_shot import device_of, evaluating
@@ -38,7 +38,8 @@ def prepared(model: nn.Module, precision: str) -> Iterator[nn.Module]:
                 for module in bare.modules():
                     if type(module) is HFCLIPAttention:
                         module.__class__ = _AttentionOfAll
-            yield bare
+            with fixed_weights(bare):
+                yield bare
     finally:
         for module, plain in classes.items():
             if type(module) is not plain:
