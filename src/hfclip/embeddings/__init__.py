@@ -65,8 +65,7 @@ def embed(
     Processes of torch.distributed share the work, or those that torchrun or `accelerate launch` has started.
 
     Args:
-        model: a `HFCLIPModel` on its device; it is computed in evaluation mode, and left as it was.
-        processor: its `HFCLIPProcessor`.
+        model, processor: a `HFCLIPModel` on its device, left as it was, and its `HFCLIPProcessor`.
         source: what `hfclip.data.sources.open_source` returns.
         folder: where the embeddings are stored, and found again. None: in `cache_dir`, else in memory alone.
         cache_dir: holds a folder per fingerprint.
@@ -76,10 +75,8 @@ def embed(
         batch_size: images, or texts, that the model sees at a time. None: 32 on a CPU, else 256.
         num_workers: processes that read and decode beside this one. None: what the machine has for it.
         precision: "fp32", "bf16", "fp16" or "auto": bf16 where the hardware has it.
-        dtype: of what is stored.
-        name: of the model, for who reads the folder.
-        group: the processes that share the work. None: all.
-        alone: this process does not share it.
+        dtype, name: of what is stored, and of the model in its header.
+        group: the processes that share the work. None: all of them, or with `alone` this one.
 
     Raises:
         UsageError: if no image or no caption can be read, or the folder holds something else.
