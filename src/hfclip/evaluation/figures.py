@@ -198,11 +198,11 @@ def draw_scaling(path: str | os.PathLike, points: Sequence[Mapping[str, Any]], l
     axes.set_yscale("log")
     axes.set_xlabel(x_label)
     axes.set_ylabel("error (%)")
-    from matplotlib.ticker import LogLocator, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter("")
+    for axis, parts in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8))):
+        axis.set_major_locator(LogLocator(subs=parts))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.legend(frameon=False, loc="lower left")
     save(figure, path)
