@@ -301,7 +301,7 @@ class Tower(torch.nn.Module):
             ("text_model", "input_ids", "text_embeds") if is_text else ("vision_model", "pixel_values", "image_embeds")
         )
         self.file, self.input_name, self.output_name = names
-        self.takes_any_length = is_text and not getattr(model.config.text_config, "reads_padding", False)
+        self.takes_any_length = is_text and not model.config.text_reads_padding
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return (self.model.encode_text if self.is_text else self.model.encode_image)(inputs, normalize=False)
