@@ -200,7 +200,8 @@ def test_validation_split_chooses_lambda_and_joins_train(model_and_processor, co
 
 
 def test_given_lambda_is_not_searched_for(model_and_processor, colours):
-    result = linear_probe(*model_and_processor, DataSet(colours), lam=0.3)
+    result = linear_probe(*model_and_processor, DataSet(colours), lam=0.3, layer="image_embeds")
+    assert (result.protocol["features"], result.protocol["dim"]) == ("image_embeds", 16)
     assert result.protocol["lambda"] == 0.3
     assert not result.tables
 

@@ -24,6 +24,7 @@ from .task import Plot, Result
 
 STEPS_PER_DECADE = 8
 GRID = [10 ** (step / STEPS_PER_DECADE - 6) for step in range(12 * STEPS_PER_DECADE + 1)]  # of lambda
+IMAGE_EMBEDS = "image_embeds"  # names the embeddings in the joint space, in place of a layer
 HELD_OUT = 0.2  # of train, where there is no validation split
 LOSS = "sum over samples of the cross-entropy + lambda / 2 * |W|^2: scikit-learn's C is 1 / lambda"
 
@@ -73,7 +74,7 @@ def linear_probe(
     Args:
         data: its splits "train" and "test" are used, and "validation", on which lambda is chosen. Without one it is
             chosen on a fifth of train, stratified by class.
-        layer: module of the model whose features are classified.
+        layer: module of the model whose features are classified; "image_embeds" are the embeddings of unit length.
         pool: what is taken of it for each image: its "input", the "mean" of its output over tokens or places, or the
             "first" token. By default these are the image tower's pooled features before the projection.
         metric: the headline, by which lambda is chosen. "roc_auc" takes the second of two labels as the positive one.
@@ -96,7 +97,7 @@ def linear_probe(
     if "validation" in splits:
         train, validation, chosen_on = whole, splits["validation"], "the validation split"
         whole = train.joined(validation)
-    else:
+    elif lam is None:
         train, validation = divide(whole, seed)
         chosen_on = f"{HELD_OUT:.0%} of train, stratified by class, seed {seed}"
     start, tried = search(train, validation, metric) if lam is None else (None, [])
@@ -134,13 +135,14 @@ def load_splits(
                 f"{data.name}: train has {len(labels)} labels, {labels[:3]} ..., and {name} {len(folder.labels)}, "
                 f"{folder.labels[:3]} ...: expected the same in the same order."
             )
-    splits, device = {}, device_of(model)
+    splits, device, wanted = {}, device_of(model), {} if layer == IMAGE_EMBEDS else {layer: pool}
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     for name, folder in folders.items():
-        options = {"precision": "fp32", **embedding, "what": ("images",), "layers": {layer: pool}}
+        options = {"precision": "fp32", **embedding, "what": ("images",), "layers": wanted}
         found = embed(model, processor, folder.samples.source, **options)
         is_readable = found.image_embeds.any(axis=1)
-        arrays = (array[is_readable] for array in (found.layers[layer], found.image_embeds, found.label_ids))
+        features = found.layers.get(layer, found.image_embeds)
+        arrays = (array[is_readable] for array in (features, found.image_embeds, found.label_ids))
         features, image_embeds, targets = (torch.from_numpy(array).to(device) for array in arrays)
         if features.ndim != 2:
             raise UsageError(
@@ -152,7 +154,7 @@ def load_splits(
 
 def named(layer: str, pool: Pool) -> str:
     """Features in words."""
-    return f"{pool} of {layer}"
+    return layer if layer == IMAGE_EMBEDS else f"{pool} of {layer}"
 
 
 def describe(splits: Mapping[str, Split]) -> list[str]:
