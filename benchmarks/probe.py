@@ -208,18 +208,23 @@ def the_search(arguments: argparse.Namespace, folder: str) -> list[str]:
     np.savez(f"{folder}/kept.npz", features=kept.features, targets=kept.targets, new=kept.features[:1])
     options = {"data": f"{folder}/kept.npz", "max_iter": arguments.search_iterations}
     timed = {}
-    lines = ["| lambda | iterations of hfclip | of scikit-learn | time of scikit-learn |", "|---|---|---|---|"]
+    lines = [
+        "| lambda | iterations of hfclip | of scikit-learn | time of scikit-learn | losses, relative difference |",
+        "|---|---|---|---|---|",
+    ]
     rows = ours["rows"]
     for row in (row for row in rows if round(math.log10(row["lambda"]), 6) % 2 == 0):
         theirs = measured(arguments, "scikit-learn", lam=row["lambda"], **options)
-        timed[row["lambda"]] = theirs["seconds"]
-        lines.append(f"| {row['lambda']:g} | {iterations(row)} | {iterations(theirs)} | {theirs['seconds']:.1f} s |")
+        timed[row["lambda"]], difference = theirs["seconds"], row["loss"] / theirs["loss"] - 1
+        lines.append(
+            f"| {row['lambda']:g} | {iterations(row)} | {iterations(theirs)} | {theirs['seconds']:.1f} s | {difference:+.1e} |"
+        )
         print(lines[-1], flush=True)
     nearest = [min(timed, key=lambda lam: abs(math.log(lam / row["lambda"]))) for row in rows]
     total = sum(timed[lam] for lam in nearest) + timed[min(timed, key=lambda lam: abs(math.log(lam / ours["best"])))]
     others = sum(row["iterations"] for row in rows if row["lambda"] not in timed)
-    lines.append(f"| {len(rows) - len(timed)} others | {others} | | as the nearest |")
-    lines.append(f"| {ours['best']:.3g}, of all samples | {ours['iterations']} | | as the nearest |")
+    lines.append(f"| {len(rows) - len(timed)} others | {others} | | as the nearest | |")
+    lines.append(f"| {ours['best']:.3g}, of all samples | {ours['iterations']} | | as the nearest | |")
     print(f"search: {ours['seconds']:.1f} s, scikit-learn {total:.0f} s", flush=True)
     return [
         "| the search, with the last fit | hfclip | scikit-learn | ratio |",

@@ -25,6 +25,7 @@ from .task import Plot, Result
 STEPS_PER_DECADE = 8
 GRID = [10 ** (step / STEPS_PER_DECADE - 6) for step in range(12 * STEPS_PER_DECADE + 1)]  # of lambda
 IMAGE_EMBEDS = "image_embeds"  # names the embeddings in the joint space, in place of a layer
+SEARCH_TOLERANCE = 1e-6  # of a fit whose accuracy alone is asked for
 HELD_OUT = 0.2  # of train, where there is no validation split
 LOSS = "sum over samples of the cross-entropy + lambda / 2 * |W|^2: scikit-learn's C is 1 / lambda"
 
@@ -203,13 +204,19 @@ def search(train: Split, validation: Split, metric: Metric, prior: Tensor | None
     while step:
         for place in places:
             if place in range(len(GRID)) and place not in fits:
-                fits[place] = regression.fit(GRID[place], expected_at(place, fits))
+                fits[place] = regression.fit(GRID[place], expected_at(place, fits), tolerance=SEARCH_TOLERANCE)
                 scores[place] = measure(fits[place], validation, metric)[metric]
         best = max(fits, key=lambda place: (scores[place], place))
         step //= 2
         places = best + step, best - step
     rows = [
-        {"lambda": fit.lam, metric: scores[place], "iterations": fit.iterations, "converged": fit.converged}
+        {
+            "lambda": fit.lam,
+            metric: scores[place],
+            "loss": fit.loss,
+            "iterations": fit.iterations,
+            "converged": fit.converged,
+        }
         for place, fit in sorted(fits.items())
     ]
     return fits[best], rows
