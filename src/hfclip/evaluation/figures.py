@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .robustness import Fit
-
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 # Of lines and points, told apart by those who do not see all colours (Okabe and Ito).
@@ -37,7 +35,7 @@ TICKS = (
 def draw_robustness(
     path: str | os.PathLike,
     points: Sequence[Mapping[str, Any]],
-    fits: Mapping[str, "Fit"] | None = None,
+    fits: Mapping[str, Any] | None = None,
     *,
     reference: str = "ImageNet",
 ) -> None:
@@ -46,7 +44,7 @@ def draw_robustness(
     Args:
         points: mappings with `set`, `reference_top1`, `top1` and `origin` (a model, "linear probe", "paper" ...), which
             tells the markers apart; the set tells the colours.
-        fits: of other models, by the name of the set.
+        fits: lines of other models (`robustness.Fit`), by the name of the set.
         reference: its name, on the axis.
 
     Raises:
