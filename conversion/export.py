@@ -129,6 +129,10 @@ def to_onnx(options: argparse.Namespace, config: HFCLIPConfig, weights: View) ->
     """A folder with both towers as ONNX, tokenizer and image processor beside them."""
     if importlib.util.find_spec("onnxruntime") is None:
         raise UsageError("ONNX needs packages that are not here. pip install 'hfclip[onnx]'.")
+    if not hasattr(config.vision_config, "image_size"):
+        raise UsageError(
+            "Cannot export: NaFlex takes patches of images in their own shapes, an ONNX tower one of squares."
+        )
     model = HFCLIPModel.from_pretrained(options.source, dtype=torch.float32).eval()
     with new_folder(options.out, options.source, options.overwrite) as folder:
         (folder / "onnx").mkdir()
