@@ -104,11 +104,12 @@ def test_rejects_folders_that_are_no_whole_model(to, data_dir, tmp_path):
     for source, expected in (
         (cut, "no complete safetensors file"),
         (lacking, "16 tensors missing, such as text_model.encoder.layers.2."),
-        (siglip, "found a model of type 'siglip', expected a whole CLIP model"),
+        (siglip, "found a model of type 'siglip', "),
         (empty, "found no config.json"),
         (tmp_path / "nowhere", "found no config.json"),
     ):
-        assert expected in run_script("export", source, tmp_path / "out.pt", "--to", to, status=2).error
+        out = tmp_path / ("out.pt" if to == "openai" else "out")
+        assert expected in run_script("export", source, out, "--to", to, status=2).error
     assert left_in(tmp_path) == before
 
 
@@ -116,7 +117,7 @@ def test_rejects_outputs_that_exist_and_suffixes_that_are_no_file(ours, tmp_path
     folder, _ = ours
     (tmp_path / "out.pt").write_text("mine")
     assert "exists already" in run_script("export", folder, tmp_path / "out.pt", "--to", "openai", status=2).error
-    assert "expected .pt or" in run_script("export", folder, tmp_path / "out.zip", "--to", "openai", status=2).error
+    assert "ends with .pt or" in run_script("export", folder, tmp_path / "out.zip", "--to", "openai", status=2).error
     assert (
         "holds the source" in run_script("export", folder, folder, "--to", "openclip", "--overwrite", status=2).error
     )
@@ -138,4 +139,5 @@ def test_rejects_towers_of_other_kinds(to, library, tmp_path):
     HFCLIPModel(HFCLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(
         tmp_path / "ours"
     )
-    assert library in run_script("export", tmp_path / "ours", tmp_path / "out.pt", "--to", to, status=2).error
+    out = tmp_path / ("out.pt" if to == "openai" else "out")
+    assert library in run_script("export", tmp_path / "ours", out, "--to", to, status=2).error

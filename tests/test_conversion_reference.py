@@ -488,7 +488,7 @@ def openai_tensors(clip):
 @pytest.mark.parametrize(
     "name",
     [
-        "cls_emb",
+        "cls_embedding",
         "transformer.resblocks.1.attn.ln_q.weight",
         "transformer.resblocks.0.attn.logit_scale",
         "extra.weight",
@@ -501,7 +501,7 @@ def test_rejects_unknown_text_tensors_by_name(name, openai_tensors):
         text_features(to_custom_text_names(openai_tensors | {name: torch.ones(1)}), IDS, CLIP_SETTINGS)
 
 
-@pytest.mark.parametrize("name", ["attn_pool.query", "transformer.resblocks.0.ln_attn.weight", "conv1.bias"])
+@pytest.mark.parametrize("name", ["attn_pool.q", "transformer.resblocks.0.ln_attn.weight", "conv1.bias"])
 def test_rejects_unknown_image_tensors_by_name(name, openai_tensors):
     with pytest.raises(ValueError, match=f"'visual.{name}'"):
         image_features(openai_tensors | {f"visual.{name}": torch.ones(1)}, PIXELS, CLIP_SETTINGS)

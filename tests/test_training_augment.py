@@ -6,8 +6,8 @@ from PIL import Image
 
 from hfclip.errors import UsageError
 from hfclip.image_processing_hfclip import random_square_crop
-from training.config import Config
-from training.data.augment import AugmentConfig, augmented
+from training.config import AugmentConfig, Config
+from training.data.augment import augmented
 
 
 def photo(height: int = 40, width: int = 56) -> Image.Image:

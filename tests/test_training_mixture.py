@@ -351,6 +351,7 @@ def store_embeddings(folder, num_samples):
     rows = np.eye(num_samples, dtype=np.float16)
     ids = np.array([caption_id(caption(i)) for i in range(num_samples)])
     arrays = {"offsets": np.arange(num_samples + 1), "caption_ids": ids, "image_embeds": rows, "text_embeds": -rows}
+    arrays["keys"] = np.array([f"{i:03}".encode() for i in range(num_samples)])
     folder.mkdir()
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)

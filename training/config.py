@@ -18,7 +18,6 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hfclip_errors import MASK, UsageError, redact
 
-from .data.augment import AugmentConfig
 from .typed import build, require
 
 
@@ -100,6 +99,40 @@ class PhaseConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AugmentConfig:
+    """Random changes of training images. Without any, the paper's: a random square of the resized image."""
+
+    scale: list[float] | None = None
+    """Least and most share of an image's area that is seen, e.g. [0.9, 1.0]. null: the paper's square crop."""
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    """Least and most width per height of that part, which is resized to the square."""
+    rotation: float = 0.0
+    """Most degrees that an image is turned, either way. Corners take the mean color of its border."""
+    flip_prob: float = 0.0
+    """Share of images that are mirrored, left and right."""
+    sketch_prob: float = 0.0
+    """Share of images that become a drawing: dark where a pixel is darker than those around it, else white."""
+    color_jitter: list[float] | None = None
+    """Most change of brightness, contrast, saturation and hue, e.g. [0.4, 0.4, 0.4, 0.1], as in torchvision."""
+    color_jitter_prob: float = 0.8
+    """Share of images whose colors change."""
+    gray_scale_prob: float = 0.0
+    """Share of images that become grey."""
+
+    def __post_init__(self):
+        for name, least, most in (("scale", 0, 1), ("ratio", 0, math.inf)):
+            value, expected = getattr(self, name), f"two numbers in order, above {least} and up to {most}"
+            fits = value is None or (len(value) == 2 and least < value[0] <= value[1] <= most)
+            require(fits, f"data.augment.{name}", value, expected)
+        require(0 <= self.rotation <= 180, "data.augment.rotation", self.rotation, "0 to 180 degrees")
+        jitter = self.color_jitter
+        fits = jitter is None or (len(jitter) == 4 and min(jitter) >= 0 and max(jitter[:3]) <= 1 and jitter[3] <= 0.5)
+        require(fits, "data.augment.color_jitter", jitter, "four numbers: three in 0 to 1, and a hue in 0 to 0.5")
+        for name in ("flip_prob", "sketch_prob", "color_jitter_prob", "gray_scale_prob"):
+            require(0 <= getattr(self, name) <= 1, f"data.augment.{name}", getattr(self, name), "a share in 0 to 1")
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """The pairs to learn from, and how they are read."""
 
@@ -127,7 +160,7 @@ class DataConfig:
     `python -m hfclip.training.index` must have counted them once. null: all are fetched before the run."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes of images beyond the paper's crop: a mapping of `scale`, `rotation`, `flip_prob`, `color_jitter` and
-    others (training/data/augment.py); null: none. They pay on small data, and for styles that are not in it."""
+    others (docs/training.md); null: none. They pay on small data, and for styles that are not in it."""
     phases: list[PhaseConfig] = field(default_factory=list)
     """Cheaper parts of the run that come before the full resolution (CLIPA, FLIP), each a mapping of `epochs` and of
     some of `image_size`, `text_length`, `patch_dropout`."""

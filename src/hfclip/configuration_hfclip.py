@@ -71,8 +71,13 @@ class HFCLIPBaseConfig(Requirements, PreTrainedConfig):
                 "expected an object of a model's settings. Fetch the file again."
             ) from error
         refuse_absurd(str(pretrained_model_name_or_path), config_dict)
-        if cls.model_type not in TOWER_CONFIGS and config_dict.get("model_type") not in TRANSFORMERS_MODEL_TYPES:
-            refuse_other_families(str(pretrained_model_name_or_path), config_dict.get("model_type"))
+        written = config_dict.get("model_type")
+        if (
+            cls.model_type not in TOWER_CONFIGS
+            and isinstance(written, str | None)
+            and written not in TRANSFORMERS_MODEL_TYPES
+        ):
+            refuse_other_families(str(pretrained_model_name_or_path), written)
         config_dict = translate_transformers_config(config_dict)
         found = (config_dict.get(cls.base_config_key) or config_dict).get("model_type", cls.model_type)
         if cls.model_type in TOWER_CONFIGS and found != cls.model_type and found in TOWER_CONFIGS:

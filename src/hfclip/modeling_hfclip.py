@@ -201,12 +201,17 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, name=None, *args, key_mapping: dict[str, str] | None = None, output_loading_info: bool = False, **kwargs
+        cls,
+        pretrained_model_name_or_path=None,
+        *args,
+        key_mapping: dict[str, str] | None = None,
+        output_loading_info: bool = False,
+        **kwargs,
     ) -> "HFCLIPModel":
         """Opens a folder or a Hub name, see `PreTrainedModel.from_pretrained`, or a checkpoint of OpenAI or OpenCLIP.
 
         Args:
-            name: hfclip's own, one of transformers' dual encoders (`families_hfclip`), or of a checkpoint the file
+            pretrained_model_name_or_path: hfclip's own, one of transformers' dual encoders (`families_hfclip`), or of a checkpoint the file
                 (`ViT-B-32.pt`, `epoch_32.pt`), or the folder or Hub name with `open_clip_config.json`. That is read as data;
                 nothing is converted on disk.
             architecture: Of a training checkpoint: OpenCLIP's name, such as "ViT-B-32-quickgelu", or its JSON file.
@@ -218,6 +223,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             ValueError: projections, scale or bias are missing, and would be random. With `output_loading_info=True` the
                 caller is told, as of all weights that are missing.
         """
+        name = pretrained_model_name_or_path
         if is_foreign(name, kwargs):
             return foreign(name).open_model(cls, name, output_loading_info=output_loading_info, **kwargs)
         family, written = family_of(name, kwargs)
@@ -228,7 +234,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             kwargs |= {"scalar_shape": (1,)} if family.sigmoid else {}
         names |= key_mapping or {}
         model, report = super().from_pretrained(name, *args, key_mapping=names, output_loading_info=True, **kwargs)
-        if not output_loading_info:
+        if name is not None and not output_loading_info:
             require_joint_space(name, family, report["missing_keys"])
         if family is not None:
             model._read_scalars(family, written, report["missing_keys"])
