@@ -154,9 +154,10 @@ def source(request, tmp_path):
     config = copy.deepcopy(CONFIGS[request.param])
     undo = shallow(config["vision_cfg"]["timm_model_name"])
     if "hf_model_name" not in config["text_cfg"]:
-        config["text_cfg"] |= {"layers": 1, "vocab_size": 300, "hf_tokenizer_name": None}
+        config["text_cfg"] |= {"layers": 1, "vocab_size": 300}
     else:
         config["text_cfg"]["hf_model_name"] = "m2m_100"
+    config["text_cfg"]["hf_tokenizer_name"] = None
     yield save_source(config, tmp_path)
     undo()
 
