@@ -3,6 +3,7 @@
 import pytest
 
 from hfclip.evaluation import Result
+from hfclip.evaluation.fairness import _word as word_of
 from hfclip.evaluation.page import as_html
 from hfclip.evaluation.paper import fill, templates
 from hfclip.evaluation.records import Record, record_of
@@ -50,6 +51,7 @@ def test_retrieval_and_robustness_take_their_own_metrics():
     shifts = [{"set": "imagenetv2", "top1": 0.75}, {"set": "imagenet-a", "top1": 0.5}]
     several = result("robustness", "imagenet1k", {"shifted_top1": 0.6}, robustness=shifts)
     videos = result("frames", "imagenet-vid", {"pmk": 0.1, "pm0": 0.2})
+    videos.result["data"].insert(0, {"name": "imagenet1k"})  # the reference comes first
     found = rows_of("Table 16", result("zero-shot", "imagenet1k"), several, videos)
     assert len(found["columns"]) == 11 and found["Linear-probe CLIP"][0] == 85.4
     assert found["Zero-shot CLIP, tiny"] == [12.5, 75, 50, None, None, None, 20, 10, None, None]
@@ -67,6 +69,13 @@ def test_tables_of_people_are_cells_of_a_results_tables():
     found = rows_of("Table 6", people)
     assert found["crime, tiny"][0] == 12.5 and found["not human, tiny"][0] == 50 and found["not human"][0] == 14.4
     assert rows_of("Table 7", people)['with "child", tiny'][0] == 62.5
+
+
+def test_columns_of_races_are_named_as_the_task_names_them():
+    races = ("Black", "White", "Indian", "Latino_Hispanic", "Middle Eastern", "Southeast Asian", "East Asian")
+    for name in ("Table 5", "Table 6"):
+        columns = TEMPLATES[name]["columns"]
+        assert {column["where"]["value"] for column in columns} == {word_of(race) for race in races}
 
 
 def test_figures_are_drawn_from_the_same_numbers():

@@ -157,9 +157,13 @@ def commands_of(path: Path, given: Sequence[str]) -> list[list[str]]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: {error}") from error
     keys = {"models", "defaults", "runs"}
-    if not isinstance(suite, dict) or suite.keys() - keys or not isinstance(suite.get("runs"), list):
+    runs = suite.get("runs") if isinstance(suite, dict) else None
+    are_runs = isinstance(runs, list) and runs and all(isinstance(entry, dict) for entry in runs)
+    if not are_runs or suite.keys() - keys:
         found = sorted(map(str, suite)) if isinstance(suite, dict) else type(suite).__name__
-        raise UsageError(f"{path}: found {found}, expected a mapping with {', '.join(sorted(keys))}; runs is a list.")
+        raise UsageError(
+            f"{path}: found {found}, expected a mapping with {', '.join(sorted(keys))}; runs is a list of mappings."
+        )
     commands = []
     for number, entry in enumerate(suite["runs"]):
         values = {"models": suite.get("models"), **(suite.get("defaults") or {}), **entry}

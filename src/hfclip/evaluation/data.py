@@ -65,7 +65,7 @@ class DataSet:
             UsageError: there is no such split, or it is not what `load_labelled_folder` reads.
         """
         folder = load_labelled_folder(*self._place_of(split), limit=None if self.only else self.limit)
-        return folder if not self.only else folder._replace(samples=LazyImages(self._part(folder.samples.source)))
+        return folder if not self.only else folder._replace(samples=LazyImages(self.part(folder.samples.source)))
 
     def captioned(self, split: str | None = None) -> Source:
         """The samples of a split with their captions.
@@ -74,9 +74,9 @@ class DataSet:
             UsageError: there is no such split, or it has no captions.
         """
         place, split = self._place_of(split)
-        return self._part(open_source(place, split=split))
+        return self.part(open_source(place, split=split))
 
-    def _part(self, source: Source) -> Source:
+    def part(self, source: Source) -> Source:
         return evenly(select(source, self.only) if self.only else source, self.limit)
 
     def has(self, split: str) -> bool:
@@ -86,6 +86,15 @@ class DataSet:
         except UsageError:
             return False
         return True
+
+    def where(self) -> str:
+        """Where what is held out lies; a registered data set is fetched."""
+        return self._place_of(None)[0]
+
+    def refuse_parts(self) -> None:
+        """Raises UsageError for `limit` and `only`, of a task that takes a data set whole."""
+        if self.limit or self.only:
+            raise UsageError(f"{self.name}: found limit or only, expected none: this task reads it whole.")
 
     @property
     def place(self) -> str:

@@ -149,7 +149,8 @@ def fairness(
     """
     if any(not 0 < threshold < 1 for threshold in thresholds):
         raise UsageError(f"thresholds are {thresholds}, expected probabilities between 0 and 1.")
-    people = open_people(data.place, attributes)
+    people = open_people(data.where(), attributes)
+    people = people._replace(source=data.part(people.source))
     images = embed_readable(model, processor, people.source, labelled=False, **embedding)
     keys = images.keys(people.source)
     rows = [people.attributes.get(_stem(key)) for key in keys]

@@ -259,10 +259,10 @@ def _nearest(
 def _open_detector(name: str, device: torch.device) -> tuple[nn.Module, Any]:
     if name == "phash":
         return PerceptualHash.with_processor()
-    from .. import HFCLIPModel, HFCLIPProcessor
+    from .running import open_model
 
-    with as_usage_error(f"detector {name}"):
-        return HFCLIPModel.from_pretrained(name).eval().to(device), HFCLIPProcessor.from_pretrained(name)
+    model, processor, _ = open_model(name, "detector")
+    return model.to(device), processor
 
 
 def _pairs(

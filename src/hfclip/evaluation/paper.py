@@ -110,14 +110,15 @@ def _is_of(record: Record, model: str) -> bool:
 
 def _look_up(cell: Mapping[str, Any], record: Record) -> tuple[float] | None:
     result = record.result
-    names = {part.get("registered", part["name"]) for part in result["data"]}
+    names = [part.get("registered", part["name"]) for part in result["data"]]
+    names = names[1:] if result["task"] == "frames" else names  # after the reference
     if "table" in cell:
         columns = cell["column"] if isinstance(cell["column"], list) else [cell["column"]]
         for row in result["tables"].get(cell["table"], []) if result["task"] == cell["task"] else ():
             if all(str(row.get(key)).lower() == wanted.lower() for key, wanted in cell["where"].items()):
                 return (sum(row[column] for column in columns),)
         return None
-    if result["task"] == cell["task"] and names == {cell["data"]}:
+    if result["task"] == cell["task"] and names == [cell["data"]]:
         value = result["metrics"].get(cell.get("metric") or result["headline"])
         return None if value is None else (value,)
     if cell["task"] == "zero-shot" and result["task"] == "robustness":

@@ -180,7 +180,9 @@ def members_by_name(name: str, labels: Sequence[str], reference: Sequence[str]) 
             f"{name} has {len(missing)} of {len(labels)} classes that the reference has not, {missing[0]!r} is one: give "
             f"a class map, {name}.json in a folder, by class_maps."
         )
-    return [known[label] for label in labels]
+    # Where a name repeats on both sides, the first is the first and the second the second.
+    turns = {label: iter(known[label]) for label in labels if labels.count(label) == len(known[label])}
+    return [[next(turns[label])] if label in turns else known[label] for label in labels]
 
 
 def read_class_map(path: str | os.PathLike) -> dict[str, list[str | int]]:
@@ -438,6 +440,7 @@ def frames(
             f"frames: found {len(data)} data sets and {'no' if class_map is None else 'a'} class_map, expected the "
             "reference, a folder of frames, and a class_map."
         )
+    data[1].refuse_parts()
     reference, folder = data[0].labelled(), Path(data[1].places.get(None, ""))
     labels, sets = _read_frames(folder)
     mapping = read_class_map(class_map)

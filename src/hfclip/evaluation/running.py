@@ -34,13 +34,13 @@ class OpenModel(NamedTuple):
     name: str
 
 
-def open_model(name: str) -> OpenModel:
+def open_model(name: str, setting: str = "model") -> OpenModel:
     """Opens a CLIP folder, or its name on the Hub, on this process's device.
 
     Raises:
         UsageError: it is no CLIP model with two towers and a processor.
     """
-    with opening(name, f"model {name}"):
+    with opening(name, f"{setting} {name}"):
         model = HFCLIPModel.from_pretrained(os.path.expanduser(name)).eval()
         processor = HFCLIPProcessor.from_pretrained(os.path.expanduser(name))
     if torch.accelerator.is_available():
@@ -125,7 +125,9 @@ class Job:
         about["identity"] = identity_of(about, __version__)
         path = None if out is None else self.path(out)
         # As the first process finds it: another one may come when the first has already written.
-        if stored := processes.gather(_stored(path, about["identity"]))[0]:
+        # What reads results costs little, and depends on more than their names: it is computed anew.
+        kept = None if self.row.reads == "results" else path
+        if stored := processes.gather(_stored(kept, about["identity"]))[0]:
             return stored
         model, processor = (None, None) if opened is None else opened[:2]
         try:

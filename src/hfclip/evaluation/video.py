@@ -24,7 +24,8 @@ def video(model: nn.Module, processor: Any, data: DataSet, *, num_frames: int = 
         `top1`, `top5` and `mean_top1_top5`, the metric of Kinetics; `unreadable_videos`, of which no frame could be read,
         if there are any.
     """
-    source = VideoFrames(data.place, num_frames)
+    data.refuse_parts()
+    source = VideoFrames(data.where(), num_frames)
     templates = [line for line in read_lines(source.folder, TEMPLATES_FILE) or () if line] or DEFAULT_TEMPLATES
     label_embeds = embed_names(model, processor, source.labels, check_templates(templates), **embedding)
     found = embed_readable(model, processor, source, **embedding)
