@@ -12,8 +12,8 @@ weights (EMA) `--weights` chooses one.
 
 Converted are OpenCLIP's own ViT, ResNet and text towers with all their activations, masks, poolings, context lengths
 and vocabularies, trained with the contrastive or the sigmoid loss; SigLIP, image towers of timm, and BERT-like text
-towers of transformers (`foreign/towers.py`). Whatever has no counterpart is refused with its reason: CoCa, LayerScale,
-other attention blocks, text towers with class tokens, projections of two layers. See docs/conversion.md.
+towers of transformers (`foreign/towers.py`). Whatever has no counterpart is refused with its reason, such as other
+attention blocks. Of CoCa the decoder is left aside. See docs/conversion.md.
 """
 
 from hfclip_errors import start_program

@@ -37,7 +37,7 @@ from hfclip.foreign_hfclip import OPENCLIP_CONFIG
 from hfclip.translation_hfclip import TRANSFORMERS_MODEL_TYPES
 
 from .convert import add_paths, open_model, run, say
-from .export_families import family_of_towers, to_family
+from .export_families import OURS_ALONE, family_of_towers, to_family
 from .folder import new_folder, partial_folder, require_free
 from .proof import compare, compute_features, fixed_inputs, streamed
 from .reference_settings import (
@@ -241,9 +241,7 @@ def transformers_config(config: HFCLIPConfig) -> CLIPConfig:
         fields = getattr(config, key).to_dict()
         if fields["model_type"] not in types:
             raise UsageError(f"transformers' CLIPModel has no tower of type {fields['model_type']}.")
-        ours_alone = {"causal", "pooling", "pre_layer_norm", "patch_dropout", "projection_type"}
-        ours_alone |= {"pooling_heads", "layer_scale_init_value", "auto_map", "architectures"}
-        towers[key] = {name: value for name, value in fields.items() if name not in ours_alone}
+        towers[key] = {name: value for name, value in fields.items() if name not in OURS_ALONE}
         towers[key]["model_type"] = types[fields["model_type"]]
     return CLIPConfig(
         **towers,

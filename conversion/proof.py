@@ -36,7 +36,7 @@ def fixed_inputs(config: Any) -> tuple[Tensor | None, Tensor | None]:
     if vision is not None:
         pixel_values = torch.randn(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size, generator=generator)  # fmt: skip
     if text is not None:
-        length, end = getattr(text, "max_position_embeddings", 64), text.eos_token_id  # mT5 has no limit
+        length, end = text.max_position_embeddings, text.eos_token_id
         words = range(end) if end is not None and end >= 4 else [token for token in (0, 1, 2, 3) if token != end]
         if text.model_type not in TOWER_CONFIGS:
             # RoBERTa has two positions more than places, BERT no end; both leave the padding out wherever it is.

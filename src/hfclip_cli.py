@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 from hfclip_errors import UsageError, require_extra, run
@@ -59,7 +60,8 @@ def _pass_on(number: int, received: list[int]) -> None:
 
     received.append(number)
     for child in psutil.Process().children():
-        child.send_signal(number)
+        with suppress(psutil.NoSuchProcess):  # it has ended
+            child.send_signal(number)
 
 
 class Verb(NamedTuple):

@@ -1,7 +1,8 @@
 """Well-known models by name: where they are, what they are, and what was measured of them. Nothing is fetched to say so.
 
 models.csv has a row per checkpoint, the nine published architectures first: parameters are in millions, `imagenet` is the
-zero-shot top-1 accuracy in percent that `source` publishes. What is not known for certain is empty.
+zero-shot top-1 accuracy in percent that `source` publishes, empty where none is known. Licences and addresses are those
+of the models' cards as commonly quoted: read the card before you rely on one.
 """
 
 import csv

@@ -24,14 +24,16 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 def augmented(source: ImageSource, size: int, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
     """A training image, (3, size, size) uint8, RGB; raises as `random_square_crop`, which it is without changes."""
-    if config.scale is None and not config.rotation:
-        pixels = random_square_crop(source, size, rng)
+    image = open_image(source)
+    if config.rotation:
+        image, angle = image.convert("RGB"), rng.uniform(-config.rotation, config.rotation)
+        image = image.rotate(angle, PIL.Image.Resampling.BILINEAR, fillcolor=_color_of_border(image))
+    if config.scale is None:
+        pixels = random_square_crop(image, size, rng)
     else:
-        image = open_image(source).convert("RGB")
-        if config.rotation:
-            angle = rng.uniform(-config.rotation, config.rotation)
-            image = image.rotate(angle, PIL.Image.Resampling.BILINEAR, fillcolor=_color_of_border(image))
-        pixels = _crop(image, size, config, rng).transpose(2, 0, 1)  # (size, size, 3) -> (3, size, size)
+        pixels = _crop(image.convert("RGB"), size, config, rng).transpose(
+            2, 0, 1
+        )  # (size, size, 3) -> (3, size, size)
     if rng.random() < config.flip_prob:
         pixels = pixels[:, :, ::-1]
     is_drawn = rng.random() < config.sketch_prob
@@ -50,7 +52,7 @@ def augmented(source: ImageSource, size: int, config: AugmentConfig, rng: np.ran
 
 def _crop(image: PIL.Image.Image, size: int, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
     """A part of random area, shape and place, resized to (size, size, 3) by bicubic resizing."""
-    area = image.width * image.height * rng.uniform(*(config.scale or (1, 1)))
+    area = image.width * image.height * rng.uniform(*config.scale)
     ratio = math.exp(rng.uniform(*np.log(config.ratio)))
     width, height = min(math.sqrt(area * ratio), image.width), min(math.sqrt(area / ratio), image.height)
     left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
@@ -66,8 +68,9 @@ def _drawing(pixels: np.ndarray, depth: float) -> np.ndarray:
 
 
 def _color_of_border(image: PIL.Image.Image) -> tuple[int, ...]:
-    pixels = np.asarray(image)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    width, height = image.size
+    sides = (0, 0, width, 1), (0, height - 1, width, height), (0, 0, 1, height), (width - 1, 0, width, height)
+    border = np.concatenate([np.asarray(image.crop(side)).reshape(-1, 3) for side in sides])
     return tuple(border.mean(axis=0).round().astype(int).tolist())
 
 

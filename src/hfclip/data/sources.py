@@ -94,7 +94,8 @@ def open_source(
 def _open(name: str, split: str | None, keys: Keys, cache: Path) -> Source:
     """What is read in place, by the kind of what is there."""
     if shards := find_shards(name, cache):
-        return _open_shards(shards, [Files(place) for place in patterns_of(name) if os.path.isdir(place)], keys, cache)
+        folders = [Files(place) for place in patterns_of(name) if os.path.isdir(place)]
+        return _open_shards(shards, [(files, files.names()) for files in folders], keys, cache)
     places = list(itertools.chain(*map(_matching, patterns_of(name))))
     kinds = sorted({_kind_of(place) for place in places})
     if len(kinds) > 1 or len(places) > 1 and kinds[0] not in (*TABLES, "image"):
@@ -152,20 +153,20 @@ def _open_images(places: list[str], keys: Keys) -> Source:
     return open_folder(files, sorted({*images, *(name for name in beside if files.size(name) is not None)}), keys)
 
 
-def _open_shards(shards: list[Path], folders: list[Files], keys: Keys, cache: Path) -> Source:
-    """Tars, after a look at what else their folders hold.
+def _open_shards(shards: list[Path], folders: list[tuple[Files, list[str]]], keys: Keys, cache: Path) -> Source:
+    """Tars, after a look at what else their folders hold, each given with the names in it.
 
     Raises:
         UsageError: for images, since either they or the tars may be meant.
     """
-    taken, others = {os.path.realpath(shard) for shard in shards}, []
-    for files in folders:
-        others += [f"{files}/{name}" for name in files.names() if os.path.realpath(files.folder / name) not in taken]
+    taken, others = {os.path.abspath(shard) for shard in shards}, []
+    for files, names in folders:
+        others += [f"{files}/{name}" for name in names if os.path.abspath(files.folder / name) not in taken]
     others = [other for other in others if posixpath.basename(other) != CLASS_NAMES]
     if images := [other for other in others if ending(other) in IMAGE_ENDINGS]:
         raise UsageError(
-            f"{str(folders[0])!r} holds tars ({len(shards)}, {shards[0].name}) and images ({len(images)}, {images[0]}), "
-            f"expected the one or the other. Name the tars by '{folders[0]}/*.tar', or move them."
+            f"{str(folders[0][0])!r} holds tars ({len(shards)}, {shards[0].name}) and images ({len(images)}, {images[0]}), "
+            f"expected the one or the other. Name the tars by '{folders[0][0]}/*.tar', or move them."
         )
     source = ShardSource(shards, keys, cache)
     for other in others:
@@ -188,7 +189,7 @@ def _open_folder(files: Files, split: str | None, keys: Keys, cache: Path) -> So
             raise UsageError(f"{str(files)!r} holds tars in a zip file. Unpack it: `unzip {files.place}`.")
         tars = [name for name in names if ending(name) == "tar"]
         if files.folder is not None:
-            return _open_shards([files.folder / name for name in tars], [files], keys, cache)
+            return _open_shards([files.folder / name for name in tars], [(files, names)], keys, cache)
         return ShardSource(find_shards("::".join(f"{files}/{name}" for name in tars), cache), keys, cache)
     if kinds & set(COMPRESSED) and not kinds & set(IMAGE_ENDINGS):
         for name in names:

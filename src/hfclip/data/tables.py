@@ -31,7 +31,7 @@ class TableSource(Source):
         from datasets import ClassLabel, Image
 
         super().__init__()
-        self.place, self.files = name, Files(folder)
+        self.place, self.files, self.rows = name, Files(folder), None  # rows: those that are kept, if not all
         self.label_key = next((key for key, kind in table.features.items() if isinstance(kind, ClassLabel)), None)
         self.labels = self.label_key and [label.replace("_", " ") for label in table.features[self.label_key].names]
         without = keys._replace(required=keys.required and not self.labels)
@@ -63,10 +63,13 @@ class TableSource(Source):
                     if lengths[row] < 0 or is_empty(texts[row].as_py()):
                         left_out.append(number * ROWS_AT_A_TIME + row)
                         self.skip(kind, f"{self.place}, row {left_out[-1]}")
-        return table.select(np.delete(np.arange(len(table)), left_out)) if left_out else table
+        if not left_out:
+            return table
+        self.rows = np.delete(np.arange(len(table)), left_out)
+        return table.select(self.rows)
 
     def name(self, index: int) -> str:
-        return f"{self.place}, row {index}"
+        return f"{self.place}, row {index if self.rows is None else self.rows[index]}"
 
     def __getitem__(self, index: int) -> Sample:
         row = _row(self.table, index)

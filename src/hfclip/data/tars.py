@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .samples import IMAGE_ENDINGS
+from .samples import IMAGE_ENDINGS, SHORT, BadSample, is_empty, text_captions
 
 
 BLOCK = tarfile.BLOCKSIZE
@@ -178,11 +178,11 @@ def _padded(size: int) -> int:
 
 KINDS = {**dict.fromkeys(IMAGE_ENDINGS, "image"), "txt": "text", "json": "json", "cls": "label", "npy": "labels"}
 # Where one sample's members lie in its tar: byte offset and size, -1 where there is none; the number in its .cls, -1 if
-# there is none, -2 if it is no number; and the offset of a member of its name that is not read.
+# there is none, -2 if it is no number; the offset of a member of its name that is not read; and whether its .txt is blank.
 PLACED = ("image", "text", "json", "labels")
 MEMBERS = np.dtype(
     [(f"{member}_{what}", np.int64) for member in PLACED for what in ("offset", "size")]
-    + [("label", np.int64), ("other_offset", np.int64)]
+    + [("label", np.int64), ("other_offset", np.int64), ("is_blank", np.bool_)]
 )
 # What reading a sample takes. Those of all samples are in memory: 37 bytes each. The kind of a caption is its member's
 # place in `PLACED`; `labels` stand for a caption where there is no other.
@@ -231,6 +231,9 @@ def index_tar(shard: Path) -> tuple[np.ndarray, set[str]]:
                 row = by_name[name] = {"name": name}
                 rows.append(row)
             row.setdefault(kind, (start, length))
+            if kind == "text" and length <= SHORT:
+                with suppress(BadSample):  # told when it is read
+                    row["is_blank"] = is_empty(text_captions(_read(file, start, length)))
             if kind == "label":
                 digits = _read(file, start, min(length, 20)).strip()
                 row["label"] = int(digits) if digits.isdigit() and int(digits) < 2**31 else -2
@@ -250,11 +253,17 @@ def _is_sample(row: dict, by_name: dict) -> bool:
 
 def _members(row: dict) -> tuple[int, ...]:
     places = (row.get(kind, (-1, -1)) for kind in PLACED)
-    return *(number for place in places for number in place), row.get("label", -1), row.get("other", (-1, -1))[0]
+    numbers = [number for place in places for number in place]
+    return *numbers, row.get("label", -1), row.get("other", (-1, -1))[0], row.get("is_blank", False)
 
 
 def select_samples(
-    members: np.ndarray, key: str | None, damage: set[str], labels: bool = False, required: bool = True
+    members: np.ndarray,
+    key: str | None,
+    damage: set[str],
+    labels: bool = False,
+    required: bool = True,
+    without_empty: bool = False,
 ) -> tuple[np.ndarray, Counter, dict[str, int]]:
     """The `SAMPLE` of those that have an image and a caption; what is left out by reason, and where an example lies.
 
@@ -262,6 +271,7 @@ def select_samples(
         key: `caption_key`. With one, only .json members count; without, .txt members come first.
         labels: Samples may have a label, or several, instead of a caption.
         required: Samples have to have a caption.
+        without_empty: Samples whose .txt is blank are left out, too.
     """
     no_image = members["image_offset"] < 0
     is_json = (members["text_offset"] < 0) | (key is not None)
@@ -271,16 +281,19 @@ def select_samples(
         kinds[no_caption & (members["labels_offset"] >= 0)] = PLACED.index("labels")
         no_caption &= (members["label"] < 0) & (members["labels_offset"] < 0)
     no_caption &= required
+    is_blank = members["is_blank"] & (kinds == PLACED.index("text")) & ~no_image & without_empty
     others = no_image & (members["text_offset"] < 0) & (members["json_offset"] < 0) & (members["label"] == -1)
     left_out, examples = Counter(dict.fromkeys(damage, 1)), {}
     reasons = {"missing image": no_image & ~others, "missing caption": no_caption & ~others, "unknown format": others}
+    reasons["empty caption"] = is_blank
     for reason, of_samples in reasons.items():
         if count := int(of_samples.sum()):
             left_out[reason], first = count, members[of_samples.argmax()]
             places = [int(first[f"{kind}_offset"]) for kind in ("image", "other", "text", "json", "labels")]
             if there := [place for place in places if place >= 0]:
                 examples[reason] = there[0]
-    kept, kinds = members[~no_image & ~no_caption], kinds[~no_image & ~no_caption]
+    is_kept = ~no_image & ~no_caption & ~is_blank
+    kept, kinds = members[is_kept], kinds[is_kept]
     samples = np.empty(len(kept), SAMPLE)
     for what in ("offset", "size"):
         samples[f"image_{what}"] = kept[f"image_{what}"]

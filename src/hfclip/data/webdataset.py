@@ -4,7 +4,6 @@ import io
 import json
 import re
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,12 +13,10 @@ from ..errors import UsageError
 from .files import CLASS_NAMES, NUMBER_OF_SHARDS, read_lines
 from .samples import (
     LARGEST,
-    SHORT,
     BadSample,
     Keys,
     Sample,
     Source,
-    is_empty,
     json_captions,
     say,
     text_captions,
@@ -167,11 +164,8 @@ class ShardSource(Source):
         try:
             members, damage = load_index(shard, folder)
             samples, left_out, places = select_samples(
-                members, self.key, damage, self.labels is not None, self.required
+                members, self.key, damage, self.labels is not None, self.required, self.required
             )
-            if self.required and (empty := _empty_captions(shard, samples)):
-                left_out["empty caption"], places["empty caption"] = len(empty), samples["image_offset"][empty[0]]
-                samples = np.delete(samples, empty)
             examples = {reason: f"{shard.name}/{_name_at(shard, int(place))}" for reason, place in places.items()}
         except OSError as error:
             raise UsageError(f"{shard} cannot be read: {error.strerror or error}.") from error
@@ -187,20 +181,6 @@ def _index_folder(cache: Path) -> Path | None:
         say(f"{error} Without it, tars are indexed anew at each start.")
         return None
     return folder
-
-
-def _empty_captions(shard: Path, samples: np.ndarray) -> list[int]:
-    """Samples whose .txt member is short and has no caption; what else is wrong with it is told when it is read."""
-    sizes, empty = samples["caption_size"], []
-    with open(shard, "rb", buffering=0) as file:
-        for number in np.flatnonzero(
-            (samples["kind"] == PLACED.index("text")) & (sizes >= 0) & (sizes <= SHORT)
-        ).tolist():
-            file.seek(int(samples["caption_offset"][number]))
-            with suppress(BadSample):
-                if is_empty(text_captions(file.read(int(sizes[number])))):
-                    empty.append(number)
-    return empty
 
 
 def _name_at(shard: Path, offset: int) -> str | None:

@@ -379,6 +379,8 @@ def hugging_face_tower(weights: Tensors, model_cfg: dict[str, Any], name: str) -
         ) from error
     if config.model_type not in TEXT_MODELS:
         raise UsageError(f"Not convertible: a text tower {config.model_type}; expected {', '.join(TEXT_MODELS)}.")
+    if not hasattr(config, "max_position_embeddings"):  # mT5's config has no place of its own for it
+        config.max_position_embeddings = model_cfg["text_cfg"].get("context_length", 77)
     pooling = TEXT_POOLERS[pooler_of(model_cfg, config)]
     if config.is_encoder_decoder and pooling == "pooler":
         pooling = "cls"
