@@ -97,7 +97,7 @@ def clip() -> Any:
     tokenizer = HFCLIPTokenizer.train_new_from_iterator(HARD, 600, show_progress=False)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
-    return transformers.CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=CONTEXT)
+    return transformers.CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=77)
 
 
 # Image processors

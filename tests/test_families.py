@@ -170,6 +170,7 @@ def test_ids_are_those_of_its_own_tokenizer(name, source, opened):
     if found.case.tokenizer.__name__ == "clip":  # whose ids differ from OpenAI's in some texts; hfclip's do not
         assert type(processor.tokenizer) is HFCLIPTokenizer
         assert processor.tokenizer.get_vocab() == found.tokenizer.get_vocab()
+        assert len(processor(text=["a " * 60])["input_ids"][0]) == CONTEXT  # its files say 77
         return
     ours, theirs = (
         processor(text=hard_texts(), return_tensors="pt"),

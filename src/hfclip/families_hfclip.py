@@ -20,6 +20,7 @@ from .limits_hfclip import shown
 
 
 OURS = ("hfclip_text", "hfclip_vit")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 # Towers that AutoModel does not build.
 OMITTED_TOWERS = {
     "aimv2_text_model": "Aimv2TextModel",
@@ -206,7 +207,7 @@ def family_of(place: str | None, options: dict[str, Any]) -> tuple[Family | None
     """Whose folder (or Hub name) it is, and its config as it is written; of hfclip's own and of those without, None."""
     if place is None:
         return None, {}
-    hub = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+    hub = (*HUB_OPTIONS, "proxies", "subfolder")
     try:
         written, _ = PreTrainedConfig.get_config_dict(place, **{key: options[key] for key in hub if key in options})
         return FAMILIES.get(written["model_type"]), written

@@ -14,13 +14,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig
 
-from .families_hfclip import FAMILIES
+from .families_hfclip import FAMILIES, HUB_OPTIONS
 from .translation_hfclip import TRANSFORMERS_MODEL_TYPES
 
 
 OPENCLIP_CONFIG = "open_clip_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
 def is_foreign(name: Any, options: dict[str, Any]) -> bool:
@@ -29,7 +28,7 @@ def is_foreign(name: Any, options: dict[str, Any]) -> bool:
     A folder in both formats is transformers' where its config.json is of a type that is opened here and, on this
     machine, its weights are there.
     """
-    if not isinstance(name, str | os.PathLike):
+    if not isinstance(name, str | os.PathLike) or options.get("subfolder"):  # OpenCLIP has none
         return False
     name, path = os.fspath(name), Path(name)
     if path.is_file():

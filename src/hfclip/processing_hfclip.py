@@ -154,12 +154,13 @@ def open_image_processor(path: str | os.PathLike, **kwargs) -> Any:
 def open_tokenizer(path: str | os.PathLike, **kwargs) -> Any:
     """The tokenizer of a folder or Hub name, hfclip's in place of transformers' for CLIP."""
     tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-    if type(tokenizer).__module__.startswith("transformers.models.clip."):
-        return HFCLIPTokenizer.from_pretrained(path, **kwargs)
+    if is_clip := type(tokenizer).__module__.startswith("transformers.models.clip."):
+        tokenizer = HFCLIPTokenizer.from_pretrained(path, **kwargs)
     family, written = family_of(path, kwargs)
     if family is not None:
         context = translate_transformers_config(written)["text_config"]["max_position_embeddings"]
         tokenizer.model_max_length = min(tokenizer.model_max_length, context - family.reserved_positions)
+    if family is not None and not is_clip:
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         tokenizer.init_kwargs |= {"truncation": True, "model_input_names": tokenizer.model_input_names}
         if family.sigmoid:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UsageError
+from .plots import COLOURS, INK, MARKERS, new_figure
 
 
 if TYPE_CHECKING:
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-INK, FAINT = "#1f2933", "#9aa5b1"
-# Of lines and points, told apart by those who do not see all colours (Okabe and Ito).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
-MARKERS = "osD^vPX<>"
+FAINT = "#9aa5b1"
 # In percent, from fine to coarse: the first that are few enough are drawn.
 FEW_TICKS = 12
 TICKS = (
@@ -117,15 +115,6 @@ def _legend(axes: "Axes", colours: Mapping[str, str], markers: Mapping[str, str]
     if has_lines:
         entries.append(Line2D([], [], color=INK, linewidth=1.4, label="other models, ± 1 sd"))
     axes.legend(handles=entries, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-
-
-def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, in inches. Of its own: pyplot's would stay in memory, and look for a screen."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("Figures are drawn by matplotlib: `pip install 'hfclip[evaluate]'`.") from error
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
 def save(figure: "Figure", path: str | os.PathLike) -> None:

@@ -30,8 +30,8 @@ STYLE = {
     "grid.linewidth": 0.7,
     "svg.fonttype": "none",
     "svg.hashsalt": "hfclip",  # the same plot is the same file
-    "figure.constrained_layout.use": True,
 }
+MARKERS = "osD^v*PX"
 LARGEST = 120  # rows and columns of an array that is drawn
 
 
@@ -101,9 +101,6 @@ def draw_overview(rows: Sequence[tuple[str, Mapping[str, float]]], title: str) -
         return _drawing(figure, title)
 
 
-MARKERS = "osD^v*PX"
-
-
 def _draw_series(
     axes: Any, plot: Plot, points: list, places: list, name: str | None, number: int, width: float
 ) -> None:
@@ -134,14 +131,21 @@ def _set_axes(axes: Any, plot: Plot) -> None:
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Any]:
-    """A figure of the style of all, in inches; pyplot's would stay in memory, and look for a screen."""
+    """A figure in the style of all."""
+    figure = new_figure(width, height)
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield figure
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches. Of its own: pyplot's would stay in memory, and look for a screen."""
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError("Plots are drawn by matplotlib: `pip install 'hfclip[evaluate]'`.") from error
-    with matplotlib.rc_context(STYLE):
-        yield Figure((width, height), dpi=150)
+    return Figure((width, height), dpi=150, layout="constrained")
 
 
 def _drawing(figure: Any, title: str) -> Drawing:
