@@ -54,7 +54,8 @@ def test_auto_is_float32_on_a_cpu_that_emulates_bfloat16_and_asking_for_it_is_wa
 
 
 @pytest.mark.skipif(
-    not (torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")),
+    not (torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
+    or torch.backends.cpu.get_cpu_capability() == "AVX2",  # what it was told to use, by ATEN_CPU_CAPABILITY
     reason="a CPU with bfloat16 in hardware",
 )
 def test_auto_is_bfloat16_on_a_cpu_that_has_it():

@@ -1,9 +1,11 @@
 """What the tests of the trainer share: small real files, a tiny recipe, and the trainer as a process."""
 
+import contextlib
 import copy
 import io
 import multiprocessing
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -136,8 +138,11 @@ def wait_for_steps(run: Path, process: subprocess.Popen, count: int) -> None:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """A port that is free, and below those that the system gives to connections, so that it stays free."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def fork(function: Callable, *arguments, processes: int) -> None:
