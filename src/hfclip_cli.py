@@ -96,6 +96,18 @@ VERBS = {
         "sorts images into labels given in words",
         "hfclip classify photos/ --model FOLDER --labels cat,dog --top-k 1",
     ),
+    "index": Verb(
+        run_program,
+        "hfclip.commands.index",
+        "makes an index of the images in folders, or brings it up to date",
+        "hfclip index ~/photos --model FOLDER",
+    ),
+    "search": Verb(
+        run_program,
+        "hfclip.commands.search",
+        "finds images of an index by words and by images",
+        "hfclip search two parrots + beach --top 20",
+    ),
     "evaluate": Verb(
         run_program,
         "hfclip.commands.evaluate",

@@ -1,0 +1,93 @@
+"""Queries: words and images with weights, as vectors; and which of the ranked images are strong matches."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..zero_shot import device_of, evaluating
+
+
+# A few words are embedded in these sentences, whose embeddings are averaged: models have seen captions, not words.
+TEMPLATES = ("{}", "a photo of {}.", "a picture of {}.", "an image of {}.")
+SHORT = 5  # words
+CANDIDATES = 1000  # images among which strong matches are looked for
+LEAST_Z = 2.0  # of a strong match
+
+Term = str | int | Image.Image
+
+
+@dataclass(frozen=True)
+class Query:
+    """A sum of terms.
+
+    Attributes:
+        terms: weights, and what they weigh: a text, the id of an image of the index, or a PIL image.
+    """
+
+    terms: tuple[tuple[float, Term], ...]
+
+
+def parse_query(text: str) -> Query:
+    """The query that a line says: "two parrots + beach - 2:people".
+
+    Terms are divided by a plus or minus between spaces; a number and a colon before a term is its weight.
+
+    Raises:
+        UsageError: there is no term, or one is empty.
+    """
+    parts = re.split(r"(?:^|\s)([+-])(?=\s)", " " + text.strip() + " ")
+    signs, words = ["+", *parts[1::2]], [part.strip() for part in parts[::2]]
+    if not words[0] and len(words) > 1:
+        signs, words = signs[1:], words[1:]
+    if not all(words):
+        raise UsageError(f"query: found {text!r}, expected words, also between and after + and -.")
+    terms = []
+    for sign, term in zip(signs, words, strict=True):
+        weight, term = re.fullmatch(r"(?:(\d+(?:\.\d*)?|\.\d+):)?\s*(.*)", term, re.DOTALL).groups()
+        terms.append((float(weight or 1) * (1 if sign == "+" else -1), term))
+    return Query(tuple(terms))
+
+
+@torch.no_grad()
+def embed_query_text(model: nn.Module, processor: Any, text: str) -> Tensor:
+    """(dim,) unit embedding of a text; of a short one the mean over `TEMPLATES`, again of unit length."""
+    prompts = [template.format(text) for template in TEMPLATES] if len(text.split()) <= SHORT else [text]
+    inputs = processor(text=prompts, padding=True, truncation=True, return_tensors="pt").to(device_of(model))
+    with evaluating(model) as model:
+        embeds = model.encode_text(inputs["input_ids"], inputs.get("attention_mask"), normalize=False)
+    return F.normalize(F.normalize(embeds.float(), dim=-1).mean(0), dim=-1).cpu()
+
+
+@torch.no_grad()
+def embed_query_image(model: nn.Module, processor: Any, image: Image.Image) -> Tensor:
+    """(dim,) unit embedding of an image."""
+    inputs = processor(images=image, return_tensors="pt").to(device_of(model))
+    with evaluating(model) as model:
+        embeds = model.encode_image(inputs["pixel_values"].to(model.dtype), normalize=False)
+    return F.normalize(embeds[0].float(), dim=-1).cpu()
+
+
+def count_strong(scores: np.ndarray, z: np.ndarray) -> int:
+    """How many of the best images are strong matches, relative to how the query matches all images.
+
+    Scores of different queries and models cannot be compared, so no fixed score divides good from bad. Candidates are
+    more than `LEAST_Z` standard deviations above the query's mean. They are cut at the largest gap to the next score,
+    where gap i counts i times: in the tail of a distribution without matches these products are alike.
+
+    Args:
+        scores: of the best images, falling.
+        z: the same as z-scores.
+    """
+    candidates = int((z >= LEAST_Z).sum())
+    if not candidates:
+        return 0
+    after = np.append(scores[1:], scores[-1:])[:candidates]
+    gaps = (scores[:candidates] - after) * np.arange(1, candidates + 1)
+    return int(gaps.argmax()) + 1
