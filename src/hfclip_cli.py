@@ -54,6 +54,12 @@ def launch_program(module: str, arguments: list[str]) -> None:
     sys.exit(status or (128 + signal.SIGINT if signal.SIGINT in received else 0))
 
 
+def export(module: str, arguments: list[str]) -> None:
+    """Exports an index of images, if the first argument is one, else a model."""
+    is_index = bool(arguments) and os.path.isfile(os.path.join(arguments[0], "store.json"))
+    run_program("hfclip.commands.export_index" if is_index else module, arguments)
+
+
 def _pass_on(number: int, received: list[int]) -> None:
     """Sends a signal to the processes of this one; some of them have it from the terminal, too."""
     import psutil
@@ -108,6 +114,24 @@ VERBS = {
         "finds images of an index by words and by images",
         "hfclip search two parrots + beach --top 20",
     ),
+    "similar": Verb(
+        run_program,
+        "hfclip.commands.similar",
+        "finds images of an index that are like one",
+        "hfclip similar photo.jpg",
+    ),
+    "duplicates": Verb(
+        run_program,
+        "hfclip.commands.duplicates",
+        "finds images of an index that are alike",
+        "hfclip duplicates -0 | xargs -0 gio trash",
+    ),
+    "sort": Verb(
+        run_program,
+        "hfclip.commands.sort",
+        "sorts the images of an index into folders of labels, by links or copies",
+        "hfclip sort --labels labels.txt --out sorted",
+    ),
     "evaluate": Verb(
         run_program,
         "hfclip.commands.evaluate",
@@ -139,9 +163,9 @@ VERBS = {
         "hfclip convert ViT-B-32.pt clip-b32",
     ),
     "export": Verb(
-        run_program,
+        export,
         "hfclip.conversion.export",
-        "brings a model to ONNX, OpenAI, OpenCLIP or transformers",
+        "brings a model to ONNX, OpenAI, OpenCLIP or transformers, an index to parquet, npy or Qdrant",
         "hfclip export clip-b32 clip-b32-onnx --to onnx",
     ),
     "push": Verb(
@@ -175,7 +199,7 @@ def dispatch() -> None:
 def help_text() -> str:
     lines = ["usage: hfclip VERB ...      hfclip VERB --help explains a verb", "", "verbs:"]
     for name, verb in VERBS.items():
-        lines += [f"  {name:<10}{verb.does}", f"            $ {verb.example}"]
+        lines += [f"  {name:<11}{verb.does}", f"             $ {verb.example}"]
     return "\n".join(
         [
             *lines,

@@ -47,7 +47,7 @@ def test_help_shows_an_example_of_each_verb_before_torch_could_be_imported():
     assert imported == "False False" and after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
     for verb in hfclip_cli.VERBS:
         assert any(line.startswith(f"  {verb} ") for line in lines)
-        assert any(line.startswith(f"            $ hfclip {verb} ") for line in lines)
+        assert any(line.startswith(f"             $ hfclip {verb} ") for line in lines)
 
 
 @pytest.mark.parametrize("verb", ["classifyy", "serve", "--verbose"])

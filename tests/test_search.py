@@ -50,11 +50,23 @@ def write_images(folder: Path, seeds, size=(40, 32)) -> None:
         (folder / f"{seed}.jpg").write_bytes(image_bytes(seed, size))
 
 
+def write_photos(folder: Path) -> Path:
+    write_images(folder, range(6))
+    write_images(folder / "Spain", range(6, 10), (80, 60))
+    os.utime(folder / "0.jpg", (1, 1))
+    return folder
+
+
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    write_images(tmp_path / "photos", range(6))
-    write_images(tmp_path / "photos" / "Spain", range(6, 10), (80, 60))
-    return tmp_path / "photos"
+    return write_photos(tmp_path / "photos")
+
+
+@pytest.fixture(scope="module")
+def index(model, processor, tmp_path_factory) -> ImageIndex:
+    """An index that no test changes."""
+    folder = tmp_path_factory.mktemp("index")
+    return ImageIndex.build(write_photos(folder / "photos"), model, processor, folder / "store")
 
 
 def paths(index: ImageIndex) -> list[str]:
@@ -68,7 +80,9 @@ def paths(index: ImageIndex) -> list[str]:
 
 def test_only_new_content_is_embedded_and_ids_stay(build, model, photos):
     seen = []
-    hook = model.vision_model.register_forward_hook(lambda module, inputs, output: seen.append(len(output.pooler_output)))
+    hook = model.vision_model.register_forward_hook(
+        lambda module, inputs, output: seen.append(len(output.pooler_output))
+    )
     index = build(photos)
     ids = {hit.path: hit.id for hit in index}
     assert index.last_update.embedded == len(index) == 10 == sum(seen)
@@ -109,8 +123,7 @@ def test_files_are_those_that_are_documented(build, photos, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_best_images_of_words_images_and_their_sums(build, model, processor, photos):
-    index = build(photos)
+def test_best_images_of_words_images_and_their_sums(index):
     rows = torch.from_numpy(np.array(index.snapshot().rows)).float()
     found = index.search(Query(((1, 3), (-0.5, 7))), top_k=4)
     expected = rows @ (rows[3] - 0.5 * rows[7]) / (rows[3] - 0.5 * rows[7]).norm()
@@ -157,17 +170,15 @@ def test_rejects_query_without_words(text):
         ("folder=nowhere", set()),
     ],
 )
-def test_conditions(where, seeds, build, photos):
-    os.utime(photos / "0.jpg", (1, 1))
-    index = build(photos)
+def test_conditions(where, seeds, index):
     found = index.search("red", where=where)
     assert {int(Path(hit.path).stem) for hit in found.hits} == seeds and found.total == len(seeds)
 
 
 @pytest.mark.parametrize("where", ["width", "width>x", "after=20x", "after>2020", "owner=me", "'"])
-def test_rejects_conditions_that_are_none(where, build, photos):
+def test_rejects_conditions_that_are_none(where, index):
     with pytest.raises(UsageError, match="where: found .* expected conditions like"):
-        build(photos).search("red", where=where)
+        index.search("red", where=where)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -286,10 +286,11 @@ class ImageIndex:
         """(dim,) the weighted sum of the terms' unit embeddings, of unit length."""
         if not query.terms:
             raise UsageError("query: found no term, expected words or images.")
-        total = sum(weight * self._embed(term) for weight, term in query.terms)
+        total = sum(weight * self.embed(term) for weight, term in query.terms)
         return F.normalize(total, dim=0)
 
-    def _embed(self, term: Term) -> Tensor:
+    def embed(self, term: Term) -> Tensor:
+        """(dim,) unit embedding of a text, of the image of an id, or of a PIL image."""
         if isinstance(term, str):
             return self._embed_text(term)
         if isinstance(term, Image.Image):

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..open_image_hfclip import shortened
 from ..zero_shot import device_of, evaluating
 
 
@@ -19,6 +20,7 @@ TEMPLATES = ("{}", "a photo of {}.", "a picture of {}.", "an image of {}.")
 SHORT = 5  # words
 CANDIDATES = 1000  # images among which strong matches are looked for
 LEAST_Z = 2.0  # of a strong match
+SAME = 0.999  # cosine of what is the image of the query itself
 
 Term = str | int | Image.Image
 
@@ -46,11 +48,11 @@ def parse_query(text: str) -> Query:
     signs, words = ["+", *parts[1::2]], [part.strip() for part in parts[::2]]
     if not words[0] and len(words) > 1:
         signs, words = signs[1:], words[1:]
-    if not all(words):
-        raise UsageError(f"query: found {text!r}, expected words, also between and after + and -.")
     terms = []
     for sign, term in zip(signs, words, strict=True):
         weight, term = re.fullmatch(r"(?:(\d+(?:\.\d*)?|\.\d+):)?\s*(.*)", term, re.DOTALL).groups()
+        if not term:
+            raise UsageError(f"query: found {shortened(text)!r}, expected words, also between and after + and -.")
         terms.append((float(weight or 1) * (1 if sign == "+" else -1), term))
     return Query(tuple(terms))
 
@@ -79,15 +81,18 @@ def count_strong(scores: np.ndarray, z: np.ndarray) -> int:
 
     Scores of different queries and models cannot be compared, so no fixed score divides good from bad. Candidates are
     more than `LEAST_Z` standard deviations above the query's mean. They are cut at the largest gap to the next score,
-    where gap i counts i times: in the tail of a distribution without matches these products are alike.
+    where gap i counts i times: in the tail of a distribution without matches these products are alike. The image of the query
+    itself, and copies of it, are no part of that.
 
     Args:
         scores: of the best images, falling.
         z: the same as z-scores.
     """
+    same = int((scores > SAME).sum())
+    scores, z = scores[same:], z[same:]
     candidates = int((z >= LEAST_Z).sum())
     if not candidates:
-        return 0
+        return same
     after = np.append(scores[1:], scores[-1:])[:candidates]
     gaps = (scores[:candidates] - after) * np.arange(1, candidates + 1)
-    return int(gaps.argmax()) + 1
+    return same + int(gaps.argmax()) + 1

@@ -146,13 +146,15 @@ class Update:
     def embed(self, model: nn.Module, processor: Any, files: list[File], progress: Progress | None) -> None:
         """Reads files, embeds those of new content, and commits now and then, whatever ends it."""
         device = device_of(model)
-        batch_size = min(32 if device.type == "cpu" else 256, len(files))
+        batch_size = 32 if device.type == "cpu" else 256
         options = Options(("images",), {}, batch_size, self.manifest.model["precision"], "float16")
-        chunks = Files(files, self.by_hash, processor, options, batch_size * max(CHUNK // batch_size, 1))
+        chunks = Files(files, self.by_hash, processor, options, CHUNK)
         num_workers = usual_workers(device.type == "cpu") if len(files) > CHUNK else 0
         try:
             with prepared(model, options.precision) as bare, Encoder(bare, processor, options) as encoder:
                 for number, inputs in chunks.load(list(range(len(chunks))), num_workers, "indexing", False):
+                    # Batches are filled up: a few images are a batch of their own.
+                    encoder.options = options._replace(batch_size=min(batch_size, max(len(inputs["readable"]), 1)))
                     self._take([files[index] for index in chunks.indices(number)], encoder(inputs))
                     done = chunks.indices(number).stop
                     self.store.tell_progress(done, len(files))
