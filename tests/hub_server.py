@@ -74,8 +74,8 @@ class HubServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, root: Path, users: dict[str, str], part_size: int | None = None):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, root: Path, users: dict[str, str], part_size: int | None = None, port: int = 0):
+        super().__init__(("127.0.0.1", port), Handler)
         self.root, self.users, self.part_size = root, users, part_size
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []

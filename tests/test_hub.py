@@ -22,7 +22,7 @@ from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_auto import CAPTIONS, VISIONS
-from training_utils import command, pairs, write_recipe, write_tar
+from training_utils import command, free_port, pairs, write_recipe, write_tar
 
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer, hub
 from hfclip.errors import UsageError
@@ -64,15 +64,22 @@ def folder(saved, tmp_path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def forker(tmp_path_factory):
+    with Forker(tmp_path_factory.mktemp("forker")) as forker:
+        yield forker
+
+
 @pytest.fixture
-def server(tmp_path):
-    with HubServer(tmp_path / "hub", users={TOKEN: "anna"}) as server:
+def server(tmp_path, forker):
+    with HubServer(tmp_path / "hub", users={TOKEN: "anna"}, port=forker.port) as server:
+        server.forker = forker
         yield server
 
 
-def environment(server: HubServer, tmp_path: Path, **more: str) -> dict[str, str]:
+def environment(url: str, home: Path, **more: str) -> dict[str, str]:
     # Xet is a storage protocol with a server of its own; without it the client sends large files by LFS.
-    settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    settings = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
     settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", **more}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     return {**kept, **settings}
@@ -83,30 +90,86 @@ def environment(server: HubServer, tmp_path: Path, **more: str) -> dict[str, str
 IMPATIENT = """
 import os, runpy, sys, time
 from hfclip.hub import check, upload
-sleep, upload.TIMEOUT = time.sleep, float(os.environ.get("SILENCE", 60))
-if "COMPARE" not in os.environ:
-    check._check_tensors = lambda *_: None
+sleep, compare = time.sleep, check._check_tensors
 time.sleep = lambda seconds: sleep(seconds / 100)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+def run(path, *arguments):
+    upload.TIMEOUT = float(os.environ.get("SILENCE", 60))
+    check._check_tensors = compare if "COMPARE" in os.environ else lambda *_: None
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
 """
+# Importing takes longer than pushing, so one process imports, and forks one for each line it reads.
+FORKING = (
+    IMPATIENT
+    + """
+import json, signal, traceback
+for line in sys.stdin:
+    arguments, environment, out, err = json.loads(line)
+    process = os.fork()
+    if process:
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+        continue
+    signal.alarm(120)  # and not for ever
+    os.environ.update(environment)
+    for stream, file in ((sys.stdout, out), (sys.stderr, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    status = 1
+    try:
+        run(*arguments)
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
+"""
+)
+AT_IMPORT = {"HF_ENDPOINT", "HF_HUB_OFFLINE"}  # what huggingface_hub reads then
 
 
-def start(server: HubServer, folder: Path, *arguments: str, repo: str = REPO, **more: str) -> subprocess.Popen:
+class Forker:
+    """Runs the script in forks of one process, against servers that have its port one after the other."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.port = folder, free_port()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment(f"http://127.0.0.1:{self.port}", folder),
+        )  # fmt: skip
+
+    def __enter__(self) -> "Forker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.communicate()
+
+    def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
+        """Its status, stdout and stderr."""
+        files = [self.folder / "out", self.folder / "err"]
+        print(json.dumps([arguments, environment, *map(str, files)]), file=self.process.stdin, flush=True)
+        return (int(self.process.stdout.readline()), *(file.read_text() for file in files))
+
+
+def start(server: HubServer, folder: Path, repo: str = REPO, **more: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", IMPATIENT, str(SCRIPT), str(folder), repo, *arguments],
-        env=environment(server, server.root.parent, **more),
+        [sys.executable, "-c", IMPATIENT + "run(*sys.argv[1:])", str(SCRIPT), str(folder), repo],
+        env=environment(server.url, server.root.parent / "home", **more),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def push(server: HubServer, folder: Path, *arguments: str, status: int = 0, **more: str) -> tuple[str, str]:
+def push(server: HubServer, folder: Path, *arguments: str, repo: str = REPO, status: int = 0, **more: str):
     """Stdout and stderr of the script, which must end with `status`, without traceback, and keep the token secret."""
-    process = start(server, folder, *arguments, **more)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == status, err
+    if more.keys() & AT_IMPORT:
+        process = start(server, folder, repo, **more)
+        out, err = process.communicate(timeout=120)
+        found = process.returncode
+    else:
+        found, out, err = server.forker.run(str(SCRIPT), str(folder), repo, *arguments, **more)
+    assert found == status, err
     assert "Traceback" not in err and TOKEN not in out + err, err
     return out, err
 
@@ -164,7 +227,7 @@ def test_a_pushed_model_opens_by_name_where_hfclip_is_missing(saved, server, tmp
     more = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | ({} if server.repositories[REPO].private else {"HF_TOKEN": ""})
     result = subprocess.run(
         [sys.executable, "-c", LOAD, REPO, json.dumps(CAPTIONS), revision],
-        env=environment(server, tmp_path, **more), cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=environment(server.url, tmp_path / "home", **more), cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     model, processor = HFCLIPModel.from_pretrained(saved[name]), HFCLIPProcessor.from_pretrained(saved[name])
@@ -374,7 +437,7 @@ def test_the_token_is_in_no_log_and_no_traceback(folder, server, token):
     server.fail(CREATE, times=ALWAYS, status=403, message="what is {authorization}?")
     result = subprocess.run(
         [sys.executable, "-c", LOUD, str(folder)], capture_output=True, text=True, timeout=120,
-        env=environment(server, folder.parent, HF_TOKEN=token, HF_DEBUG="1"),
+        env=environment(server.url, folder.parent / "home", HF_TOKEN=token, HF_DEBUG="1"),
     )  # fmt: skip
     assert result.returncode == 1, result.stderr
     assert "HubError" in result.stderr
@@ -389,13 +452,13 @@ def test_the_trainer_publishes_and_names_the_command_where_it_cannot(server, tmp
     recipe = write_recipe(tmp_path, run={"push_to_hub": REPO}, optim={"steps": 3}, eval=held_out)
     server.fail(COMMIT, times=1, status=403)
     train = {"capture_output": True, "text": True, "timeout": 300, "cwd": SCRIPT.parents[1]}
-    result = subprocess.run(command("--config", recipe), env=environment(server, tmp_path), **train)
+    result = subprocess.run(command("--config", recipe), env=environment(server.url, tmp_path / "home"), **train)
     assert result.returncode == 1 and TOKEN not in result.stdout + result.stderr
     assert "The token may not write to" in result.stderr and "Traceback" not in result.stderr
 
     (again,) = [line.split() for line in result.stderr.splitlines() if "hfclip push" in line]
     hfclip = [sys.executable, "-c", "import hfclip_cli; hfclip_cli.main()"]
-    subprocess.run([*hfclip, *again[1:]], env=environment(server, tmp_path), check=True, **train)
+    subprocess.run([*hfclip, *again[1:]], env=environment(server.url, tmp_path / "home"), check=True, **train)
     assert contents(tmp_path / "run" / "model").keys() <= server.files(REPO).keys()
     card = ModelCard(server.files(REPO)["README.md"].decode())
     assert "| Pairs a step | 16 |" in card.text
