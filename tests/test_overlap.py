@@ -14,7 +14,6 @@ from hfclip.embeddings import embed
 from hfclip.errors import UsageError
 from hfclip.evaluation import DataSet
 from hfclip.evaluation.data import select
-from hfclip.evaluation.figures import draw_overlap
 from hfclip.evaluation.overlap import (
     PerceptualHash,
     find_nearest,
@@ -227,12 +226,15 @@ def test_rejects_what_makes_no_sense(clip, data, tmp_path):
 
 
 def test_plot_of_data_sets(tmp_path):
-    generator, rows = np.random.default_rng(0), []
+    generator, stored = np.random.default_rng(0), []
     for name, share in (("birds", 0.12), ("cars", 0.02), ("none", 0)):
         is_overlap = np.arange(400) < 400 * share
-        rows.append({"name": name, **overlap_statistics(generator.random(400) < 0.7 + 0.2 * is_overlap, is_overlap)})
-    draw_overlap(tmp_path / "overlap.svg", rows)
+        metrics = overlap_statistics(generator.random(400) < 0.7 + 0.2 * is_overlap, is_overlap)
+        stored.append({"task": "overlap", "data": [{"name": name}], "metrics": metrics})
+    found = overlap_summary(None, None, stored, figure=str(tmp_path / "overlap.svg"))
     text = (tmp_path / "overlap.svg").read_text()
-    assert "birds" in text and "cars" in text and "overlap (% of the images)" in text
-    with pytest.raises(UsageError, match="no data set with overlap"):
-        draw_overlap(tmp_path / "none.svg", rows[2:])
+    assert "birds" in text and "cars" in text and "share of the images that overlap" in text
+    birds, cars = found.tables["accuracies"]
+    metrics = stored[0]["metrics"]
+    assert birds["difference"] == metrics["overlap_top1"] - metrics["clean_top1"]
+    assert birds["low"] < birds["difference"] < birds["high"] and cars["significance"].startswith("p ")

@@ -20,7 +20,7 @@ from hfclip.data.sources import open_source
 from hfclip.errors import UsageError
 from hfclip.evaluation import DataSet
 from hfclip.evaluation.corruptions import CORRUPTIONS, Corrupted, Typographic, corrupt, corruptions, typographic
-from hfclip.evaluation.figures import draw_robustness
+from hfclip.evaluation.data import Part
 from hfclip.evaluation.robustness import (
     FITS,
     PAPER_ROWS,
@@ -36,6 +36,8 @@ from hfclip.evaluation.robustness import (
     robustness,
     robustness_plot,
 )
+from hfclip.evaluation.running import OpenModel, evaluate
+from hfclip.evaluation.shared import embed_readable
 
 
 LABELS = ["cat", "dog", "bus", "owl", "spoon", "tulip"]
@@ -230,6 +232,17 @@ def test_line_through_own_baseline(clip, sets, tmp_path):
         fit_line([0.5, 0.6], [0.4, 0.5])
 
 
+def test_results_belong_to_what_a_table_holds(clip, sets, tmp_path):
+    table, opened = tmp_path / "models.csv", OpenModel(*clip, "tiny")
+    table.write_text("reference,subset\n0.5,0.3\n0.6,0.4\n0.7,0.5\n")
+    several, options = [sets["reference"], sets["subset"]], {"baseline": str(table), "out": tmp_path / "results"}
+    first = evaluate("robustness", opened, several, **options)
+    assert evaluate("robustness", opened, several, **options).run["date"] == first.run["date"]
+    table.write_text("reference,subset\n0.5,0.2\n0.6,0.3\n0.7,0.4\n")
+    other = evaluate("robustness", opened, several, **options)
+    assert other.metrics["subset_effective_robustness"] > first.metrics["subset_effective_robustness"]
+
+
 def test_points_of_any_origin_on_one_plot(clip, sets, tmp_path):
     result = robustness(*clip, [sets["reference"], sets["subset"]])
     stored = {"task": "robustness", "model": {"name": "runs/tiny"}, "tables": result.tables}
@@ -248,27 +261,21 @@ def test_points_of_any_origin_on_one_plot(clip, sets, tmp_path):
             robustness_plot(None, None, [], **options)
 
 
-def test_plot_has_percent_ticks_and_is_written_by_its_ending(tmp_path):
-    points = [
-        {"set": name, "origin": origin, "reference_top1": row[0], "top1": value}
-        for origin, row in PAPER_ROWS.items()
-        for name, value in zip(PAPER_SETS, row[1:])
-    ]
-    draw_robustness(tmp_path / "plot.svg", points, FITS)
+def test_plot_has_lines_of_other_models_and_percent_ticks(tmp_path):
+    found = robustness_plot(None, None, [], paper=True, figure=str(tmp_path / "plot.svg"))
     text = (tmp_path / "plot.svg").read_text()
-    for words in (
-        "accuracy on ImageNet (%)",
-        "equal accuracy",
-        "ResNet-101",
-        "imagenet-a",
-        "<!-- 75 -->",
-        "<!-- 90 -->",
-    ):
+    for words in ("accuracy on the reference", "equal", "ResNet-101", "imagenet-a", ">75%<", ">90%<"):
         assert words in text
-    draw_robustness(tmp_path / "plot.png", points[:1], reference="seen_noto")
+    lines = {name: [row for row in found.tables["fits"] if row["set"] == name] for name in PAPER_SETS}
+    assert [name for name in PAPER_SETS if not lines[name]] == ["objectnet"]  # of which there is no fit
+    for row in lines["imagenet-a"]:
+        assert row["top1"] == pytest.approx(FITS["imagenet-a"](row["reference_top1"]))
+        assert row["low"] < row["top1"] < row["high"]
+    robustness_plot(None, None, [], paper=True, figure=str(tmp_path / "plot.png"))
     assert PIL.Image.open(tmp_path / "plot.png").size[0] > 500
+    (tmp_path / "probes.csv").write_text("set,origin,reference_top1,top1\nimagenet-r,probe,1,1\n")
     with pytest.raises(UsageError, match="no point"):
-        draw_robustness(tmp_path / "none.png", [])
+        robustness_plot(None, None, [], points=str(tmp_path / "probes.csv"), figure=str(tmp_path / "none.png"))
 
 
 # --------------------------------------------------------------------------------------------------------- corruptions
@@ -282,6 +289,9 @@ def photo(data_dir):
     return image[3].image
 
 
+RANDOM = ("glass_blur", "motion_blur", "snow", "fog", "spatter", "elastic_transform")
+
+
 def test_corruptions_are_deterministic_and_grow(photo):
     clean = np.asarray(photo, float)
     for kind in CORRUPTIONS:
@@ -291,8 +301,9 @@ def test_corruptions_are_deterministic_and_grow(photo):
         distances = [
             np.abs(np.asarray(corrupt(photo, kind, severity), float) - clean).mean() for severity in (1, 3, 5)
         ]
-        assert distances[0] < distances[-1] and (kind == "saturate" or distances[0] < distances[1]), kind
-        is_random = kind.endswith("noise")
+        grows = distances[0] < distances[-1] and (kind == "saturate" or distances[0] < distances[1])
+        assert grows or kind == "elastic_transform", kind  # whose first levels move all, and the others each pixel
+        is_random = kind.endswith("noise") or kind in RANDOM
         assert (corrupt(photo, kind, 1, "b.jpg").tobytes() != first.tobytes()) == is_random
         assert (corrupt(photo, kind, 1, "a.jpg", seed=1).tobytes() != first.tobytes()) == is_random
 
@@ -327,8 +338,8 @@ def test_blur_is_a_mean_weighted_as_its_name_says():
 
 
 def test_rejects_corruptions_that_are_none(photo, sets):
-    with pytest.raises(UsageError, match="'fog'.*expected one of gaussian_noise"):
-        corrupt(photo, "fog", 1)
+    with pytest.raises(UsageError, match="'frost'.*expected one of gaussian_noise"):
+        corrupt(photo, "frost", 1)
     with pytest.raises(UsageError, match="severity 6"):
         Corrupted(sets["subset"].labelled().samples.source, "contrast", 6)
 
@@ -347,6 +358,23 @@ def test_accuracy_on_corrupted_images(clip, sets):
     assert result.metrics["corrupted_top1"] == pytest.approx(np.mean(by_row)) and len(by_row) == 4
 
 
+def test_images_that_are_made_are_made_once(clip, sets, tmp_path):
+    class Counted(Corrupted):
+        made = 0
+
+        def alter(self, image, sample):
+            Counted.made += 1
+            return super().alter(image, sample)
+
+    source, options = sets["subset"].labelled().samples.source, {"cache_dir": tmp_path, "num_workers": 0}
+    first = embed_readable(*clip, Counted(source, "contrast", 5), **options)
+    assert Counted.made == len(source) and first.keys == [source[i].key for i in range(len(source))]
+    again = embed_readable(*clip, Counted(Part(source, range(len(source))), "contrast", 5), **options)
+    assert Counted.made == len(source) and np.array_equal(again.embeds, first.embeds)
+    other = embed_readable(*clip, Counted(source, "contrast", 4), **options)
+    assert Counted.made == 2 * len(source) and not np.array_equal(other.embeds, first.embeds)
+
+
 def test_typographic_attack_writes_wrong_names(clip, sets):
     folder = sets["subset"].labelled()
     attacked, plain = Typographic(folder.samples.source), folder.samples.source
@@ -354,7 +382,7 @@ def test_typographic_attack_writes_wrong_names(clip, sets):
     for index in range(len(plain)):
         sample = attacked[index]
         assert sample.image.tobytes() == attacked[index].image.tobytes()
-        name = folder.labels[attacked.written(sample)]
+        name = folder.labels[attacked.written(sample.key, sample.label)]
         assert name != folder.labels[sample.label]
         assert (np.asarray(sample.image) == 255).all(axis=2).sum() > 50  # white letters
         written.append(name)

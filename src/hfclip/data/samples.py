@@ -106,6 +106,13 @@ class Source:
         """Raises BadSample."""
         raise NotImplementedError
 
+    def content(self, index: int) -> Sample:
+        """The sample for fingerprints: of a source that makes images, what they are made of in their place.
+
+        Raises BadSample.
+        """
+        return self[index]
+
     def captions(self, index: int) -> list[str]:
         """The captions of a sample without its image. Raises BadSample."""
         raise NotImplementedError

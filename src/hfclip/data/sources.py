@@ -264,6 +264,10 @@ class MixtureSource(Source):
         source, index = self._find(index)
         return source[index]
 
+    def content(self, index: int) -> Sample:
+        source, index = self._find(index)
+        return source.content(index)
+
     def captions(self, index: int) -> list[str]:
         source, index = self._find(index)
         return source.captions(index)

@@ -52,10 +52,20 @@ class VideoFrames(Source):
             _import_av()
 
     def __getitem__(self, index: int) -> Sample:
+        (path, _), number = self.videos[index // self.num_frames], index % self.num_frames
+        read = self._frame_in_folder if path.is_dir() else self._frame_of_file
+        return self._sample(index, read(path, number))
+
+    def _sample(self, index: int, image: bytes | Image.Image) -> Sample:
         (path, label), number = self.videos[index // self.num_frames], index % self.num_frames
         key = posixpath.join(path.relative_to(self.folder).as_posix(), str(number))
-        image = self._frame_in_folder(path, number) if path.is_dir() else self._frame_of_file(path, number)
         return Sample(image, [self.labels[label]], key, label)
+
+    def content(self, index: int) -> Sample:
+        """The bytes of a video file in place of its frame, whose number the key has."""
+        path, _ = self.videos[index // self.num_frames]
+        made_of = path.read_bytes() + f" {self.num_frames} frames".encode() if path.is_file() else None
+        return self[index] if made_of is None else self._sample(index, made_of)
 
     def captions(self, index: int) -> list[str]:
         return [self.labels[self.label(index)]]

@@ -101,7 +101,7 @@ class Chunks(Dataset):
     def _content(self, index: int) -> Iterator[bytes]:
         try:
             if "images" in self.options.what:
-                image, captions, key, label = self.source[index]
+                image, captions, key, label = self.source.content(index)
                 if not isinstance(image, bytes):
                     yield f"{image.mode} {image.size}".encode()
                     image = image.tobytes()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -144,6 +144,27 @@ def _contents(place: str) -> list:
     return [sizes, *(read_lines(path, name) for name in (CLASS_NAMES, TEMPLATES_FILE))]
 
 
+def digest_of_data(place: str) -> str:
+    """What tells data from others, as results tell them."""
+    return DataSet(place).describe()["fingerprint"]
+
+
+def digest_of_files(place: str) -> str:
+    """64 hex digits of the content of a file, or of all files in a folder; of the name where there is neither."""
+    path = Path(place).expanduser()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes() if file.is_file() else str(place).encode()
+        digest.update(f"{file.relative_to(path).as_posix()} {hashlib.sha256(content).hexdigest()} ".encode())
+    return digest.hexdigest()
+
+
+# Options of tasks that name what is read: a result belongs to what is there, which the function tells.
+Data = Annotated[str, digest_of_data]
+File = Annotated[str, digest_of_files]
+
+
 class Part(Source):
     """Some samples of a source."""
 
@@ -154,6 +175,9 @@ class Part(Source):
 
     def __getitem__(self, index: int) -> Sample:
         return self.source[self.indices[index]]
+
+    def content(self, index: int) -> Sample:
+        return self.source.content(self.indices[index])
 
     def captions(self, index: int) -> list[str]:
         return self.source.captions(self.indices[index])

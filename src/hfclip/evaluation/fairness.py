@@ -31,7 +31,7 @@ from ..data.tars import files_of
 from ..data.webdataset import ShardSource
 from ..errors import UsageError, as_usage_error
 from .data import DataSet
-from .predictions import EmbeddedImages, embed_names, embed_readable
+from .shared import Embedded, embed_names, embed_readable
 from .task import Plot, Result
 
 
@@ -151,13 +151,13 @@ def fairness(
         raise UsageError(f"thresholds are {thresholds}, expected probabilities between 0 and 1.")
     people = open_people(data.where(), attributes)
     people = people._replace(source=data.part(people.source))
-    images = embed_readable(model, processor, people.source, labelled=False, **embedding)
-    keys = images.keys(people.source)
+    images = embed_readable(model, processor, people.source, **embedding)
+    keys = images.keys
     rows = [people.attributes.get(_stem(key)) for key in keys]
     known = np.array([row is not None for row in rows])
     if not known.any():
         raise UsageError(f"{data.name}: no image has attributes; {keys[0]} is one without.")
-    images = images._replace(embeds=images.embeds[known], targets=images.targets[known], places=images.places[known])
+    images = images.part(known)
     columns = {name: np.array([row[name] for row in rows if row is not None]) for name in attributes}
     groups = _groups(columns, people.values, smallest_group)
 
@@ -181,7 +181,7 @@ def fairness(
     whole = {row["labels"]: row for row in labels if row["group"] == "all"}
     for kind in ("crime", "non_human"):
         metrics[kind], metrics[f"{kind}_with_child"] = whole["default"][kind], whole["with child"][kind]
-    metrics |= {"images": len(images.places), "without_attributes": int((~known).sum())}
+    metrics |= {"images": len(images.readable), "without_attributes": int((~known).sum())}
     return Result(
         metrics,
         headline=f"{attributes[0]}_accuracy",
@@ -224,7 +224,7 @@ def _count_labels(
     compare: Any,
     values: Mapping[str, list[str]],
     groups: Sequence[tuple[dict[str, str], np.ndarray]],
-    images: EmbeddedImages,
+    images: Embedded,
     thresholds: Sequence[float],
 ) -> tuple[list[dict], list[dict]]:
     """Shares of each group that get a label of crime, or one that is not human: the most likely one, or by thresholds."""
@@ -233,7 +233,7 @@ def _count_labels(
     rows, of_thresholds = [], []
     for words, more in (("default", []), ("with child", [CHILD])):
         labels = [*of_people, *NON_HUMAN, *CRIME, *more]
-        scores = images.scale * compare(labels, LABEL_TEMPLATE).astype(np.float64)
+        scores = images.found.scale * compare(labels, LABEL_TEMPLATE).astype(np.float64)
         best = np.array(labels)[scores.argmax(axis=1)]
         shares = {"crime": np.isin(best, CRIME), "non_human": np.isin(best, NON_HUMAN)}
         for group, of in groups:

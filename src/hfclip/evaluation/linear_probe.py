@@ -12,13 +12,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from ..embeddings import embed
 from ..embeddings.chunks import Pool
 from ..errors import UsageError
 from ..zero_shot import device_of
 from . import metrics
 from .data import DataSet, LabelledFolder
 from .logistic import Fit, LogisticRegression
+from .shared import embed_labelled
 from .task import Plot, Result
 
 
@@ -139,17 +139,17 @@ def load_splits(
     splits, device, wanted = {}, device_of(model), {} if layer == IMAGE_EMBEDS else {layer: pool}
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     for name, folder in folders.items():
-        options = {"precision": "fp32", **embedding, "what": ("images",), "layers": wanted}
-        found = embed(model, processor, folder.samples.source, **options)
-        is_readable = found.image_embeds.any(axis=1)
-        features = found.layers.get(layer, found.image_embeds)
-        arrays = (array[is_readable] for array in (features, found.image_embeds, found.label_ids))
+        images = embed_labelled(model, processor, folder.samples, labels, layers=wanted, **embedding)
+        features = images.found.layers.get(layer, images.found.image_embeds)[images.readable]
+        arrays = features, images.embeds, images.targets
         features, image_embeds, targets = (torch.from_numpy(array).to(device) for array in arrays)
         if features.ndim != 2:
             raise UsageError(
                 f"{named(layer, pool)} is {tuple(features.shape[1:])} for an image, expected one row: pool its mean."
             )
-        splits[name] = Split(folder, features.float(), image_embeds.float(), targets, int((~is_readable).sum()))
+        splits[name] = Split(
+            folder, features.float(), image_embeds.float(), targets, len(folder.samples) - len(targets)
+        )
     return splits
 
 

@@ -10,7 +10,6 @@ for each data set; the training data are not read again for that.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,9 +28,9 @@ from ..errors import UsageError, as_usage_error
 from ..image_processing_hfclip import HFCLIPImageProcessor
 from ..open_image_hfclip import open_image
 from ..zero_shot import device_of
-from .data import LabelledFolder, Part
-from .figures import draw_overlap
-from .predictions import embed_names, embed_readable
+from .data import Data, File, LabelledFolder, Part, digest_of_data
+from .plots import draw
+from .shared import embed_names, embed_readable
 from .task import Plot, Result
 
 
@@ -179,9 +178,9 @@ def overlap(
     processor: Any,
     data: LabelledFolder,
     *,
-    training: str | None = None,
+    training: Data | None = None,
     threshold: float | None = None,
-    detector: str | None = None,
+    detector: File | None = None,
     folder: str | None = None,
     num_data_sets: int = 1,
     **embedding,
@@ -214,10 +213,10 @@ def overlap(
     metrics = overlap_statistics(found.hits, is_overlap, num_data_sets)
     if folder is not None and Processes.find(None, False).rank == 0:
         (Path(folder) / "clean.txt").write_text(
-            "".join(f"{key}\n" for key, both in zip(images.keys(source), is_overlap, strict=True) if not both),
+            "".join(f"{key}\n" for key, both in zip(images.keys, is_overlap, strict=True) if not both),
             encoding="utf-8",
         )
-        draw_pairs(Path(folder) / "pairs.png", list(_pairs(source, images.places, of_training, nearest, threshold)))
+        draw_pairs(Path(folder) / "pairs.png", list(_pairs(source, images.readable, of_training, nearest, threshold)))
     return Result(
         metrics,
         headline="overlap",
@@ -237,18 +236,18 @@ def _nearest(
     folder: str | None,
     embedding: dict,
 ) -> Nearest:
-    """The neighbours, from an earlier run in `folder` if it had the same images, training data and detector."""
-    about = json.dumps([*names, len(training), images.keys(source)])
-    about, path = hashlib.sha256(about.encode()).hexdigest(), None if folder is None else Path(folder, "nearest.npz")
-    if path is not None and path.is_file():
-        with as_usage_error(path), np.load(path) as stored:
-            if str(stored["about"]) == about:
-                return Nearest(stored["similarity"], stored["index"])
+    """The neighbours, from an earlier run in `folder` if it had the same training data and embeddings to compare."""
     queries = images.embeds
     if names[1] is not None:
         model, processor = _open_detector(names[1], device_of(model))
         embedding = {name: value for name, value in embedding.items() if name != "cache_dir"}
         queries = embed_readable(model, processor, source, **embedding).embeds
+    about = f"{digest_of_data(names[0])} {len(training)} {names[1]}".encode() + queries.tobytes()
+    about, path = hashlib.sha256(about).hexdigest(), None if folder is None else Path(folder, "nearest.npz")
+    if path is not None and path.is_file():
+        with as_usage_error(path), np.load(path) as stored:
+            if str(stored["about"]) == about:
+                return Nearest(stored["similarity"], stored["index"])
     nearest = find_nearest(model, processor, queries, training, **embedding)
     if path is not None and Processes.find(None, False).rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,7 +284,7 @@ def overlap_summary(
     """What the paper says of all its data sets together, from stored results of "overlap".
 
     Args:
-        figure: file that figure 17 is drawn into; its ending says how (.png, .svg).
+        figure: file that the gains are drawn into (figure 17); its ending says how (.png, .svg).
 
     Returns:
         Median and mean overlap, how many data sets have none, how many accuracies moved by more than 0.1 points, and how
@@ -294,8 +293,6 @@ def overlap_summary(
     rows = [{"name": result["data"][0]["name"], **result["metrics"]} for result in data if result["task"] == "overlap"]
     if not rows:
         raise UsageError("overlap-summary: found no result of overlap, expected one for each data set.")
-    if figure is not None:
-        draw_overlap(figure, rows)
     shares = np.array([row["overlap"] for row in rows])
     metrics = {
         "data_sets": len(rows),
@@ -306,5 +303,23 @@ def overlap_summary(
         "moved_by_0.1_points": sum(abs(row["gain"]) > 0.001 for row in rows),
         "largest_gain": float(max(row["gain"] for row in rows)),
     }
-    plot = Plot("overlap", "overlap", "gain", label="name", kind="scatter", title="Overlap with the training data")
-    return Result(metrics, headline="mean_overlap", tables={"overlap": rows}, plots=[plot])
+    for row in rows:
+        row["significance"] = next((words for level, words in LEVELS if row.get("p_value", 1) < level), "p >= 0.05")
+    tables = {"overlap": rows, "accuracies": [_against_clean(row) for row in rows if "p_value" in row]}
+    style = {"series": "significance", "kind": "scatter", "x_label": "share of the images that overlap"}
+    gain = Plot("overlap", "overlap", "gain", label="name", title="Accuracy on all minus on clean images", **style)
+    words = {"title": "Accuracy on overlap minus on clean images", "error": ("low", "high")}
+    plots = [gain, Plot("accuracies", "overlap", "difference", **words, **style)]
+    if figure is not None and draw(gain, tables, figure) is None:
+        raise UsageError("overlap-summary: found no data set to draw, expected at least one.")
+    return Result(metrics, headline="mean_overlap", tables=tables, plots=plots)
+
+
+LEVELS = ((1e-3, "p < 0.001"), (0.05, "p < 0.05"))
+
+
+def _against_clean(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy on the overlap of a data set beside that on its clean images, with the interval (figure 17)."""
+    ends = {"difference": "overlap_top1", "low": "overlap_top1_low", "high": "overlap_top1_high"}
+    differences = {name: row[column] - row["clean_top1"] for name, column in ends.items()}
+    return {**{name: row[name] for name in ("name", "overlap", "significance")}, **differences}

@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,12 @@ class Table:
     title: str
     columns: list[str]
     rows: list[list[Any]]
+
+    @classmethod
+    def of_rows(cls, title: str, rows: Sequence[Mapping[str, Any]]) -> "Table":
+        """A table of mappings from column to cell."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        return cls(title, columns, [[row.get(column) for column in columns] for row in rows])
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 from .page import Section, Table
 from .plots import draw
-from .records import Record, slug
+from .records import Record, models_of, slug
 from .registry import published, published_models, registered
 from .task import Plot
 
@@ -44,7 +44,7 @@ def _of_cells(template: Mapping[str, Any], records: Sequence[Record]) -> tuple[T
     columns, rows, measured = template["columns"], [], False
     for row in template["rows"]:
         rows.append([row["label"], *row.get("paper", [None] * len(columns))])
-        for model in _models(records) if "task" in row else ():
+        for model in models_of(records) if "task" in row else ():
             values = [_value(_merged(row, column), records, model) for column in columns]
             if any(value is not None for value in values):
                 rows.append([f"{row['label']}, {model}", *values])
@@ -54,7 +54,7 @@ def _of_cells(template: Mapping[str, Any], records: Sequence[Record]) -> tuple[T
 
 def _of_registry(task: str, records: Sequence[Record]) -> tuple[Table, bool]:
     """A row per data set of the paper, with its numbers of each model, and the results."""
-    known, models = [name for name in published_models() if any(_papers(task, name))], _models(records)
+    known, models = [name for name in published_models() if any(_papers(task, name))], models_of(records)
     rows, measured = [], False
     for row in registered().values():
         if row.group == "paper":
@@ -80,8 +80,7 @@ def _of_points(points: Mapping[str, str], records: Sequence[Record]) -> tuple[Ta
         if record.result["task"] == points["task"]:
             about = {"model": record.result["model"].get("name", ""), "data": record.result["data"][0]["name"]}
             rows += [about | row for row in record.result["tables"].get(points["table"], [])]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return Table("", columns, [[row.get(column) for column in columns] for row in rows]), bool(rows)
+    return Table.of_rows("", rows), bool(rows)
 
 
 def _merged(row: Mapping[str, Any], column: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,10 +127,6 @@ def _look_up(cell: Mapping[str, Any], record: Record) -> tuple[float] | None:
     return None
 
 
-def _models(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(record.result["model"]["name"] for record in records if record.result["model"]))
-
-
 def _draw(template: Mapping[str, Any], table: Table) -> Any:
     """The drawing of a figure."""
     if template.get("plot") == "bar":
@@ -140,8 +135,8 @@ def _draw(template: Mapping[str, Any], table: Table) -> Any:
             for place, row in enumerate(table.rows)
             for name, value in zip(table.columns[1:], row[1:], strict=True)
         ]
-        return draw(Plot("rows", "set", "points", "whose", kind="bar", title=template["title"]), rows)
+        return draw(Plot("rows", "set", "points", "whose", kind="bar", title=template["title"]), {"rows": rows})
     if "plot" in template:
         rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-        return draw(Plot("rows", title=template["title"], **template["plot"]), rows)
+        return draw(Plot("rows", title=template["title"], **template["plot"]), {"rows": rows})
     return None

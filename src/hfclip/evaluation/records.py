@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ def read_all(folder: str | os.PathLike) -> list[Record]:
             f"{folder}: found no results, expected .json files. `hfclip evaluate --out {folder}` makes them."
         )
     return [Record.read(path) for path in found]
+
+
+def models_of(records: Sequence[Record]) -> list[str]:
+    """The names of the models of results."""
+    return list(dict.fromkeys(record.result["model"]["name"] for record in records if record.result["model"]))
 
 
 def record_of(result: Result, about: dict[str, Any]) -> Record:

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult
 from .page import Section, Table, as_html, show, words
 from .paper import fill, templates
 from .plots import draw, draw_array, draw_overview
-from .records import Record, read_all, slug
+from .records import Record, models_of, read_all, slug
 from .registry import compare, published, registered, tell_protocol
 from .task import Plot
 
@@ -35,7 +35,7 @@ def write_report(results: str | os.PathLike, out: str | os.PathLike) -> Path:
     records, out = read_all(results), Path(out).expanduser()
     sections = build_sections(records)
     (out / "plots").mkdir(parents=True, exist_ok=True)
-    title = f"Evaluation of {', '.join(_models(records)) or 'results'}"
+    title = f"Evaluation of {', '.join(models_of(records)) or 'results'}"
     plots = {}
     for number, (section, drawing) in enumerate((s, d) for s in sections for d in s.drawings):
         name = plots[id(drawing)] = f"plots/{number:03d}-{slug(section.title)[:40]}-{slug(drawing.title)[:40]}"
@@ -93,19 +93,16 @@ def _details(record: Record) -> Section:
     text = [*result["notes"], *map(str, compare(result))]
     text += [said for said in [tell_protocol(result)] if said]
     rows = [[name, value] for name, value in record.metrics.items()]
-    tables = [Table("metrics", ["metric", "value"], rows), *map(_table_of, result["tables"].items())]
+    tables = [
+        Table("metrics", ["metric", "value"], rows),
+        *(Table.of_rows(name.replace("_", " "), rows) for name, rows in result["tables"].items()),
+    ]
     facts = {**result["options"], **result["protocol"], "precision": result.get("precision")}
     told = [[name, words(value)] for name, value in facts.items() if value is not None]
     tables += [Table("protocol and options", ["name", "value"], told)] if told else []
-    drawings = [draw(Plot(**plot), result["tables"].get(plot["table"], [])) for plot in result["plots"]]
+    drawings = [draw(Plot(**plot), result["tables"]) for plot in result["plots"]]
     drawings += [draw_array(name, array) for name, array in record.arrays.items()]
     return Section(title, text, tables, [drawing for drawing in drawings if drawing], folded=True)
-
-
-def _table_of(entry: tuple[str, list[dict]]) -> Table:
-    name, rows = entry
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return Table(name.replace("_", " "), columns, [[row.get(column) for column in columns] for row in rows])
 
 
 def _provenance(records: Sequence[Record]) -> Section:
@@ -154,10 +151,6 @@ def _row(cells: Any) -> str:
     return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def _models(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(record.result["model"]["name"] for record in records if record.result["model"]))
-
-
 def _data_name(record: Record) -> str:
     return " + ".join(part["name"] for part in record.result["data"])
 
@@ -188,7 +181,7 @@ def _openclip_table(records: Sequence[Record]) -> tuple[list[str], list[list]]:
     """A row per model under OpenCLIP's names of columns; their average is over 38 sets, and left empty."""
     columns = [row.openclip_column for row in registered().values() if row.openclip_column]
     rows = []
-    for model in _models(records):
+    for model in models_of(records):
         values = {}
         for record in records:
             data = record.result["data"][0].get("registered") if len(record.result["data"]) == 1 else None

@@ -32,9 +32,9 @@ from ..data.image_list import ImageList
 from ..data.records import read_records
 from ..data.samples import Keys
 from ..errors import UsageError, as_usage_error
-from .data import DataSet
-from .figures import draw_robustness
-from .predictions import Predictions, embed_names, embed_readable
+from .data import DataSet, File
+from .plots import draw
+from .shared import Scores, embed_names, embed_readable
 from .task import Plot, Result
 
 
@@ -256,8 +256,8 @@ def robustness(
     processor: Any,
     data: Sequence[DataSet],
     *,
-    class_maps: str | None = None,
-    baseline: str | None = None,
+    class_maps: File | None = None,
+    baseline: File | None = None,
     **embedding,
 ) -> Result:
     """Accuracy of one text classifier on a reference and on shifted sets, restricted to the classes of each.
@@ -308,18 +308,32 @@ def robustness(
     return Result(
         metrics,
         headline="shifted_top1",
-        tables={"robustness": rows},
-        plots=[_plot("robustness", label="set")],
+        tables={"robustness": rows, "fits": _lines(rows, fits)},
+        plots=[_plot("robustness", label="set", series="set")],
         protocol={"reference": names[0], "classifier": "the reference's labels and templates, restricted to each set"},
         notes=[f"No fit of other models is known for {', '.join(without)}: give them by baseline."] if without else [],
     )
 
 
-def _plot(table: str, label: str, series: str | None = None) -> Plot:
+def _plot(table: str, **columns) -> Plot:
     axes = {"x_scale": "logit", "y_scale": "logit", "x_label": "accuracy on the reference", "y_label": "accuracy"}
-    return Plot(
-        table, "reference_top1", "top1", series=series, label=label, kind="scatter", title="Robustness", **axes
-    )
+    lines = {"line": "fits", "band": ("low", "high"), "title": "Robustness, and lines of other models, ± 1 sd"}
+    return Plot(table, "reference_top1", "top1", kind="scatter", **columns, **axes, **lines)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], fits: Mapping[str, Fit | None]) -> list[dict[str, Any]]:
+    """Points along the fit of each set, where there are models that it is of, and near those in `rows`."""
+    places = np.array([row["reference_top1"] for row in rows])
+    lines = []
+    for name, fit in fits.items():
+        if fit is None:
+            continue
+        ends = max(fit.span[0], places.min() - 0.1), min(fit.span[1], places.max() + 0.1)
+        for place in np.linspace(*ends, 40).tolist() if ends[0] < ends[1] else ():
+            expected = fit(place)
+            low, high = np.clip([expected - fit.sd, expected + fit.sd], 1e-3, 1 - 1e-3).tolist()
+            lines.append({"set": name, "reference_top1": place, "top1": expected, "low": low, "high": high})
+    return lines
 
 
 def _members(name: str, labels: Sequence[str], reference: Sequence[str], class_maps: str | None) -> Members:
@@ -330,7 +344,7 @@ def _members(name: str, labels: Sequence[str], reference: Sequence[str], class_m
     return members_by_map(name, labels, reference, read_class_map(path))
 
 
-def _restricted_row(on_reference: Predictions, found: Predictions, members: Members) -> dict[str, float]:
+def _restricted_row(on_reference: Scores, found: Scores, members: Members) -> dict[str, float]:
     """What the restricted classifier does on the set, and on those images of the reference that are of its classes."""
     has_members = np.array([bool(many) for many in members])
     kept = has_members[found.targets]
@@ -395,13 +409,18 @@ def robustness_plot(
             row["effective_robustness"] = effective_robustness(fit, row["reference_top1"], row["top1"])
         if row["set"] in earlier:
             row["relative_robustness"] = relative_robustness(earlier[row["set"]], row["top1"])
-    if figure is not None:
-        draw_robustness(figure, rows, {row["set"]: fit for row in rows if (fit := fit_of(row["set"]))})
+    tables = {
+        "points": rows,
+        "fits": _lines(rows, {name: fit_of(name) for name in dict.fromkeys(r["set"] for r in rows)}),
+    }
+    plot = _plot("points", marker="origin", series="set")
+    if figure is not None and draw(plot, tables, figure) is None:
+        raise UsageError("robustness-plot: found no point with accuracies between 0 and 1, expected at least one.")
     return Result(
         {"points": len(rows), "origins": len({row["origin"] for row in rows})},
         headline="points",
-        tables={"points": rows},
-        plots=[_plot("points", label="origin", series="set")],
+        tables=tables,
+        plots=[plot],
     )
 
 
@@ -422,7 +441,7 @@ def frames(
     processor: Any,
     data: Sequence[DataSet],
     *,
-    class_map: str | None = None,
+    class_map: File | None = None,
     **embedding,
 ) -> Result:
     """Accuracy on anchor frames of videos (pm-0), and on anchors with all frames near them (pm-10; paper table 16).
@@ -451,13 +470,13 @@ def frames(
     label_embeds = embed_names(model, processor, reference.labels, reference.templates, **embedding)
     needed = sorted({*sets, *(frame for near in sets.values() for frame in near)})
     images = ImageList([folder / frame for frame in needed])
-    found = embed_readable(model, processor, images, labelled=False, **embedding)
+    found = embed_readable(model, processor, images, **embedding)
     scores = restrict(found.compare(label_embeds).scores, members)
     best = dict.fromkeys(needed, -1) | {
-        needed[place]: of.argmax() for place, of in zip(found.places, scores, strict=True)
+        needed[place]: of.argmax() for place, of in zip(found.readable, scores, strict=True)
     }
     anchors, whole = pm_accuracy(best, labels, sets)
-    unreadable = len(needed) - len(found.places)
+    unreadable = len(needed) - len(found.readable)
     metrics = {"pm0": anchors, "pmk": whole} | ({"unreadable_images": unreadable} if unreadable else {})
     return Result(
         metrics,

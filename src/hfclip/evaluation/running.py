@@ -23,7 +23,7 @@ from ..presets_hfclip import PRESETS
 from ..zero_shot import device_of, model_fingerprint
 from .data import DataSet
 from .records import Record, identity_of, plain, read_all, record_of, slug
-from .tasks import EMBEDDING, defaults_of, find_task
+from .tasks import EMBEDDING, contents_of, defaults_of, find_task
 
 
 class OpenModel(NamedTuple):
@@ -122,6 +122,8 @@ class Job:
         began, processes = time.perf_counter(), Processes.find(None, alone=False)
         about = {"task": self.task, "model": describe_model(opened), "data": [part.describe() for part in self.sets]}
         about |= {"options": plain(self.options), "precision": self.embedding.get("precision")}
+        contents = contents_of(self.function, self.options)
+        about |= {"contents": contents} if contents else {}
         about["identity"] = identity_of(about, __version__)
         path = None if out is None else self.path(out)
         # As the first process finds it: another one may come when the first has already written.

@@ -14,7 +14,7 @@ from ..data.records import read_records
 from ..data.samples import Keys
 from ..errors import UsageError, as_usage_error
 from ..flops import ModelFlops
-from .figures import draw_scaling
+from .plots import draw
 from .task import Plot, Result
 
 
@@ -135,10 +135,17 @@ def scaling(
     law = fit_power_law([row["compute"] for row in rows], [row["error"] for row in rows], confidence)
     for row, *ends in zip(rows, *law.predict([row["compute"] for row in rows]), strict=True):
         row |= dict(zip(("expected", "low", "high"), map(float, ends), strict=True))
-    x_label = "GFLOPs per image" if compute is None else "compute"
-    if figure is not None:
-        draw_scaling(figure, rows, law, x_label=x_label)
+    along = np.geomspace(rows[0]["compute"] / 1.25, rows[-1]["compute"] * 1.25, 50)
+    columns = ("compute", "error", "low", "high")
+    line = [
+        dict(zip(columns, map(float, point), strict=True)) for point in zip(along, *law.predict(along), strict=True)
+    ]
+    tables, x_label = {"scaling": rows, "line": line}, "GFLOPs per image" if compute is None else "compute"
     axes = {"x_scale": "log", "y_scale": "log", "x_label": x_label, "kind": "scatter", "label": "name"}
+    title = f"error = {law.factor:.3g} x compute^{law.exponent:.3f} ({law.low:.3f} to {law.high:.3f}), R2 {law.r2:.3f}"
+    plot = Plot("scaling", "compute", "error", title=title, line="line", band=("low", "high"), **axes)
+    if figure is not None:
+        draw(plot, tables, figure)
     return Result(
         {
             "exponent": law.exponent,
@@ -149,8 +156,8 @@ def scaling(
             "models": law.n,
         },
         headline="r2",
-        tables={"scaling": rows},
-        plots=[Plot("scaling", "compute", "error", title="Error against compute", error=("low", "high"), **axes)],
+        tables=tables,
+        plots=[plot],
         protocol={"task": of_task, "data": sorted(shared), "compute": x_label, "confidence": confidence},
         notes=["The paper prints no exponent: its figure 9 has five ResNets over 44 times the compute."],
     )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.samples import BadSample, Sample, Source, say
-from ..embeddings import TextList, embed
+from ..embeddings import Embeddings, TextList, embed
 from ..errors import UsageError
 from ..open_image_hfclip import open_image
 from ..zero_shot import Template, check_labels, check_templates, check_tokenizer, device_of, fill_template
@@ -33,14 +33,17 @@ class LabelledImages(Protocol):
 
 
 class Images(Source):
-    """The images of a source without their labels and captions."""
+    """The images of a source with their keys, without labels and captions."""
 
     def __init__(self, source: Source):
         super().__init__()
         self.source, self.length = source, len(source)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self.source[index].image, [], str(index))
+        return self.source[index]._replace(captions=[], label=None)
+
+    def content(self, index: int) -> Sample:
+        return self.source.content(index)._replace(captions=[], label=None)
 
     def captions(self, index: int) -> list[str]:
         return []
@@ -51,19 +54,59 @@ def distinct(words: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-class Embedded(NamedTuple):
-    """Labelled images, embedded."""
+class Scores(NamedTuple):
+    """What labels score against images, in cosines."""
 
-    embeds: np.ndarray
-    """(num_samples, dim), as `hfclip.embeddings.embed` gives them."""
+    scores: np.ndarray
+    """(num_images, num_labels)."""
+    targets: np.ndarray
+    """(num_images,), the right label of each; -1 for none."""
+
+    @property
+    def best(self) -> np.ndarray:
+        return self.scores.argmax(axis=1)
+
+    @property
+    def hits(self) -> np.ndarray:
+        return self.best == self.targets
+
+    @property
+    def top1(self) -> float:
+        return float(self.hits.mean())
+
+
+class Embedded(NamedTuple):
+    """The images of a source that can be read, embedded."""
+
+    found: Embeddings
+    """Of all images."""
     readable: np.ndarray
     """The indices of those that could be read."""
     targets: np.ndarray
-    """(num_readable,) labels; or (num_readable, num_labels), see `metrics.precision_and_recall`."""
+    """(num_readable,) labels, -1 for none; or (num_readable, num_labels), see `metrics.precision_and_recall`."""
+
+    @property
+    def embeds(self) -> np.ndarray:
+        """(num_readable, dim), float32."""
+        return self.found.image_embeds[self.readable].astype(np.float32, copy=False)
+
+    @property
+    def keys(self) -> list[str]:
+        """Their names within the source."""
+        return [self.found.keys[place] for place in self.readable]
 
     def blocks(self, size: int = ROWS) -> Iterator[np.ndarray]:
-        """(at most `size`, dim) embeddings of those that could be read."""
-        return (self.embeds[self.readable[start : start + size]] for start in range(0, len(self.readable), size))
+        """(at most `size`, dim) embeddings."""
+        readable = (self.readable[start : start + size] for start in range(0, len(self.readable), size))
+        return (self.found.image_embeds[places] for places in readable)
+
+    def part(self, kept: np.ndarray) -> "Embedded":
+        """Some of the images."""
+        return self._replace(readable=self.readable[kept], targets=self.targets[kept])
+
+    def compare(self, label_embeds: Tensor) -> Scores:
+        """Cosines with labels, (num_labels, dim)."""
+        return Scores(self.embeds @ label_embeds.float().cpu().numpy().T, self.targets)
 
 
 class Prompts(NamedTuple):
@@ -113,6 +156,13 @@ def embed_prompts(
     return Prompts(embeds, rows, labels, [fill_template(template, "{}") for template in templates])
 
 
+def embed_names(
+    model: nn.Module, processor: Any, labels: Sequence[str], templates: Iterable[Template], **embedding
+) -> Tensor:
+    """(num_labels, dim) classifiers of labels, which may repeat: see `embed_prompts`."""
+    return embed_prompts(model, processor, labels, templates, **embedding).ensemble()
+
+
 def embed_sentences(
     model: nn.Module, processor: Any, sentences: Sequence[str], **embedding
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -137,12 +187,26 @@ def embed_sentences(
     return found.text_embeds, np.array([row_of[sentence] for sentence in sentences])
 
 
+def embed_readable(
+    model: nn.Module, processor: Any, source: Source, targets: np.ndarray | None = None, **embedding
+) -> Embedded:
+    """Embeds the images of a source, and leaves out those that cannot be read.
+
+    Args:
+        targets: of all images, of one label or several. None: the labels of the source.
+        embedding: options of `hfclip.embeddings.embed`; `precision` is "fp32" if it is not given.
+
+    Raises:
+        UsageError: none can be read, or embeddings are not finite.
+    """
+    if targets is None:
+        labels = [source.label(place) for place in range(len(source))]
+        targets = np.array([-1 if label is None else label for label in labels], np.int64)
+    return _readable(_embed(model, processor, Images(source), **embedding), targets, source.labels)
+
+
 def embed_labelled(
-    model: nn.Module,
-    processor: Any,
-    dataset: LabelledImages,
-    labels: Sequence[str],
-    **embedding,
+    model: nn.Module, processor: Any, dataset: LabelledImages, labels: Sequence[str], **embedding
 ) -> Embedded:
     """Embeds labelled images, whatever their labels are: see `shared`.
 
@@ -155,21 +219,30 @@ def embed_labelled(
     """
     if len(dataset) == 0:
         raise ValueError("the data set is empty: expected at least one (image, target).")
-    targets = getattr(dataset, "targets", None)
     if isinstance(dataset, LazyImages):
-        source = Images(dataset.source)
+        source, targets = dataset.source, dataset.targets
         if targets is None:
-            targets = np.array([_checked(dataset.source.label(i), len(labels)) for i in range(len(dataset))])
-    else:
-        source = _Pairs(dataset, len(labels))
-    found = embed(model, processor, source, what=("images",), **{"precision": "fp32", **embedding})
-    targets = found.label_ids if targets is None else targets
+            targets = np.array([_checked(source.label(place), len(labels)) for place in range(len(source))])
+        return embed_readable(model, processor, source, targets, **embedding)
+    found = _embed(model, processor, _Pairs(dataset, len(labels)), **embedding)
+    return _readable(found, found.label_ids, labels)
+
+
+def _embed(model: nn.Module, processor: Any, source: Source, **embedding) -> Embeddings:
+    return embed(model, processor, source, what=("images",), **{"precision": "fp32", **embedding})
+
+
+def _readable(found: Embeddings, targets: np.ndarray, labels: Sequence[str] | None) -> Embedded:
+    """What can be read, with a word for the user on classes of which nothing can."""
     is_readable = found.image_embeds.any(axis=1)
     if not is_readable.any():
-        raise ValueError(f"none of the {len(dataset)} images can be decoded: expected at least one.")
+        raise UsageError(f"none of the {len(found)} images can be decoded: expected at least one.")
     if targets.ndim == 1 and (lost := sorted(set(targets[~is_readable]) - {-1, *targets[is_readable]})):
         say(f"Not measured, since none of their images can be read: {', '.join(labels[target] for target in lost)}.")
-    return Embedded(found.image_embeds, np.flatnonzero(is_readable), targets[is_readable])
+    images = Embedded(found, np.flatnonzero(is_readable), targets[is_readable])
+    if not all(np.isfinite(block).all() for block in images.blocks()):
+        raise UsageError("the model gives embeddings that are not finite: check its weights, or evaluate in float32.")
+    return images
 
 
 def check_text_tower(model: nn.Module) -> None:

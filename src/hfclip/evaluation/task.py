@@ -16,6 +16,8 @@ class Plot:
         x, y: columns of its rows.
         series: column whose values tell lines, or groups of points, apart.
         label: column of a word beside each point.
+        marker: column whose values tell the marks of points apart, beside their colours by series.
+        line: name of a table with the columns x, y and series, drawn as lines; `band`: columns of the ends of an interval.
         kind: "line" through the points of a series in the order of its rows, "scatter", or "bar".
         x_scale, y_scale: "logit" is for fractions.
         error: columns of the lower and the upper end of each point's interval.
@@ -27,6 +29,9 @@ class Plot:
     y: str
     series: str | None = None
     label: str | None = None
+    marker: str | None = None
+    line: str | None = None
+    band: tuple[str, str] | None = None
     kind: Literal["line", "scatter", "bar"] = "line"
     x_scale: Literal["linear", "log", "logit"] = "linear"
     y_scale: Literal["linear", "log", "logit"] = "linear"

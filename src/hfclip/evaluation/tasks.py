@@ -11,7 +11,8 @@ A task is one file with a function `task(model, processor, data, *, option=defau
 
 Keyword-only parameters are the task's own options. Each becomes a flag of `hfclip evaluate` and a key of a suite, read as
 its annotation says (`int`, `float`, `str`, `bool`, `Literal`, a sequence of these, `| None`) and explained by the
-`Args:` of the docstring: nothing is written twice. `**embedding` are options of `hfclip.embeddings.embed` (`batch_size`,
+`Args:` of the docstring: nothing is written twice. One that names what is read is a `data.File` or `data.Data`, so that a
+result is told by its content. `**embedding` are options of `hfclip.embeddings.embed` (`batch_size`,
 `num_workers`, `precision`, `cache_dir`), which a task hands on; only those that the user gave are in it.
 """
 
@@ -19,7 +20,7 @@ import argparse
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ..errors import UsageError
@@ -47,7 +48,7 @@ TASKS = {
     "few-shot": Task("few_shot", "few_shot", "splits", "accuracy by the number of labelled images per class"),
     "robustness": Task("robustness", "robustness", "several", "one classifier on a reference and on shifted sets"),
     "frames": Task("robustness", "frames", "several", "anchor frames of videos, alone and with the frames near them"),
-    "corruptions": Task("corruptions", "corruptions", "labelled", "accuracy on images corrupted in twelve ways"),
+    "corruptions": Task("corruptions", "corruptions", "labelled", "accuracy on images corrupted in eighteen ways"),
     "typographic": Task("corruptions", "typographic", "labelled", "images with the name of a wrong class on them"),
     "robustness-plot": Task("robustness", "robustness_plot", "results", "robustness of models on logit axes"),
     "overlap": Task("overlap", "overlap", "labelled", "accuracy on images that the training data have, and on others"),
@@ -69,6 +70,15 @@ def defaults_of(function: Callable) -> dict[str, Any]:
     """A function's keyword-only parameters with their defaults."""
     parameters = inspect.signature(function).parameters.items()
     return {name: p.default for name, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def contents_of(function: Callable, options: Mapping[str, Any]) -> dict[str, str]:
+    """What tells the files and data that options name from others, by option."""
+    found = {}
+    for name, hint in get_type_hints(function, include_extras=True).items():
+        for digest in (each for part in (hint, *get_args(hint)) for each in getattr(part, "__metadata__", ())):
+            found |= {name: digest(options[name])} if options.get(name) is not None else {}
+    return found
 
 
 def add_flags(parser: Any, function: Callable, names: Collection[str] | None = None) -> None:

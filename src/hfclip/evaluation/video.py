@@ -3,14 +3,16 @@
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..data.files import read_lines
 from ..data.videos import VideoFrames
 from ..errors import UsageError
 from ..zero_shot import DEFAULT_TEMPLATES, check_templates
+from . import metrics
 from .data import TEMPLATES_FILE, DataSet
-from .predictions import embed_names, embed_readable
+from .shared import embed_names, embed_readable
 from .task import Result
 
 
@@ -29,18 +31,14 @@ def video(model: nn.Module, processor: Any, data: DataSet, *, num_frames: int = 
     templates = [line for line in read_lines(source.folder, TEMPLATES_FILE) or () if line] or DEFAULT_TEMPLATES
     label_embeds = embed_names(model, processor, source.labels, check_templates(templates), **embedding)
     found = embed_readable(model, processor, source, **embedding)
-    videos, owner = np.unique(found.places // num_frames, return_inverse=True)
-    means = mean_of_frames(found.embeds, owner)
-    targets = np.empty(len(videos), np.int64)
-    targets[owner] = found.targets
-    scores = found._replace(embeds=means, targets=targets, places=videos).compare(label_embeds).scores
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :5]
-    hits = order == targets[:, None]
-    top1, top5 = float(hits[:, 0].mean()), float(hits.any(axis=1).mean())
+    videos, first, owner = np.unique(found.readable // num_frames, return_index=True, return_inverse=True)
+    scores = torch.from_numpy(mean_of_frames(found.embeds, owner)) @ label_embeds.T
+    ranks = metrics.rank_of_target(scores, torch.from_numpy(found.targets[first]))
+    measured = {f"top{k}": metrics.top_k_accuracy(ranks, k) for k in (1, 5)}
+    measured["mean_top1_top5"] = metrics.mean_of_top1_and_top5(ranks)
     lost = len(source.videos) - len(videos)
     return Result(
-        {"top1": top1, "top5": top5, "mean_top1_top5": (top1 + top5) / 2}
-        | ({"unreadable_videos": lost} if lost else {}),
+        measured | ({"unreadable_videos": lost} if lost else {}),
         headline="top1",
         protocol={"frames": "middle" if num_frames == 1 else f"mean of {num_frames}", "templates": list(templates)},
     )

@@ -297,7 +297,7 @@ def _details(predictions: Predictions, images: Embedded, labels: Sequence[str]) 
             for coverage in COVERAGES
         ],
     }
-    chosen = np.full(len(images.embeds), -1, np.int32)
+    chosen = np.full(len(images.found), -1, np.int32)
     chosen[images.readable] = predictions.best
     return tables, {"confusion_matrix": confusion, "predictions": chosen}
 
