@@ -160,7 +160,7 @@ def test_accuracy_rejects_what_it_cannot_measure(model_folder):
         zero_shot_accuracy(model, processor, [(image, 0)], LABELS, top_k=(0,))
     with torch.no_grad():
         model.visual_projection.weight.fill_(torch.nan)
-    with pytest.raises(ValueError, match="logits that are not finite"):
+    with pytest.raises(ValueError, match="embeddings that are not finite"):
         zero_shot_accuracy(model, processor, [(image, 0)], LABELS)
 
 

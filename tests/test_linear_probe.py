@@ -265,7 +265,7 @@ def test_rejects_features_that_are_not_finite(model_and_processor, colours):
     before = weight.detach().clone()
     try:
         weight.data[0] = torch.nan
-        with pytest.raises(UsageError, match="features of sample 0 are not finite"):
+        with pytest.raises(UsageError, match="embeddings that are not finite"):
             linear_probe(model, processor, DataSet(colours))
     finally:
         weight.data.copy_(before)

@@ -273,7 +273,7 @@ def test_plot_has_lines_of_other_models_and_percent_ticks(tmp_path):
         assert row["low"] < row["top1"] < row["high"]
     robustness_plot(None, None, [], paper=True, figure=str(tmp_path / "plot.png"))
     assert PIL.Image.open(tmp_path / "plot.png").size[0] > 500
-    (tmp_path / "probes.csv").write_text("set,origin,reference_top1,top1\nimagenet-r,probe,1,1\n")
+    (tmp_path / "probes.csv").write_text("set,origin,reference_top1,top1\nimagenet-r,probe,0.9,1\n")
     with pytest.raises(UsageError, match="no point"):
         robustness_plot(None, None, [], points=str(tmp_path / "probes.csv"), figure=str(tmp_path / "none.png"))
 
