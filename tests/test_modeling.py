@@ -353,6 +353,7 @@ class TestTraining:
         for (name, found), expected in zip(saving.named_buffers(), plain.buffers()):
             torch.testing.assert_close(found, expected, msg=lambda text: f"{name}: {text}")
 
+    @pytest.mark.slow
     def test_compiled_equals_eager(self):
         model = tiny()
         compiled = torch.compile(copy.deepcopy(model))

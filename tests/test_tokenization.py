@@ -697,6 +697,7 @@ def test_says_that_byte_symbols_are_missing(caplog):
     assert "510 of the 512 byte symbols" in caplog.text
 
 
+@pytest.mark.slow
 def test_training_gives_the_same_tokenizer_in_every_process():
     """Ties between equally frequent pairs must not be settled by the order of a hash table."""
     code = (

@@ -120,6 +120,7 @@ def killed_at(moment: int, function) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_leaves_the_old_or_the_new(parts, tmp_path, capfd):
     """A checkpoint that is replaced while an older one is removed: each has a name only while it is whole."""
     model, processor, *_ = parts

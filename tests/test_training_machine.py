@@ -71,6 +71,7 @@ def test_mps_computes_in_float32():
     assert settled_precision("auto", torch.device("mps"))[0] == "fp32"
 
 
+@pytest.mark.slow
 @x86
 def test_a_resumed_run_keeps_its_precision_on_a_machine_that_would_choose_another(tmp_path, monkeypatch):
     (tmp_path / "shards").mkdir()
@@ -135,6 +136,7 @@ def test_system_without_control_groups_has_no_quota(tmp_path):
     assert cpu_quota(tmp_path / "none", tmp_path) == float("inf")
 
 
+@pytest.mark.slow
 def test_process_in_a_group_with_a_quota_of_one_core_uses_one():
     """In a real group, where this user may make one."""
     group = Path("/sys/fs/cgroup/cpu") / f"hfclip-test-{os.getpid()}"
