@@ -151,7 +151,7 @@ class ImageIndex:
             )
         with self.store.locked():
             snapshot = None if self.store.signature() is None else self.store.read()
-            manifest = self._new_manifest() if snapshot is None else snapshot.manifest
+            manifest = self.new_manifest() if snapshot is None else snapshot.manifest
             folders = outermost([*manifest.folders, *added])
             include_hidden = include_hidden or manifest.include_hidden
             manifest = replace(manifest, folders=folders, include_hidden=include_hidden)
@@ -193,7 +193,7 @@ class ImageIndex:
         numbers = best.indices[order[wanted]].tolist()
         rows = zip(numbers, values[wanted].tolist(), z[wanted].tolist(), strict=True)
         hits = [self._hit(snapshot, *row) for row in rows]
-        return Found(hits, total, count_strong(values.numpy(), z.numpy()))
+        return Found(hits, total, count_strong(values.numpy(), z.numpy(), len(of_all)))
 
     def get(self, id: int) -> Hit:
         """The image of an id. Raises LookupError if there is none."""
@@ -265,7 +265,8 @@ class ImageIndex:
             "preprocessing": hashlib.sha256(preprocessing.encode()).hexdigest(),
         }
 
-    def _new_manifest(self) -> Manifest:
+    def new_manifest(self) -> Manifest:
+        """The manifest of a new index of this model."""
         model, _ = self.open_model()
         precision = settled_precision("auto", device_of(model))[0]
         return Manifest({**self._describe_model(), "precision": precision, "dim": model.config.projection_dim})
@@ -290,9 +291,11 @@ class ImageIndex:
         return F.normalize(total, dim=0)
 
     def embed(self, term: Term) -> Tensor:
-        """(dim,) unit embedding of a text, of the image of an id, or of a PIL image."""
+        """(dim,) unit embedding of a term of a query."""
         if isinstance(term, str):
             return self._embed_text(term)
+        if isinstance(term, Tensor):
+            return F.normalize(term.float(), dim=0)
         if isinstance(term, Image.Image):
             model, processor = self.open_model()
             with self._lock:

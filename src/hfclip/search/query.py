@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ TEMPLATES = ("{}", "a photo of {}.", "a picture of {}.", "an image of {}.")
 SHORT = 5  # words
 CANDIDATES = 1000  # images among which strong matches are looked for
 LEAST_Z = 2.0  # of a strong match
+CHANCE = 5  # images that may be as good by chance
 SAME = 0.999  # cosine of what is the image of the query itself
 
-Term = str | int | Image.Image
+Term = str | int | Image.Image | Tensor
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Query:
     """A sum of terms.
 
     Attributes:
-        terms: weights, and what they weigh: a text, the id of an image of the index, or a PIL image.
+        terms: weights, and what they weigh: a text, the id of an image of the index, a PIL image, or an embedding.
     """
 
     terms: tuple[tuple[float, Term], ...]
@@ -76,23 +78,24 @@ def embed_query_image(model: nn.Module, processor: Any, image: Image.Image) -> T
     return F.normalize(embeds[0].float(), dim=-1).cpu()
 
 
-def count_strong(scores: np.ndarray, z: np.ndarray) -> int:
+def count_strong(scores: np.ndarray, z: np.ndarray, count: int) -> int:
     """How many of the best images are strong matches, relative to how the query matches all images.
 
-    Scores of different queries and models cannot be compared, so no fixed score divides good from bad. Candidates are
-    more than `LEAST_Z` standard deviations above the query's mean. They are cut at the largest gap to the next score,
-    where gap i counts i times: in the tail of a distribution without matches these products are alike. The image of the query
-    itself, and copies of it, are no part of that.
+    Scores of different queries and models cannot be compared, so no fixed score divides good from bad. Candidates have
+    a z that fewer than `CHANCE` of all images would exceed if scores were normally distributed, and at least `LEAST_Z`.
+    They are cut at the largest gap to the next score, where the gap after the i-th counts i z times: in the tail of a
+    normal distribution these products are alike. The image of the query itself, and copies of it, are no part of that.
 
     Args:
         scores: of the best images, falling.
         z: the same as z-scores.
+        count: all images.
     """
     same = int((scores > SAME).sum())
-    scores, z = scores[same:], z[same:]
-    candidates = int((z >= LEAST_Z).sum())
+    z = z[same:]
+    candidates = int((z >= max(LEAST_Z, NormalDist().inv_cdf(1 - min(CHANCE / count, 0.5)))).sum())
     if not candidates:
         return same
-    after = np.append(scores[1:], scores[-1:])[:candidates]
-    gaps = (scores[:candidates] - after) * np.arange(1, candidates + 1)
+    after = np.append(z[1:], z[-1:])[:candidates]
+    gaps = (z[:candidates] - after) * np.arange(1, candidates + 1) * z[:candidates]
     return same + int(gaps.argmax()) + 1

@@ -23,6 +23,7 @@ from .store import Manifest, Record, Snapshot, Store
 
 
 SECONDS = 10  # between commits, at least; a kill loses no more
+COMMITTING = 0.02  # share of the time that commits take, at most
 Progress = Callable[[int, int], None]
 
 
@@ -160,7 +161,7 @@ class Update:
                     self.store.tell_progress(done, len(files))
                     if progress:
                         progress(done, len(files))
-                    if time.monotonic() - self.committed > max(SECONDS, 50 * self.commit_seconds):
+                    if time.monotonic() - self.committed > max(SECONDS, self.commit_seconds / COMMITTING):
                         self.commit()
         finally:
             self.commit()
