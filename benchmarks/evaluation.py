@@ -20,7 +20,6 @@ import contextlib
 import io
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -41,6 +40,7 @@ from inference import RESULTS
 import hfclip
 from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from hfclip.data import open_source
+from hfclip.embeddings import Embeddings
 from hfclip.evaluation.data import load_labelled_folder
 from hfclip.evaluation.retrieval import retrieval, retrieval_ranks
 from hfclip.evaluation.shared import Embedded, Prompts, embed_labelled, embed_prompts
@@ -213,14 +213,21 @@ def unit(num_rows: int, seed: int) -> np.ndarray:
 def peak_beyond(embeddings: Callable[[], list], task: Callable) -> float:
     """MB that a task takes at its peak beyond its inputs."""
     inputs = embeddings()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = resident("VmRSS")
     task(*inputs)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> float:
+    """MB of memory of this process, now or at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e6
 
 
 def measure_retrieval(num_images: int) -> float:
     def embeddings() -> list:
-        return [torch.from_numpy(unit(num_images, 0)), torch.from_numpy(unit(num_images, 1)), range(num_images)]
+        of_image = torch.arange(num_images)
+        return [torch.from_numpy(unit(num_images, 0)), torch.from_numpy(unit(num_images, 1)), of_image]
 
     return peak_beyond(embeddings, retrieval_ranks)
 
@@ -234,7 +241,8 @@ def measure_classifier(num_images: int) -> float:
         rows = np.arange(NUM_TEMPLATES * NUM_CLASSES).reshape(NUM_TEMPLATES, NUM_CLASSES)
         prompts = Prompts(unit(NUM_TEMPLATES * NUM_CLASSES, 2), rows, labels, ["{}"] * NUM_TEMPLATES)
         targets = np.random.default_rng(3).integers(0, NUM_CLASSES, num_images)
-        return [model, Embedded(unit(num_images, 4), np.arange(num_images), targets), prompts, labels]
+        arrays = {"image_embeds": unit(num_images, 4), "offsets": np.arange(num_images + 1)}
+        return [model, Embedded(Embeddings({"scale": 1.0}, arrays), np.arange(num_images), targets), prompts, labels]
 
     return peak_beyond(embeddings, measure)
 

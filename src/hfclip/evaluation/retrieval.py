@@ -43,12 +43,17 @@ def retrieval(
     """
     model, embedding = unwrap_model(model), {"precision": "fp32", **embedding}
     check_text_tower(model)
-    captions = [usable_captions(data, index) for index in range(len(data))]
-    num_captions = np.array([len(of_image) for of_image in captions])
-    if not num_captions.any():
+    if not any(usable_captions(data, index) for index in range(len(data))):
         raise UsageError(f"retrieval: found {len(data)} samples and no image with a caption, expected at least one.")
-    sentences = [f"{prefix} {caption}".strip() for of_image in captions for caption in of_image]
-    text_embeds, rows = embed_sentences(model, processor, sentences, **embedding)
+    num_captions = np.zeros(len(data), np.int64)
+
+    def sentences() -> Iterator[str]:
+        for index in range(len(data)):
+            captions = usable_captions(data, index)
+            num_captions[index] = len(captions)
+            yield from (f"{prefix} {caption}".strip() for caption in captions)
+
+    text_embeds, rows = embed_sentences(model, processor, sentences(), **embedding)
     images = embed(model, processor, Images(data), what=("images",), **embedding).image_embeds
     unreadable = ~images.any(axis=1)
     kept = ~unreadable & (num_captions > 0)
@@ -152,12 +157,13 @@ def retrieval_ranks(
         for embeds in (image_embeds, text_embeds)
     )
     for rows, columns, scores, own in tiles(dtype, only_matches=True):
-        scores = scores.masked_fill(~own, -torch.inf)
+        scores.masked_fill_(~own, -torch.inf)
         best_of_image[rows] = torch.maximum(best_of_image[rows], scores.amax(dim=1))
         best_of_text[columns] = torch.maximum(best_of_text[columns], scores.amax(dim=0))
     text_ranks, image_ranks = (torch.zeros_like(best, dtype=torch.int64) for best in (best_of_image, best_of_text))
     for rows, columns, scores, own in tiles(dtype):
-        scores = scores if own is None else scores.masked_fill(own, -torch.inf)
+        if own is not None:
+            scores.masked_fill_(own, -torch.inf)
         text_ranks[rows] += (scores >= best_of_image[rows, None]).sum(dim=1)
         image_ranks[columns] += (scores >= best_of_text[columns]).sum(dim=0)
     return text_ranks, torch.empty_like(image_ranks).scatter_(0, order, image_ranks)
@@ -175,20 +181,21 @@ def _tiles(
     """Tiles of the similarities of images and of texts in `order`.
 
     Yields:
-        Rows and columns, the scores, and which of them are of matches; None without any, and such tiles are left out if
-        `only_matches`.
+        Rows and columns, the scores, which are the caller's until the next tile, and which of them are of matches; None
+        without any, and such tiles are left out if `only_matches`.
     """
-    owners = image_of_text[order]
-    owners_on_host = owners.tolist()
-    for first_text, start, stop in _spans(len(texts), size):
+    owners, spans = image_of_text[order], list(_spans(len(texts), size))
+    ends = owners[torch.tensor([(start, stop - 1) for _, start, stop in spans])].tolist()
+    # One place for all tiles: what is allocated for each is not always given back.
+    tile = images.new_empty(min(size, len(images)), min(size, len(texts)), dtype=dtype)
+    for (first_text, start, stop), (first_owner, last_owner) in zip(spans, ends, strict=True):
         columns, some_texts = slice(start, stop), texts[order[first_text:stop]].to(dtype)
-        first_owner, last_owner = owners_on_host[start], owners_on_host[stop - 1]
         for first_image, top, bottom in _spans(len(images), size):
             has_matches = first_owner < bottom and last_owner >= top
             if only_matches and not has_matches:
                 continue
             with torch.autocast(images.device.type, enabled=False):  # its products would be of half precision
-                scores = images[first_image:bottom].to(dtype) @ some_texts.T
+                scores = torch.mm(images[first_image:bottom].to(dtype), some_texts.T, out=tile)
             own = None
             if has_matches:
                 own = torch.arange(top, bottom, device=images.device)[:, None] == owners[columns]

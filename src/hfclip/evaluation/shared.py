@@ -164,7 +164,7 @@ def embed_names(
 
 
 def embed_sentences(
-    model: nn.Module, processor: Any, sentences: Sequence[str], **embedding
+    model: nn.Module, processor: Any, sentences: Iterable[str], **embedding
 ) -> tuple[np.ndarray, np.ndarray]:
     """Embeds sentences that may repeat, each once and without much padding; processes share the work.
 
@@ -177,14 +177,16 @@ def embed_sentences(
     Raises:
         UsageError: no sentence, or an empty one.
     """
-    texts = distinct(sentences)
-    lengths = [len(ids) for ids in processor(text=texts, padding=False, truncation=True)["input_ids"]]
-    texts = [texts[number] for number in np.argsort(lengths, kind="stable")]
+    numbers: dict[str, int] = {}
+    number_of = np.fromiter((numbers.setdefault(sentence, len(numbers)) for sentence in sentences), np.int64)
+    texts, blocks = list(numbers), range(0, len(numbers), ROWS)
+    tokens = (processor(text=texts[start : start + ROWS], padding=False, truncation=True) for start in blocks)
+    order = np.argsort([len(ids) for block in tokens for ids in block["input_ids"]], kind="stable")
+    row_of = np.argsort(order)
     batch_size = SENTENCES if device_of(model).type == "cpu" else None
     options = {"precision": "fp32", **embedding, "num_workers": 0, "batch_size": batch_size}
-    found = embed(model, processor, _ByLength(texts), what=("texts",), **options)
-    row_of = {text: row for row, text in enumerate(texts)}
-    return found.text_embeds, np.array([row_of[sentence] for sentence in sentences])
+    found = embed(model, processor, _ByLength([texts[number] for number in order]), what=("texts",), **options)
+    return found.text_embeds, row_of[number_of]
 
 
 def embed_readable(
