@@ -1,5 +1,8 @@
 """Logistic regression against scikit-learn and against its own definition; linear probe and few-shot on real images."""
 
+import io
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from hfclip.errors import UsageError
 from hfclip.evaluation import DataSet
 from hfclip.evaluation.few_shot import few_shot, shots_to_match
 from hfclip.evaluation.linear_probe import GRID, linear_probe
-from hfclip.evaluation.logistic import LogisticRegression
+from hfclip.evaluation.logistic import LabelRegressions, LogisticRegression
 from hfclip.evaluation.zero_shot import zero_shot
 
 
@@ -95,6 +98,22 @@ def test_class_without_samples_is_never_predicted():
     assert set(fit.logits(features).argmax(1).tolist()) == {0, 1, 3, 4}
     dense = LogisticRegression(features, torch.tensor([0, 1, 1, 2, 3])[targets], 4).fit(1.0)
     torch.testing.assert_close(fit.logits(features)[:, [0, 1, 3, 4]], dense.logits(features))
+
+
+def test_each_label_of_several_is_a_regression_of_its_own():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    features, targets = clusters()
+    rows = torch.stack([targets == 0, targets % 2 == 0, targets > 9, targets < 4], dim=1).long()
+    rows[:50, 1] = -1  # ignored
+    fit = LabelRegressions(features, rows, 4).fit(0.3, tolerance=1e-10)
+    assert fit.converged and (fit.logits(features)[:, 2] == -torch.inf).all()  # of which there is none
+    for label in (0, 1, 3):
+        x, y = features[rows[:, label] >= 0].double(), rows[rows[:, label] >= 0, label]
+        peer = linear_model.LogisticRegression(C=1 / 0.3, tol=1e-10, max_iter=100_000).fit(x.numpy(), y.numpy())
+        both = (fit.weight[label], fit.bias[label]), (torch.from_numpy(peer.coef_[0]), peer.intercept_[0])
+        losses = [F.binary_cross_entropy_with_logits(x @ w + b, y.double(), reduction="sum") for w, b in both]
+        ours, theirs = (loss + 0.15 * w.square().sum() for loss, (w, _) in zip(losses, both))
+        assert ours <= theirs * (1 + 1e-5)
 
 
 def test_large_penalty_leaves_the_prior():
@@ -206,6 +225,31 @@ def test_given_lambda_is_not_searched_for(model_and_processor, colours):
     assert not result.tables
 
 
+def test_images_with_several_labels_are_probed_by_average_precision(model_and_processor, tmp_path):
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 60), ("test", 30)):
+        (tmp_path / split).mkdir()
+        with tarfile.open(tmp_path / split / "0.tar", "w") as tar:
+            for number, row in enumerate(generator.random((count, 3)) < 0.4):  # a label is a bright channel
+                pixels = generator.integers(0, 100, (32, 32, 3)) + 120 * row
+                for ending, save in (
+                    ("png", lambda file: Image.fromarray(pixels.astype(np.uint8)).save(file, "png")),
+                    ("npy", lambda file: np.save(file, row.astype(np.float32))),
+                ):
+                    save(file := io.BytesIO())
+                    member = tarfile.TarInfo(f"{number}.{ending}")
+                    member.size = file.tell()
+                    tar.addfile(member, io.BytesIO(file.getvalue()))
+    (tmp_path / "classnames.txt").write_text("red\ngreen\nblue\n")
+    result = linear_probe(*model_and_processor, DataSet(tmp_path))
+    assert result.headline == "map_11_point" and result.metrics["map_11_point"] > 0.95
+    assert "each label" in result.protocol["loss"] and result.protocol["images"] == {"train": 60, "test": 30}
+    with pytest.raises(UsageError, match="'top1' for data with several labels"):
+        linear_probe(*model_and_processor, DataSet(tmp_path), metric="top1")
+    with pytest.raises(UsageError, match="several labels per image"):
+        few_shot(*model_and_processor, DataSet(tmp_path))
+
+
 def test_few_shot_begins_at_zero_shot(model_and_processor, colours):
     result = few_shot(*model_and_processor, DataSet(colours), shots=[1, 4], num_seeds=2)
     again = few_shot(*model_and_processor, DataSet(colours), shots=[4, 1], num_seeds=2)
@@ -249,9 +293,9 @@ def test_rejects_data_that_cannot_be_probed(model_and_processor, colours, tmp_pa
     splits = DataSet({"train": tmp_path / "train", "test": colours / "test"}, name="odd")
     with pytest.raises(UsageError, match="odd: train has 3 labels, .* and test 4"):
         linear_probe(*model_and_processor, splits)
-    with pytest.raises(UsageError, match="roc_auc: found 4 labels, expected two"):
+    with pytest.raises(UsageError, match="'roc_auc' for 4 classes"):
         linear_probe(*model_and_processor, DataSet(colours), metric="roc_auc")
-    with pytest.raises(UsageError, match="found metric 'map_11_point'; a probe takes one label per image"):
+    with pytest.raises(UsageError, match="'map_11_point' for data with one label per image"):
         linear_probe(*model_and_processor, DataSet(colours), metric="map_11_point")
     with pytest.raises(UsageError, match=r"all of vision_model.* is \(5, 32\) for an image"):
         linear_probe(*model_and_processor, DataSet(colours), layer="vision_model.encoder.layers.0", pool="all")

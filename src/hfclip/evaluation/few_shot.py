@@ -20,9 +20,9 @@ from ..embeddings.chunks import Pool
 from ..errors import UsageError
 from . import linear_probe as probing
 from .data import DataSet, LabelledFolder
-from .linear_probe import Metric, Split
+from .linear_probe import Split
 from .logistic import Fit
-from .shared import embed_prompts
+from .shared import Metric, check_metric, embed_prompts
 from .task import Plot, Result
 
 
@@ -68,7 +68,11 @@ def few_shot(
         raise UsageError(f"found shots {list(shots)} and {num_seeds} seeds, expected at least one of each, from 1 on.")
     names = ["train", *(["validation"] if data.has("validation") else []), "test"]
     splits = probing.load_splits(model, processor, data, names, layer, pool, **embedding)
-    probing.check_metric(metric, splits["test"].folder.labels)
+    if splits["test"].targets.ndim == 2:
+        raise UsageError(
+            f"few-shot: {data.name} has several labels per image, expected one, by which images are drawn."
+        )
+    metric = check_metric(metric, splits["test"].folder.labels, None)
     in_joint_space = {name: split._replace(features=split.image_embeds) for name, split in splits.items()}
     words = _classifier_of_words(model, processor, splits["test"].folder, **embedding)
     zero_shot = probing.measure(words, in_joint_space["test"], metric)[metric]

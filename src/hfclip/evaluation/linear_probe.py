@@ -7,7 +7,7 @@ then halves the step around the best one until it is an eighth of a decade: 15 f
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from ..errors import UsageError
 from ..zero_shot import device_of
 from . import metrics
 from .data import DataSet, LabelledFolder
-from .logistic import Fit, LogisticRegression
-from .shared import embed_labelled
+from .logistic import Fit, LabelRegressions, LogisticRegression
+from .shared import Metric, check_metric, embed_labelled
 from .task import Plot, Result
 
 
@@ -29,7 +29,7 @@ SEARCH_TOLERANCE = 1e-6  # of a fit whose accuracy alone is asked for
 HELD_OUT = 0.2  # of train, where there is no validation split
 LOSS = "sum over samples of the cross-entropy + lambda / 2 * |W|^2: scikit-learn's C is 1 / lambda"
 
-Metric = Literal["top1", "mean_per_class_recall", "mean_top1_top5", "roc_auc"]
+LOSS_OF_LABELS = "of each label: sum over samples of the binary cross-entropy + lambda / 2 * |w|^2; one lambda for all"
 
 
 class Split(NamedTuple):
@@ -41,7 +41,7 @@ class Split(NamedTuple):
     image_embeds: Tensor
     """(num_images, projection_dim) float32, of unit length."""
     targets: Tensor
-    """(num_images,), indices of the folder's labels."""
+    """(num_images,), indices of the folder's labels; or (num_images, num_labels), above 0 for those of an image."""
     num_unreadable: int = 0
 
     def part(self, rows: Tensor) -> "Split":
@@ -55,7 +55,8 @@ class Split(NamedTuple):
 
     def regression(self, prior: Tensor | None = None) -> LogisticRegression:
         """Of the targets on the features."""
-        return LogisticRegression(self.features, self.targets, len(self.folder.labels), prior)
+        kind = LogisticRegression if self.targets.ndim == 1 else LabelRegressions
+        return kind(self.features, self.targets, len(self.folder.labels), prior)
 
 
 def linear_probe(
@@ -65,7 +66,7 @@ def linear_probe(
     *,
     layer: str = "visual_projection",
     pool: Pool = "input",
-    metric: Metric = "top1",
+    metric: Metric | None = None,
     lam: float | None = None,
     seed: int = 0,
     **embedding,
@@ -78,13 +79,15 @@ def linear_probe(
         layer: module of the model whose features are classified; "image_embeds" are the embeddings of unit length.
         pool: what is taken of it for each image: its "input", the "mean" of its output over tokens or places, or the
             "first" token. By default these are the image tower's pooled features before the projection.
-        metric: the headline, by which lambda is chosen. "roc_auc" takes the second of two labels as the positive one.
+        metric: the headline, by which lambda is chosen. None: top-1 accuracy, or 11-point mAP where images have several
+            labels, each of which has a regression of its own. "roc_auc" takes the second of two labels as the positive one.
         lam: lambda, if it is given and not searched for: a factor of |W|^2 / 2 beside the sum of the samples' losses.
         seed: of the split of train.
         embedding: options of `hfclip.embeddings.embed`; `precision` is "fp32" if it is not given.
 
     Returns:
-        `top1`, `top5`, `mean_per_class_recall` and the metric on test, and `unreadable_images` of it if there are any;
+        `top1`, `top5`, `mean_per_class_recall` and the metric on test, or `map_11_point` and `mean_average_precision` of
+        several labels per image; `unreadable_images` of it if there are any;
         the table of the lambdas that were tried.
 
     Raises:
@@ -94,7 +97,7 @@ def linear_probe(
     names = ["train", *(["validation"] if data.has("validation") else []), "test"]
     splits = load_splits(model, processor, data, names, layer, pool, **embedding)
     whole, test = splits["train"], splits["test"]
-    check_metric(metric, test.folder.labels)
+    metric = check_metric(metric, test.folder.labels, test.folder.samples.targets)
     if "validation" in splits:
         train, validation, chosen_on = whole, splits["validation"], "the validation split"
         whole = train.joined(validation)
@@ -108,7 +111,7 @@ def linear_probe(
     protocol = {
         "features": named(layer, pool),
         "dim": test.features.shape[1],
-        "loss": LOSS,
+        "loss": LOSS if test.targets.ndim == 1 else LOSS_OF_LABELS,
         "lambda": fit.lam,
         "lambda_chosen_on": chosen_on if tried else None,
         "iterations": fit.iterations,
@@ -165,7 +168,8 @@ def describe(splits: Mapping[str, Split]) -> list[str]:
         for name, split in splits.items()
         if split.num_unreadable
     ]
-    labels, present = splits["train"].folder.labels, set(splits["train"].targets.tolist())
+    labels, targets = splits["train"].folder.labels, splits["train"].targets
+    present = set((targets if targets.ndim == 1 else (targets > 0).any(0).nonzero().flatten()).tolist())
     if missing := [label for target, label in enumerate(labels) if target not in present]:
         notes.append(f"{len(missing)} of {len(labels)} classes have no image in train, such as {missing[0]!r}.")
     return notes
@@ -185,9 +189,15 @@ def places_in_class(targets: Tensor, seed: int) -> Tensor:
 def divide(split: Split, seed: int) -> tuple[Split, Split]:
     """Most images of each class, and `HELD_OUT` of them; one at least, but of a class of a single image none.
 
+    Where images have several labels, most of all.
+
     Raises:
         UsageError: there is no class of two images.
     """
+    if split.targets.ndim == 2:
+        held_out = places_in_class(split.targets.new_zeros(len(split.targets), dtype=torch.int64), seed)
+        held_out = held_out < round(HELD_OUT * len(held_out))
+        return split.part(~held_out), split.part(held_out)
     counts = torch.bincount(split.targets)[split.targets].cpu()
     quota = torch.where(counts > 1, (HELD_OUT * counts).round().clamp(min=1), 0)
     held_out = places_in_class(split.targets, seed) < quota
@@ -234,8 +244,10 @@ def expected_at(place: int, fits: Mapping[int, Fit]) -> Fit | None:
 
 
 def measure(fit: Fit, split: Split, metric: Metric) -> dict[str, float]:
-    """`top1`, `top5`, `mean_per_class_recall`, and the metric."""
+    """`top1`, `top5`, `mean_per_class_recall`, and the metric; of several labels per image average precisions."""
     logits, targets, num_classes = fit.logits(split.features), split.targets, len(split.folder.labels)
+    if targets.ndim == 2:
+        return metrics.mean_average_precisions(zip(logits.T.cpu().numpy(), targets.T.cpu().numpy(), strict=True))
     ranks, best = metrics.rank_of_target(logits, targets).cpu(), metrics.best_label(logits).cpu()
     found = {
         "top1": metrics.top_k_accuracy(ranks, 1),
@@ -247,13 +259,3 @@ def measure(fit: Fit, split: Split, metric: Metric) -> dict[str, float]:
     elif metric == "roc_auc":
         found[metric] = metrics.roc_auc((logits[:, 1] - logits[:, 0]).cpu(), targets.cpu())
     return found
-
-
-def check_metric(metric: Metric, labels: Sequence[str]) -> None:
-    """Refuses a metric that is none of a probe's, or that the labels do not allow."""
-    if metric not in get_args(Metric):
-        raise UsageError(
-            f"found metric {metric!r}; a probe takes one label per image, by {', '.join(get_args(Metric))}."
-        )
-    if metric == "roc_auc" and len(labels) != 2:
-        raise UsageError(f"roc_auc: found {len(labels)} labels, expected two.")

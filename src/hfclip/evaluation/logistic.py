@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
@@ -65,10 +66,12 @@ class LogisticRegression:
         UsageError: shapes that do not fit, features that are not finite, targets out of range, fewer than two classes.
     """
 
+    are_exclusive = True  # a sample is of one class
+
     def __init__(self, features: Tensor, targets: Tensor, num_classes: int, prior: Tensor | None = None):
         _check(features, targets, num_classes, prior)
         self.num_classes, self.device = num_classes, features.device
-        self.classes, targets = targets.to(self.device).unique(return_inverse=True)
+        self.classes, targets = self._used(targets.to(self.device))
         self.has_bias = prior is None
         self.mean = features.mean(0, dtype=torch.float64) * self.has_bias
         prior = self.mean.new_zeros(num_classes, len(self.mean)) if prior is None else prior.to(self.mean)
@@ -77,13 +80,18 @@ class LogisticRegression:
         rows = max(tile // (len(self.mean) + len(self.classes)), 1)
         self.axes = _principal_axes(features, self.mean, rows)
         self.tiles = []  # features along the axes, targets, and the prior's logits
-        for part, of_part in zip(features.split(rows), targets[:, None].split(rows), strict=True):
+        for part, of_part in zip(features.split(rows), targets.split(rows), strict=True):
             centred = part.double() - self.mean
             offsets = None if self.has_bias else (centred @ self.prior.T).float()
             self.tiles.append(((centred @ self.axes).float(), of_part, offsets))
         self.layer = nn.Linear(self.axes.shape[1], len(self.classes), device=self.device)
         with suppress(RuntimeError):  # without oneDNN
             optimize_for_inference(self.layer)
+
+    def _used(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes that occur, and the place of each sample's among them, `(num_samples, 1)`."""
+        classes, places = targets.unique(return_inverse=True)
+        return classes, places[:, None]
 
     @torch.no_grad()
     def fit(
@@ -106,7 +114,7 @@ class LogisticRegression:
         if not (lam > 0 and math.isfinite(lam)):
             raise UsageError(f"lambda is {lam}: expected a finite number above 0.")
         # Of two classes w_0 = -w_1 at the minimum, and so |w_1 - w_0|^2 = 2 |W|^2.
-        penalty = 2 * lam if len(self.classes) == 2 else lam
+        penalty = 2 * lam if self.are_exclusive and len(self.classes) == 2 else lam
         origin = self._along_axes(start)
         with torch.autocast(self.device.type, enabled=False):  # its products would be of half precision
             units = self._curvature(origin, penalty).rsqrt_()
@@ -132,7 +140,8 @@ class LogisticRegression:
         weight = self.prior.new_zeros(self.num_classes, self.prior.shape[1])
         weight[self.classes] = self.prior + (self.axes @ params[:-1]).T
         bias = self.prior.new_full((self.num_classes,), -torch.inf)
-        bias[self.classes] = params[-1] - params[-1].mean() - weight[self.classes] @ self.mean
+        shift = params[-1].mean() if self.are_exclusive else 0
+        bias[self.classes] = params[-1] - shift - weight[self.classes] @ self.mean
         return weight, bias
 
     def _logits(self, params: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -148,28 +157,66 @@ class LogisticRegression:
         loss, gradient = penalty / 2 * params[:-1].square().sum(), penalty * params
         gradient[-1] = 0
         for features, targets, logits in self._logits(params):
-            largest = logits.amax(1, keepdim=True)
-            short = largest - logits.gather(1, targets)
-            # Without that of its target a row adds up what is wrong with it, to the last digit even where it is 1e-20.
-            odds = logits.sub_(largest).exp_().scatter_(1, targets, 0)
-            wrong, right = odds.sum(1, keepdim=True), short.neg().exp_()
-            loss += (short + (wrong + (right - 1)).log1p_()).sum(dtype=torch.float64)
-            total = wrong + right
-            errors = odds.div_(total).scatter_(1, targets, -wrong / total)
+            losses, errors = self._errors(logits, targets)
+            loss += losses.sum(dtype=torch.float64)
             gradient[:-1] += features.T @ errors
             gradient[-1] += errors.sum(0) * self.has_bias
         return loss, gradient
+
+    def _errors(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of samples, and their derivatives by the logits, which are overwritten."""
+        largest = logits.amax(1, keepdim=True)
+        short = largest - logits.gather(1, targets)
+        # Without that of its target a row adds up what is wrong with it, to the last digit even where it is 1e-20.
+        odds = logits.sub_(largest).exp_().scatter_(1, targets, 0)
+        wrong, right = odds.sum(1, keepdim=True), short.neg().exp_()
+        total = wrong + right
+        return short + (wrong + (right - 1)).log1p_(), odds.div_(total).scatter_(1, targets, -wrong / total)
+
+    def _curvatures(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Second derivatives of the losses by each logit."""
+        shares = logits.softmax(1)
+        return shares.mul_(1 - shares)
 
     def _curvature(self, params: Tensor, penalty: float) -> Tensor:
         """The diagonal of the second derivative, of the shape of `params`."""
         curvature = torch.full_like(params, penalty)
         curvature[-1] = min(penalty, 1)  # where all is classified with certainty it would be 0
-        for features, _, logits in self._logits(params):
-            shares = logits.softmax(1)
-            shares.mul_(1 - shares)
+        for features, targets, logits in self._logits(params):
+            shares = self._curvatures(logits, targets)
             curvature[:-1] += features.square().T @ shares
             curvature[-1] += shares.sum(0)
         return curvature
+
+
+class LabelRegressions(LogisticRegression):
+    """A logistic regression for each label by itself, of samples that may have several; lambda is of each.
+
+    loss(w, b) = sum_i log(1 + exp(-y_i z_i)) + lambda / 2 * |w|^2,    z_i = w x_i + b,    y_i = 1 with the label, else -1
+
+    Args:
+        targets: (num_samples, num_classes), above 0 for the labels of a sample, below 0 for what is ignored. A label that
+            no sample has is never predicted.
+
+    Raises:
+        UsageError: see `LogisticRegression`; there is no label that some samples have and others not.
+    """
+
+    are_exclusive = False
+
+    def _used(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        classes = ((targets > 0).any(0) & (targets == 0).any(0)).nonzero().flatten()
+        return classes, targets[:, classes]
+
+    def _errors(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        counted, has_label = targets >= 0, targets > 0
+        losses = F.softplus(torch.where(has_label, -logits, logits)) * counted
+        # 1 - sigmoid would lose the digits of what is nearly certain.
+        errors = torch.where(has_label, -logits.neg().sigmoid(), logits.sigmoid())
+        return losses, errors.mul_(counted)
+
+    def _curvatures(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return logits.sigmoid() * logits.neg().sigmoid() * (targets >= 0)
 
 
 def minimise(
@@ -285,7 +332,8 @@ def _principal_axes(features: Tensor, mean: Tensor, rows: int) -> Tensor:
 
 
 def _check(features: Tensor, targets: Tensor, num_classes: int, prior: Tensor | None) -> None:
-    if features.ndim != 2 or targets.shape != features.shape[:1] or targets.is_floating_point():
+    are_rows = targets.ndim == 2 and targets.shape == (len(features), num_classes)
+    if features.ndim != 2 or not are_rows and (targets.shape != features.shape[:1] or targets.is_floating_point()):
         raise UsageError(
             f"features are {tuple(features.shape)} and targets {tuple(targets.shape)} of {targets.dtype}: expected "
             "(num_samples, dim) and an integer per sample."
@@ -293,6 +341,10 @@ def _check(features: Tensor, targets: Tensor, num_classes: int, prior: Tensor | 
     if not features.isfinite().all():
         index = (~features.isfinite()).any(1).nonzero()[0].item()
         raise UsageError(f"the features of sample {index} are not finite: check the model's weights.")
+    if are_rows:
+        if not ((targets > 0).any(0) & (targets == 0).any(0)).any():
+            raise UsageError("found no label that some samples have and others have not: expected one or more.")
+        return
     if len(outside := targets[(targets < 0) | (targets >= num_classes)]):
         raise UsageError(f"found target {outside[0].item()}: expected 0 to {num_classes - 1}.")
     if (found := len(targets.unique())) < 2:

@@ -5,6 +5,8 @@ predicts and its confidence, and everything about single labels follows from the
 metrics take the scores of one class at a time.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -164,6 +166,17 @@ def average_precision_11_points(scores: ArrayLike, targets: ArrayLike) -> float:
     """
     precision, recall = precision_and_recall(scores, targets)
     return float(np.mean([precision[recall >= point].max(initial=0) for point in np.arange(11) * 0.1]))
+
+
+def mean_average_precisions(classes: Iterable[tuple[ArrayLike, ArrayLike]]) -> dict[str, float]:
+    """`map_11_point` and `mean_average_precision`, means over the classes of which there are images.
+
+    Args:
+        classes: the scores and targets of each.
+    """
+    kept = [(scores, targets) for scores, targets in classes if (np.asarray(targets) > 0).any()]
+    kinds = {"map_11_point": average_precision_11_points, "mean_average_precision": average_precision}
+    return {name: float(np.mean([precision(*of_class) for of_class in kept])) for name, precision in kinds.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ retrieval

@@ -5,7 +5,7 @@ them once, and classifiers of the same names and templates are there already.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from .data import LazyImages, UndecodableImage
 
 
 ROWS = 1024  # images compared with others at a time
+Metric = Literal["top1", "mean_per_class_recall", "mean_top1_top5", "roc_auc", "map_11_point"]
 SENTENCES = 16  # embedded at a time on a CPU: batches are of one length and filled up, and many lengths are rare
 
 
@@ -245,6 +246,26 @@ def _readable(found: Embeddings, targets: np.ndarray, labels: Sequence[str] | No
     if not all(np.isfinite(block).all() for block in images.blocks()):
         raise UsageError("the model gives embeddings that are not finite: check its weights, or evaluate in float32.")
     return images
+
+
+def check_metric(metric: Metric | None, labels: Sequence[str], targets: np.ndarray | None) -> Metric:
+    """The metric, or the usual one for None: top-1 accuracy, or 11-point mAP where images have several labels.
+
+    Args:
+        targets: rows of labels, None where each image has one.
+
+    Raises:
+        UsageError: the data do not allow it.
+    """
+    metric = metric or ("map_11_point" if targets is not None else "top1")
+    if metric not in get_args(Metric):
+        raise UsageError(f"metric: found {metric!r}, expected one of {', '.join(get_args(Metric))}.")
+    if (metric == "map_11_point") != (targets is not None):
+        found = "one label per image" if targets is None else "several labels per image"
+        raise UsageError(f"metric: found {metric!r} for data with {found}, expected another one, or none given.")
+    if metric == "roc_auc" and len(labels) != 2:
+        raise UsageError(f"metric: found 'roc_auc' for {len(labels)} classes, expected data of two.")
+    return metric
 
 
 def check_text_tower(model: nn.Module) -> None:

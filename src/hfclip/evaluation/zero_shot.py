@@ -7,8 +7,8 @@ Memory is that of the embeddings and of a block of logits, whatever the number o
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
 
-from ..errors import UsageError
 from ..zero_shot import DEFAULT_TEMPLATES, Template, check_labels, device_of, evaluating
 from . import metrics
 from .data import LabelledFolder, LazyImages, UndecodableImage, load_labelled_folder
-from .shared import ROWS, Embedded, LabelledImages, Prompts, distinct, embed_labelled, embed_prompts
+from .shared import (
+    ROWS,
+    Embedded,
+    LabelledImages,
+    Metric,
+    Prompts,
+    check_metric,
+    distinct,
+    embed_labelled,
+    embed_prompts,
+)
 from .task import Plot, Result
 
 
@@ -41,7 +50,6 @@ PLOTS = [
     Plot("calibration", "confidence", "accuracy", title="Accuracy of predictions by their confidence"),
     Plot("coverage", "coverage", "accuracy", title="Accuracy on the most confident images"),
 ]
-Metric = Literal["top1", "mean_per_class_recall", "mean_top1_top5", "roc_auc", "map_11_point"]
 
 
 class Predictions(NamedTuple):
@@ -144,8 +152,7 @@ def zero_shot(
     """
     model, labels, targets = unwrap_model(model), check_labels(data.labels), getattr(data.samples, "targets", None)
     _check_top_k(top_k)
-    metric = metric or ("map_11_point" if targets is not None else "top1")
-    _check_metric(metric, labels, targets)
+    metric = check_metric(metric, labels, targets)
     prompts = embed_prompts(model, processor, distinct(labels), data.templates, **embedding)
     alone = None if baseline is None else embed_prompts(model, processor, distinct(labels), [baseline], **embedding)
     images = embed_labelled(model, processor, data.samples, labels, **embedding)
@@ -233,7 +240,7 @@ def _measure(
 ) -> tuple[dict[str, float], Predictions | None]:
     """What one classifier gets right; without predictions where images have several labels."""
     if images.targets.ndim == 2:
-        return _mean_average_precisions(images, classes, labels), None
+        return metrics.mean_average_precisions(_columns(images, classes)), None
     predictions = predict(model, images, classes, labels)
     found = _accuracies(predictions, images.targets, len(labels), sorted({1, *top_k}))
     if metric == "mean_top1_top5":
@@ -259,16 +266,11 @@ def _confidence(predictions: Predictions) -> dict[str, float]:
     }
 
 
-def _mean_average_precisions(images: Embedded, classes: Tensor, labels: Sequence[str]) -> dict[str, float]:
-    """Means over the classes of which there are images, in the order of columns of the targets."""
-    eleven_points, whole_area = [], []
-    for start in range(0, len(labels), COLUMNS):
-        scores, targets = _scores(images, classes[start : start + COLUMNS]), images.targets[:, start : start + COLUMNS]
-        for of_class, is_there in zip(scores.T, targets.T, strict=True):
-            if (is_there > 0).any():
-                eleven_points.append(metrics.average_precision_11_points(of_class, is_there))
-                whole_area.append(metrics.average_precision(of_class, is_there))
-    return {"map_11_point": float(np.mean(eleven_points)), "mean_average_precision": float(np.mean(whole_area))}
+def _columns(images: Embedded, classes: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Scores and targets of all images, class by class in the order of columns of the targets."""
+    for start in range(0, len(classes), COLUMNS):
+        scores = _scores(images, classes[start : start + COLUMNS])
+        yield from zip(scores.T, images.targets[:, start : start + COLUMNS].T, strict=True)
 
 
 def _details(predictions: Predictions, images: Embedded, labels: Sequence[str]) -> tuple[dict, dict]:
@@ -323,12 +325,3 @@ def _notes(labels: Sequence[str], targets: np.ndarray) -> list[str]:
 def _check_top_k(top_k: Sequence[int]) -> None:
     if not top_k or min(top_k) < 1:
         raise ValueError(f"top_k is {tuple(top_k)}: expected values of k of at least 1.")
-
-
-def _check_metric(metric: str, labels: Sequence[str], targets: np.ndarray | None) -> None:
-    """Refuses a metric that the data do not allow, before anything is embedded."""
-    if (metric == "map_11_point") != (targets is not None):
-        found = "one label per image" if targets is None else "several labels per image"
-        raise UsageError(f"metric: found {metric!r} for data with {found}, expected another one, or none given.")
-    if metric == "roc_auc" and len(labels) != 2:
-        raise UsageError(f"metric: found 'roc_auc' for {len(labels)} classes, expected data of two.")
