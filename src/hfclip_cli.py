@@ -132,6 +132,12 @@ VERBS = {
         "sorts the images of an index into folders of labels, by links or copies",
         "hfclip sort --labels labels.txt --out sorted",
     ),
+    "serve": Verb(
+        run_program,
+        "hfclip.commands.serve",
+        "serves image search to browsers: a page and a JSON API",
+        "hfclip serve --port 7860",
+    ),
     "evaluate": Verb(
         run_program,
         "hfclip.commands.evaluate",

@@ -50,7 +50,7 @@ def test_help_shows_an_example_of_each_verb_before_torch_could_be_imported():
         assert any(line.startswith(f"             $ hfclip {verb} ") for line in lines)
 
 
-@pytest.mark.parametrize("verb", ["classifyy", "serve", "--verbose"])
+@pytest.mark.parametrize("verb", ["classifyy", "dream", "--verbose"])
 def test_unknown_verb_is_one_line(verb, hfclip):
     status, out, err = hfclip(verb)
     assert (status, out) == (2, "") and err.startswith(f"error: found no verb {verb!r}, expected one of train, plan")

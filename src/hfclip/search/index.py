@@ -1,12 +1,11 @@
 """An index of images: made, brought up to date, and searched."""
 
-import functools
 import hashlib
 import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,12 @@ from ..names import opening
 from ..precision import settled_precision
 from ..zero_shot import device_of, model_fingerprint
 from .filters import select
-from .query import CANDIDATES, Query, Term, count_strong, embed_query_image, embed_query_text, parse_query
+from .query import CANDIDATES, Query, Term, count_strong, embed_query_image, embed_query_texts, parse_query
 from .store import Manifest, Snapshot, Store
 from .update import Counts, Progress, is_below, outermost, run_update
 
 
+KEPT_TEXTS = 1024  # embeddings of texts that are kept
 MARGIN = 32  # rows beyond those asked for whose scores are computed in float32: float16 has ties among them
 
 
@@ -89,7 +89,7 @@ class ImageIndex:
         self.store, self._model, self._processor = store, model, processor
         self._lock, self._seen, self._snapshot = threading.RLock(), None, None
         self._checked = False
-        self._embed_text = functools.lru_cache(1024)(self._embed_text)
+        self._texts: dict[str, Tensor] = {}
 
     @classmethod
     def build(
@@ -195,6 +195,14 @@ class ImageIndex:
         hits = [self._hit(snapshot, *row) for row in rows]
         return Found(hits, total, count_strong(values.numpy(), z.numpy(), len(of_all)))
 
+    def latest(self, top_k: int = 50, where: str | None = None, offset: int = 0) -> Found:
+        """The images whose files changed last, without scores; otherwise as `search`."""
+        snapshot = self.snapshot()
+        selected = snapshot.alive if where is None else snapshot.alive & select(snapshot, where)
+        numbers = np.flatnonzero(selected)
+        order = np.argsort(-snapshot.table["modified"].to_numpy()[numbers], kind="stable")[offset : offset + top_k]
+        return Found([self._hit(snapshot, row, None, None) for row in numbers[order].tolist()], len(numbers), 0)
+
     def get(self, id: int) -> Hit:
         """The image of an id. Raises LookupError if there is none."""
         snapshot = self.snapshot()
@@ -293,7 +301,7 @@ class ImageIndex:
     def embed(self, term: Term) -> Tensor:
         """(dim,) unit embedding of a term of a query."""
         if isinstance(term, str):
-            return self._embed_text(term)
+            return self.embed_texts([term])[0]
         if isinstance(term, Tensor):
             return F.normalize(term.float(), dim=0)
         if isinstance(term, Image.Image):
@@ -303,10 +311,17 @@ class ImageIndex:
         self.get(term)
         return self.snapshot().tensor[term].float()
 
-    def _embed_text(self, text: str) -> Tensor:
+    def embed_texts(self, texts: Sequence[str]) -> list[Tensor]:
+        """(dim,) unit embedding of each text of a query; new ones are embedded at once, and the latest are kept."""
         model, processor = self.open_model()
         with self._lock:  # a tokenizer is one thread's at a time
-            return embed_query_text(model, processor, text)
+            new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+            if new:
+                self._texts.update(zip(new, embed_query_texts(model, processor, new), strict=True))
+            found = [self._texts[text] for text in texts]
+            for text in list(self._texts)[:-KEPT_TEXTS]:
+                del self._texts[text]
+            return found
 
 
 def default_store() -> Path:

@@ -1,6 +1,7 @@
 """Queries: words and images with weights, as vectors; and which of the ranked images are strong matches."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -60,13 +61,14 @@ def parse_query(text: str) -> Query:
 
 
 @torch.no_grad()
-def embed_query_text(model: nn.Module, processor: Any, text: str) -> Tensor:
-    """(dim,) unit embedding of a text; of a short one the mean over `TEMPLATES`, again of unit length."""
-    prompts = [template.format(text) for template in TEMPLATES] if len(text.split()) <= SHORT else [text]
-    inputs = processor(text=prompts, padding=True, truncation=True, return_tensors="pt").to(device_of(model))
+def embed_query_texts(model: nn.Module, processor: Any, texts: Sequence[str]) -> list[Tensor]:
+    """(dim,) unit embedding of each text; of a short one the mean over `TEMPLATES`, again of unit length."""
+    prompts = [[form.format(text) for form in TEMPLATES] if len(text.split()) <= SHORT else [text] for text in texts]
+    inputs = processor(text=sum(prompts, []), padding=True, truncation=True, return_tensors="pt").to(device_of(model))
     with evaluating(model) as model:
         embeds = model.encode_text(inputs["input_ids"], inputs.get("attention_mask"), normalize=False)
-    return F.normalize(F.normalize(embeds.float(), dim=-1).mean(0), dim=-1).cpu()
+    parts = F.normalize(embeds.float(), dim=-1).cpu().split(list(map(len, prompts)))
+    return [F.normalize(part.mean(0), dim=-1) for part in parts]
 
 
 @torch.no_grad()
