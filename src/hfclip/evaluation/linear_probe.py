@@ -233,11 +233,14 @@ def search(train: Split, validation: Split, metric: Metric, prior: Tensor | None
 
 
 def expected_at(place: int, fits: Mapping[int, Fit]) -> Fit | None:
-    """About what the fit for `GRID[place]` will be: weights are nearly linear in the logarithm of lambda."""
+    """About what the fit for `GRID[place]` will be: weights are nearly linear in the logarithm of lambda.
+
+    Between two fits, or on from the nearest two.
+    """
     below, above = [p for p in fits if p < place], [p for p in fits if p > place]
-    if not (below and above):
-        return fits[min(fits, key=lambda other: abs(other - place))] if fits else None
-    low, high = max(below), min(above)
+    if len(fits) < 2:
+        return next(iter(fits.values()), None)
+    low, high = (max(below), min(above)) if below and above else sorted(above)[:2] or sorted(below)[-2:]
     share = (place - low) / (high - low)
     weight, bias = (torch.lerp(a, b, share) for a, b in zip(fits[low][:2], fits[high][:2], strict=True))
     return fits[low]._replace(weight=weight, bias=bias)
