@@ -1,7 +1,7 @@
 """Image search: a query beside one product of the machine, exact beside approximate search, updates, and indexing.
 
     python benchmarks/search.py queries      # 100,000 rows: a query by words, and the product it is made of
-    python benchmarks/search.py million      # a million rows: exact, and usearch's graph of them (minutes)
+    python benchmarks/search.py graph        # a million rows: exact, and usearch's graph of them (minutes)
     python benchmarks/search.py update       # ten new files among 50,000
     python benchmarks/search.py indexing     # images per second of an index, and of `embed` alone
     python benchmarks/search.py queries --write     # also adds the table, dated, to benchmarks/results/
@@ -66,8 +66,8 @@ def milliseconds(run: Callable[[], object], times: int = 15) -> float:
     return 1000 * statistics.median(seconds)
 
 
-def queries(folder: Path) -> list[str]:
-    rows = mixture(100_000, 1)
+def queries(folder: Path, count: int) -> list[str]:
+    rows = mixture(count, 1)
     index = write_store(folder, rows)
     tensor, wide, query = index.snapshot().tensor, rows.float(), mixture(1, 2)[0]
     products = {
@@ -79,35 +79,35 @@ def queries(folder: Path) -> list[str]:
     }
     times = {name: milliseconds(run) for name, run in products.items()}
     first = next(iter(times.values()))
-    lines = ["| 100,000 rows of 512 | ms | in products |", "|---|---|---|"]
+    lines = [f"| {count:,} rows of 512 | ms | in products |", "|---|---|---|"]
     return lines + [f"| {name} | {ms:.1f} | {ms / first:.2f} |" for name, ms in times.items()]
 
 
-def million(folder: Path) -> list[str]:
+def graph(folder: Path, count: int) -> list[str]:
     from usearch.index import Index
 
-    rows, asked = mixture(1_000_000, 1), mixture(100, 2)
+    rows, asked = mixture(count, 1), mixture(100, 2)
     index = write_store(folder, rows)
     exact_ms = milliseconds(lambda: index.search(Query(((1, asked[0]),))), 7)
     best = [{hit.id for hit in index.search(Query(((1, query),)), top_k=10).hits} for query in asked]
-    lines = ["| 1,000,000 rows of 512 | build, s | ms per query, 10 hits | recall@10 | GB |", "|---|---|---|---|---|"]
+    lines = [f"| {count:,} rows of 512 | build, s | ms per query, 10 hits | recall@10 | GB |", "|---|---|---|---|---|"]
     lines += [f"| exact, float16 | 0 | {exact_ms:.1f} | 1 | {rows.numel() * 2 / 1e9:.2f} |"]
-    graph = Index(ndim=DIM, metric="ip", dtype="f16")
+    tree = Index(ndim=DIM, metric="ip", dtype="f16")
     start = time.perf_counter()
-    graph.add(np.arange(len(rows)), rows.numpy(), threads=os.cpu_count())
+    tree.add(np.arange(len(rows)), rows.numpy(), threads=os.cpu_count())
     built = time.perf_counter() - start
     for expansion in (64, 256, 1024):
-        graph.expansion_search = expansion
-        found = [set(graph.search(query.numpy(), 10).keys.tolist()) for query in asked]
+        tree.expansion_search = expansion
+        found = [set(tree.search(query.numpy(), 10).keys.tolist()) for query in asked]
         recall = statistics.mean(len(a & b) / 10 for a, b in zip(found, best, strict=True))
-        ms = milliseconds(lambda: graph.search(asked[0].numpy(), 10), 50)
-        size = graph.serialized_length / 1e9
+        ms = milliseconds(lambda: tree.search(asked[0].numpy(), 10), 50)
+        size = tree.serialized_length / 1e9
         lines.append(f"| usearch, {expansion} candidates | {built:.0f} | {ms:.2f} | {recall:.3f} | {size:.2f} |")
     return lines
 
 
 def tiny_model(width: int = 64, layers: int = 2) -> tuple[HFCLIPModel, HFCLIPProcessor]:
-    tokenizer = HFCLIPTokenizer.train_new_from_iterator(["a photo of a cat"] * 300, 300, show_progress=False)
+    tokenizer = HFCLIPTokenizer.train_new_from_iterator(["a photo of a cat"] * 300, 520, show_progress=False)
     tower = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64 or 1)
     tower |= dict(num_hidden_layers=layers)
     words = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
@@ -126,13 +126,13 @@ def write_image(path: Path, seed: int, size: int) -> None:
     Image.fromarray(noise).resize((size, size)).save(path, quality=85)
 
 
-def update(folder: Path) -> list[str]:
-    """Rows of 50,000 real files, whose embeddings are made up; the ten new ones are embedded."""
+def update(folder: Path, count: int) -> list[str]:
+    """Rows of real files, whose embeddings are made up; the ten new ones are embedded."""
     photos, model = folder / "photos", tiny_model()
     write_image(folder / "one.jpg", 0, 32)
     data = (folder / "one.jpg").read_bytes()
     records = []
-    for number in range(50_000):
+    for number in range(count):
         path = photos / f"{number // 500}" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -148,7 +148,7 @@ def update(folder: Path) -> list[str]:
     seen = []
     model[0].vision_model.register_forward_hook(lambda module, inputs, output: seen.append(len(output.pooler_output)))
     index = ImageIndex.open(folder / "store", *model)
-    lines = ["| 50,000 files | s | embeddings |", "|---|---|---|"]
+    lines = [f"| {count:,} files | s | embeddings |", "|---|---|---|"]
     for what in ("10 new ones", "nothing new"):
         seen.clear()
         start = time.perf_counter()
@@ -157,10 +157,10 @@ def update(folder: Path) -> list[str]:
     return lines
 
 
-def indexing(folder: Path) -> list[str]:
-    """256 JPEGs of 640 x 640 pixels by a ViT of the width and layers of ViT-S/32."""
+def indexing(folder: Path, count: int) -> list[str]:
+    """JPEGs of 640 x 640 pixels by a ViT of the width and layers of ViT-S/32."""
     model, processor = tiny_model(384, 12)
-    for number in range(256):
+    for number in range(count):
         write_image(folder / "photos" / f"{number}.jpg", number, 640)
     images = ImageList(folder / "photos")
     seconds = {"embedding alone": [], "indexing": []}
@@ -171,22 +171,25 @@ def indexing(folder: Path) -> list[str]:
         start = time.perf_counter()
         ImageIndex.build(folder / "photos", model, processor, folder / f"store{turn}")
         seconds["indexing"].append(time.perf_counter() - start)
-    lines = ["| 256 JPEGs of 640 x 640, ViT-S/32 | images/s |", "|---|---|"]
-    return lines + [f"| {name} | {256 / min(values):.1f} |" for name, values in seconds.items()]
+    lines = [f"| {count} JPEGs of 640 x 640, ViT-S/32 | images/s |", "|---|---|"]
+    return lines + [f"| {name} | {count / min(values):.1f} |" for name, values in seconds.items()]
 
 
-PARTS = {part.__name__: part for part in (queries, million, update, indexing)}
+PARTS = {queries: 100_000, graph: 1_000_000, update: 50_000, indexing: 256}  # rows or images
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
+    parts = {part.__name__: part for part in PARTS}
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--rows", type=int, help="rows, or images; else as above")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="add the table to benchmarks/results/")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        lines = PARTS[options.part](Path(folder))
+        part = parts[options.part]
+        lines = part(Path(folder), options.rows or PARTS[part])
     text = "\n".join(lines) + "\n"
     print(text)
     if options.write:

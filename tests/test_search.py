@@ -30,7 +30,7 @@ from hfclip.evaluation.retrieval import retrieval
 from hfclip.search import ImageIndex, Query, parse_query, update
 from hfclip.search.query import count_strong
 from hfclip.search.store import Manifest, Record, Store
-from hfclip.search.whole import duplicates, sort_by_labels, to_npy, to_parquet, to_qdrant
+from hfclip.search.whole import duplicates, sort_by_labels, to_npy, to_parquet, to_qdrant, to_usearch
 
 
 @pytest.fixture(scope="module")
@@ -559,6 +559,13 @@ def test_exports_hold_what_is_there(build, photos, tmp_path):
     assert [row["path"] for row in one] == [row["path"] for row in two] == list(expected) and len(expected) == 9
     for row, vector in zip(one, vectors):
         assert np.array_equal(row["embedding"], vector) and np.array_equal(vector, expected[row["path"]])
+
+
+def test_usearch_finds_what_the_index_finds(index, tmp_path):
+    usearch = pytest.importorskip("usearch.index")
+    to_usearch(index, tmp_path / "graph")
+    found = usearch.Index.restore(str(tmp_path / "graph"), view=True).search(index.embed("red dog").numpy(), 5)
+    assert found.keys.tolist() == [hit.id for hit in index.search("red dog", top_k=5).hits]
 
 
 @pytest.mark.slow

@@ -46,11 +46,11 @@ def select(snapshot: Snapshot, where: str) -> np.ndarray:
 
 def _condition(snapshot: Snapshot, name: str, sign: str, value: str) -> np.ndarray:
     if name in NUMBERS:
-        return COMPARE[sign](snapshot.table[name].to_numpy(), float(value))
+        return COMPARE[sign](snapshot.column(name), float(value))
     if sign != "=":
         raise ValueError(sign)
     if name in ("after", "before"):
-        modified, moment = snapshot.table["modified"].to_numpy(), _moment(value)
+        modified, moment = snapshot.column("modified"), _moment(value)
         return modified >= moment if name == "after" else modified < moment
     if name == "folder":
         value = value.rstrip("/")

@@ -175,19 +175,18 @@ class ImageIndex:
         """
         snapshot = self.snapshot()
         vector = self._vector(parse_query(query) if isinstance(query, str) else query)
-        scores = snapshot.tensor @ vector.to(snapshot.tensor.dtype)
-        alive = torch.from_numpy(snapshot.alive)
-        selected = alive if where is None else alive & torch.from_numpy(select(snapshot, where))
+        scores = (snapshot.tensor @ vector.to(snapshot.tensor.dtype)).float()
+        selected = snapshot.alive if where is None else snapshot.alive & select(snapshot, where)
         total = int(selected.sum())
         if not total:
             return Found([], 0, 0)
-        scores = scores.float()
-        of_all = scores[alive]
+        of_all = scores if snapshot.alive.all() else scores[torch.from_numpy(snapshot.alive)]
         mean, deviation = of_all.mean().item(), max(of_all.std(correction=0).item(), 1e-6)
-        best = scores.masked_fill_(~selected, -torch.inf).topk(min(total, max(offset + top_k + MARGIN, CANDIDATES)))
+        if total < len(scores):
+            scores.masked_fill_(torch.from_numpy(~selected), -torch.inf)
+        best = scores.topk(min(total, max(offset + top_k + MARGIN, CANDIDATES)))
         exact = F.normalize(snapshot.tensor[best.indices[: offset + top_k + MARGIN]].float(), dim=1) @ vector
-        values = torch.cat([exact, best.values[len(exact) :]])
-        values, order = values.sort(descending=True, stable=True)
+        values, order = torch.cat([exact, best.values[len(exact) :]]).sort(descending=True, stable=True)
         z = (values - mean) / deviation
         wanted = slice(offset, offset + top_k)
         numbers = best.indices[order[wanted]].tolist()
@@ -246,7 +245,7 @@ class ImageIndex:
         return self._snapshot
 
     def _hit(self, snapshot: Snapshot, number: int, score: float | None, z: float | None) -> Hit:
-        width, height, modified = (snapshot.table[name][number].as_py() for name in ("width", "height", "modified"))
+        width, height, modified = (snapshot.column(name).item(number) for name in ("width", "height", "modified"))
         return Hit(number, snapshot.path(number), score, z, width, height, modified / 1e9)
 
     # ------------------------------------------------------------------------------------------------------ the model

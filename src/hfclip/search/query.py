@@ -20,7 +20,7 @@ from ..zero_shot import device_of, evaluating
 # A few words are embedded in these sentences, whose embeddings are averaged: models have seen captions, not words.
 TEMPLATES = ("{}", "a photo of {}.", "a picture of {}.", "an image of {}.")
 SHORT = 5  # words
-CANDIDATES = 1000  # images among which strong matches are looked for
+CANDIDATES = 500  # images among which strong matches are looked for
 LEAST_Z = 2.0  # of a strong match
 CHANCE = 5  # images that may be as good by chance
 SAME = 0.999  # cosine of what is the image of the query itself

@@ -81,11 +81,18 @@ class Snapshot:
 
     def __init__(self, manifest: Manifest, table: pa.Table, rows: np.ndarray, problems: list[Problem]):
         self.manifest, self.table, self.rows, self.problems = manifest, table, rows, problems
+        self._columns: dict[str, np.ndarray] = {}
 
     @cached_property
     def alive(self) -> np.ndarray:
         """(rows,) which images are there."""
-        return ~self.table["deleted"].to_numpy()
+        return ~self.column("deleted")
+
+    def column(self, name: str) -> np.ndarray:
+        """(rows,) numbers of the table."""
+        if name not in self._columns:
+            self._columns[name] = self.table[name].to_numpy()
+        return self._columns[name]
 
     @cached_property
     def tensor(self) -> torch.Tensor:

@@ -130,7 +130,17 @@ def to_qdrant(index: ImageIndex, place: str) -> None:
     client.close()
 
 
-EXPORTS: dict[str, Any] = {"npy": to_npy, "parquet": to_parquet, "qdrant": to_qdrant}
+def to_usearch(index: ImageIndex, path: str | os.PathLike) -> None:
+    """Writes a graph of usearch, whose keys are ids: approximate search that maps its file."""
+    from usearch.index import Index
+
+    graph = Index(ndim=index.snapshot().rows.shape[1], metric="ip", dtype="f16")
+    for hits, rows in _blocks(index):
+        graph.add(np.array([hit.id for hit in hits]), rows)
+    graph.save(os.fspath(path))
+
+
+EXPORTS: dict[str, Any] = {"npy": to_npy, "parquet": to_parquet, "qdrant": to_qdrant, "usearch": to_usearch}
 
 
 def _blocks(index: ImageIndex) -> Iterator[tuple[list[Hit], np.ndarray]]:
