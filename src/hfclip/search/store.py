@@ -88,6 +88,10 @@ class Snapshot:
         """(rows,) which images are there."""
         return ~self.column("deleted")
 
+    @cached_property
+    def num_alive(self) -> int:
+        return int(self.alive.sum())
+
     def column(self, name: str) -> np.ndarray:
         """(rows,) numbers of the table."""
         if name not in self._columns:
