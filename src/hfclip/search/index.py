@@ -264,8 +264,7 @@ class ImageIndex:
             self._checked = True
             return self._model.eval(), self._processor
 
-    def _describe_model(self) -> dict[str, Any]:
-        model, processor = self.open_model()
+    def _describe_model(self, model: nn.Module, processor: Any) -> dict[str, Any]:
         name = getattr(self, "_name", None) or model.name_or_path or type(model).__name__
         preprocessing = json.dumps(preprocessing_of(processor), sort_keys=True, default=str)
         return {
@@ -276,13 +275,14 @@ class ImageIndex:
 
     def new_manifest(self) -> Manifest:
         """The manifest of a new index of this model."""
-        model, _ = self.open_model()
+        model, processor = self.open_model()
         precision = settled_precision("auto", device_of(model))[0]
-        return Manifest({**self._describe_model(), "precision": precision, "dim": model.config.projection_dim})
+        return Manifest(
+            {**self._describe_model(model, processor), "precision": precision, "dim": model.config.projection_dim}
+        )
 
     def _check_model(self) -> None:
-        self._checked = True
-        manifest, found = self.snapshot().manifest, self._describe_model()
+        manifest, found = self.snapshot().manifest, self._describe_model(self._model, self._processor)
         for what in ("fingerprint", "preprocessing"):
             if found[what] != manifest.model[what]:
                 folders = " ".join(manifest.folders)
