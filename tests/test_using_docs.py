@@ -1,4 +1,4 @@
-"""The snippets of docs/using.md and docs/evaluation.md, run one after the other as they stand there."""
+"""The snippets of docs/using.md, docs/evaluation.md and docs/search.md, run one after the other as they stand there."""
 
 import os
 import re
@@ -72,3 +72,21 @@ def test_evaluation_runs(place, monkeypatch, capsys):
     for snippet in snippets("python", "evaluation.md"):
         exec(compile(snippet, "docs/evaluation.md", "exec"), names)
     assert names["record"].path.is_file() and names["record"].metrics["top1"] == 0.5
+
+
+def test_search_runs(place, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("pathspec")
+    monkeypatch.chdir(place)
+    (place / "labels.txt").write_text("red circle\nblue square\n")
+    monkeypatch.setenv("HFCLIP_CACHE", str(tmp_path / "cache"))
+    text, names = (ROOT / "docs" / "search.md").read_text(encoding="utf-8"), {}
+    for language, snippet in re.findall(r"^```(bash|python)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+        if language == "python":
+            exec(compile(snippet, "docs/search.md", "exec"), names)
+            continue
+        for line in snippet.splitlines():
+            words = shlex.split(os.path.expandvars(line), comments=True)
+            if words[:1] == ["hfclip"] and words[1] not in ("serve", "space"):
+                monkeypatch.setattr(sys, "argv", words)
+                hfclip_cli.main()
+    assert "16 images in" in capsys.readouterr().out and names["rows"].shape[0] == 16
