@@ -65,6 +65,7 @@ def save_models(folder: Path) -> None:
         HFCLIPProcessor(HFCLIPImageProcessor(size=64), tokenizer).save_pretrained(name)
 
 
+@pytest.mark.slow
 def test_one_file_measures_everything(data_dir, tmp_path, monkeypatch, capsys):
     cut(data_dir / "emoji", tmp_path / "data" / "emoji")
     save_models(tmp_path)
