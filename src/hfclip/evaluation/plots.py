@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -130,7 +131,8 @@ def draw_overview(rows: Sequence[tuple[str, Mapping[str, float]]], title: str) -
             hollow = {"markerfacecolor": "none"} if model.startswith("paper") else {}
             style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], **hollow}
             axes.plot(*zip(*places, strict=True), linestyle="", markersize=7, label=model, clip_on=False, **style)
-        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        # Long names would leave no room; the table has them.
+        axes.set_yticks(range(len(rows)), [textwrap.shorten(name, 40, placeholder=" ...") for name, _ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, 100)
         axes.set_xlabel("%")
