@@ -4,6 +4,7 @@ import base64
 import csv
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from hfclip.search import ImageIndex
 from hfclip.search.serve import create_app
 
 
-playwright.expect.set_options(timeout=15_000)
+playwright.expect.set_options(timeout=60_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
 FLAGS += ["disable-component-update", "disable-sync"]
@@ -61,13 +62,20 @@ def browser():
 
 
 @pytest.fixture
-def visit(browser, address):
+def serve():
+    """Serves an index until its pages are closed."""
+    with ExitStack() as stack:
+        yield lambda index: stack.enter_context(serving(create_app(index)))
+
+
+@pytest.fixture
+def visit(browser, address, serve):
     """Opens a page; at the end, nothing was logged, no other host was asked, and nothing has moved by itself."""
     pages, problems = [], []
 
     def visit(path: str = "/", width: int = 1280, origin: str = address, **options):
         context = browser.new_context(viewport={"width": width, "height": 800}, base_url=origin, **options)
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(60_000)
         context.add_init_script(NOTE_SHIFTS)
         page = context.new_page()
         page.on("console", lambda message: problems.append(message.text))
@@ -94,7 +102,7 @@ def shown(page) -> list[int]:
 
 def wait_for(page, expression: str) -> None:
     """Waits until an expression holds. Playwright's own function for it needs `eval`, which the page forbids."""
-    for _ in range(400):
+    for _ in range(1600):
         if page.evaluate(expression):
             return
         page.wait_for_timeout(25)
@@ -300,13 +308,12 @@ def test_faults_and_an_index_in_the_making_are_told(browser, tmp_path):
         playwright.expect(page.locator("#notice")).to_contain_text("found no image")
 
 
-def test_empty_index_says_what_to_do(visit, tmp_path):
+def test_empty_index_says_what_to_do(visit, serve, tmp_path):
     index = build_index(tmp_path, 1)
     next((tmp_path / "photos").rglob("*.png")).unlink()
     index.update()
-    with serving(create_app(index)) as address:
-        page = visit(origin=address)
-        playwright.expect(page.locator("#notice")).to_contain_text("hfclip index FOLDER")
+    page = visit(origin=serve(index))
+    playwright.expect(page.locator("#notice")).to_contain_text("hfclip index FOLDER")
 
 
 def test_phone_and_dark_mode(visit):
@@ -341,7 +348,7 @@ def test_images_have_names_and_motion_can_be_turned_off(visit):
 @pytest.mark.skipif(
     "HFCLIP_EMOJI_MODEL" not in os.environ, reason="needs HFCLIP_EMOJI_MODEL, a model trained on emoji"
 )
-def test_penguin_is_found_among_emoji(visit, data_dir, tmp_path):
+def test_penguin_is_found_among_emoji(visit, serve, data_dir, tmp_path):
     from hfclip.data.sources import open_source
 
     source = open_source(str(data_dir / "emoji" / "train"))
@@ -351,8 +358,7 @@ def test_penguin_is_found_among_emoji(visit, data_dir, tmp_path):
         if number % 8 == 0 or name == "penguin":
             (tmp_path / "emoji" / f"{name.replace('/', ' ')} {number}.webp").write_bytes(image)
     index = ImageIndex.build(tmp_path / "emoji", os.environ["HFCLIP_EMOJI_MODEL"], store=tmp_path / "store")
-    with serving(create_app(index)) as address:
-        page = visit(origin=address)
-        page.locator("#query").press_sequentially("penguin", delay=20)
-        page.wait_for_selector(".score.strong")
-        assert page.locator("#grid img").first.get_attribute("alt").startswith("penguin")
+    page = visit(origin=serve(index))
+    page.locator("#query").press_sequentially("penguin", delay=20)
+    page.wait_for_selector(".score.strong")
+    assert page.locator("#grid img").first.get_attribute("alt").startswith("penguin")
