@@ -79,7 +79,7 @@ function keepPlace() {
 
 // ---- asking the server ----
 
-let found = null; // what is shown: { hits, total, strong, terms, parameters }
+let found = null; // what is shown: { hits, total, strong, terms, parameters, path }
 let request = new AbortController();
 let pending = null; // the request for more
 const kept = new Map(); // answers by parameters, for the way back
@@ -113,7 +113,7 @@ async function search(scroll = 0, typing = false) {
     kept.delete(parameters);
     kept.set(parameters, answer);
     if (kept.size > 30) kept.delete(kept.keys().next().value);
-    found = { ...answer, parameters };
+    found = { ...answer, parameters, path: path() };
     showFound(scroll);
   } catch (error) {
     if (error.name !== "AbortError") showNotice(error.message, "Try again", () => search());
@@ -126,7 +126,7 @@ function more() {
   if (!found || pending || found.hits.length >= Math.min(found.total, MOST)) return pending;
   const { signal } = request;
   const asked = found;
-  pending = ask(`${path()}?${asked.parameters}&limit=${PAGE}&offset=${asked.hits.length}`, { signal })
+  pending = ask(`${asked.path}?${asked.parameters}&limit=${PAGE}&offset=${asked.hits.length}`, { signal })
     .then((answer) => {
       if (asked !== found) return;
       asked.hits.push(...answer.hits);
@@ -194,10 +194,13 @@ function showTerms() {
   const texts = (found?.terms ?? []).filter((term) => "text" in term);
   const rewrite = (index, term) => {
     const changed = texts.flatMap((other, place) => (place === index ? (term ? [term] : []) : [other]));
+    found = { ...found, terms: changed }; // until the reply is there: the next click may come before
     change({ text: changed.map(spelled).join(" ") });
+    showTerms();
   };
   const replace = (index, image) => {
     change({ images: query.images.flatMap((other, place) => (place === index ? (image ? [image] : []) : [other])) });
+    showTerms();
   };
   const chips = texts.length + query.images.length > 1 ? texts.map((term, index) => chip(term, (to) => rewrite(index, to))) : [];
   $("terms").hidden = !query.images.length && !chips.length;
