@@ -395,6 +395,7 @@ def index_and_die(model_folder, photos, store, at):
     """Indexes, and is killed at a number of steps that change the disk, whichever that is."""
     torch.set_num_threads(1)
     update.CHUNK, update.SECONDS, update.COMMITTING = 16, 0, 1e9  # a commit per 16 images
+    update.usual_workers = lambda on_cpu: 0  # they would outlive a process that is killed
     steps = itertools.count(1)
 
     def dying(step):
