@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from hfclip import HFCLIPConfig, HFCLIPModel, optimize_for_inference
 from hfclip.flops import ModelFlops
-from hfclip.modeling_hfclip import HFCLIPTextModelWithProjection, HFCLIPVisionModelWithProjection
+from hfclip.modeling_hfclip_heads import HFCLIPTextModelWithProjection, HFCLIPVisionModelWithProjection
 
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -21,6 +21,7 @@ from hfclip.errors import UsageError
 from hfclip.evaluation import DataSet
 from hfclip.evaluation.corruptions import CORRUPTIONS, Corrupted, Typographic, corrupt, corruptions, typographic
 from hfclip.evaluation.data import Part
+from hfclip.evaluation.frames import frames, pm_accuracy
 from hfclip.evaluation.robustness import (
     FITS,
     PAPER_ROWS,
@@ -28,9 +29,7 @@ from hfclip.evaluation.robustness import (
     effective_robustness,
     fit_line,
     fit_of,
-    frames,
     members_by_map,
-    pm_accuracy,
     read_class_map,
     relative_robustness,
     robustness,

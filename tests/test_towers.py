@@ -13,7 +13,7 @@ from hfclip.configuration_hfclip import TOWER_CONFIGS, HFCLIPBaseConfig
 from hfclip.hub import model_card
 from hfclip.layers_hfclip import check_pixel_values, initialize_leaf, with_init_std
 from hfclip.limits_hfclip import limited
-from hfclip.modeling_hfclip import TOWERS
+from hfclip.towers_hfclip import TOWERS
 from training.config import Config, OptimConfig
 from training.footprint import Towers
 from training.optim import build_optimizer

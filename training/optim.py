@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hfclip.errors import UsageError
-from hfclip.modeling_hfclip import blocks_of
+from hfclip.towers_hfclip import blocks_of
 
 from .config import OptimConfig
 from .defaults import num_steps

@@ -17,9 +17,9 @@ from .configuration_hfclip import (
 from .image_processing_hfclip import HFCLIPImageProcessor
 from .inference import ZeroShotImageClassificationPipeline, optimize_for_inference
 from .losses import contrastive_loss, sigmoid_loss
-from .modeling_hfclip import (
+from .modeling_hfclip import HFCLIPModel
+from .modeling_hfclip_heads import (
     HFCLIPForImageClassification,
-    HFCLIPModel,
     HFCLIPTextModelWithProjection,
     HFCLIPVisionModelWithProjection,
 )

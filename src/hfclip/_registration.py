@@ -19,9 +19,11 @@ from transformers.models.auto.modeling_auto import (
 
 from .configuration_hfclip import TOWER_CONFIGS, HFCLIPConfig
 from .image_processing_hfclip import HFCLIPImageProcessor
-from .modeling_hfclip import TOWERS, HFCLIPForImageClassification, HFCLIPModel
+from .modeling_hfclip import HFCLIPModel
+from .modeling_hfclip_heads import HFCLIPForImageClassification
 from .processing_hfclip import HFCLIPProcessor
 from .tokenization_hfclip import HFCLIPTokenizer
+from .towers_hfclip import TOWERS
 
 
 def register_with_auto_classes() -> None:

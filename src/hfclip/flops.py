@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
 from .configuration_hfclip import HFCLIPConfig
-from .modeling_hfclip import pooled_by
+from .towers_hfclip import pooled_by
 
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@
     input_ids    -> text tower  -> pooled -> text_projection   -> unit length -> text_embeds
     logits_per_image = exp(logit_scale) * image_embeds @ text_embeds.T (+ logit_bias)
 
-A tower is ours (`TOWERS`) or any of transformers, then pooled by a named rule.
+A tower is ours or any of transformers (`towers_hfclip`), then pooled by a named rule.
 """
 
 import math
@@ -12,25 +12,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import transformers
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_hfclip import HFCLIPConfig, HFCLIPTextConfig, HFCLIPVisionConfig
-from .families_hfclip import FAMILIES, NAFLEX_INPUTS, OMITTED_TOWERS, Family, family_of, require_joint_space
+from .configuration_hfclip import HFCLIPConfig
+from .families_hfclip import FAMILIES, NAFLEX_INPUTS, Family, family_of, require_joint_space
 from .foreign_hfclip import foreign, is_foreign
-from .layers_hfclip import with_init_std
-from .modeling_hfclip_resnet import HFCLIPResNetModel
-from .modeling_hfclip_text import HFCLIPBagOfWordsModel, HFCLIPTextModel
-from .modeling_hfclip_transformer import HFCLIPPreTrainedModel, HFCLIPVisionModel
+from .modeling_hfclip_transformer import HFCLIPPreTrainedModel
 from .packing_hfclip import without_left_padding
-from .projection_hfclip import projection, projection_of, tower_width
+from .projection_hfclip import projection_of
+from .towers_hfclip import TOWERS, build_tower, pooled_by
 
 
 @dataclass
@@ -55,95 +52,6 @@ class HFCLIPOutput(ModelOutput):
 
     def to_tuple(self) -> tuple:
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
-
-
-@dataclass
-class HFCLIPTextModelOutput(ModelOutput):
-    """`text_embeds`: (batch, projection_dim), projected, NOT normalised (as in transformers' CLIP)."""
-
-    text_embeds: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class HFCLIPVisionModelOutput(ModelOutput):
-    """`image_embeds`: (batch, projection_dim), projected, NOT normalised (as in transformers' CLIP)."""
-
-    image_embeds: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-def build_tower(config) -> PreTrainedModel:
-    """Our tower for our config types, AutoModel's for all others, and transformers' own where AutoModel omits it.
-
-    Of an encoder-decoder (mT5, NLLB) the encoder.
-    """
-    if config.model_type in TOWERS:
-        return TOWERS[config.model_type]._from_config(config)
-    if config.model_type in OMITTED_TOWERS:
-        tower = getattr(transformers, OMITTED_TOWERS[config.model_type])._from_config(config)
-    else:
-        tower = AutoModel.from_config(config)
-    if config.is_encoder_decoder:
-        tower = tower.get_encoder()
-    # Parameters that an encoder never uses would have no gradient, an error under data parallelism.
-    for name, parameter in tower.named_parameters():
-        if name.endswith("mask_token"):
-            parameter.requires_grad_(False)
-    return tower
-
-
-def blocks_of(tower: PreTrainedModel) -> list[nn.Module] | None:
-    """A tower's blocks from the input up, as its `blocks()` says, or the items of its largest list of modules; or None."""
-    if hasattr(type(tower), "blocks"):
-        return tower.blocks()
-    lists = [list(module) for module in tower.modules() if isinstance(module, nn.ModuleList)]
-    # Lists inside of a block hold fewer parameters.
-    return max(lists, key=lambda found: sum(p.numel() for block in found for p in block.parameters()), default=None)
-
-
-def pool(outputs: ModelOutput, rule: str, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """(batch, hidden) from a tower's outputs by a named rule; see `HFCLIPConfig`.
-
-    Raises:
-        ValueError: the rule is `pooler` and the tower has none.
-    """
-    if rule == "pooler":
-        pooled = getattr(outputs, "pooler_output", None)
-        if pooled is None:
-            raise ValueError("Pooling rule 'pooler': this tower has no pooler_output. Use 'cls', 'mean' or 'last'.")
-        return pooled.flatten(1)
-    states = outputs.last_hidden_state
-    if states.dim() == 4:
-        # (batch, hidden, height, width) -> (batch, height * width, hidden)
-        states = states.flatten(2).transpose(1, 2)
-    if attention_mask is None or attention_mask.shape != states.shape[:2]:
-        attention_mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
-    order = torch.arange(states.shape[1], device=states.device)
-    if rule == "cls":
-        first = attention_mask.bool().int().argmax(dim=1)
-        return states[torch.arange(len(states), device=states.device), first]
-    if rule == "last":
-        last = (attention_mask.bool() * order).argmax(dim=1)
-        return states[torch.arange(len(states), device=states.device), last]
-    weights = attention_mask.to(states.dtype)[..., None]
-    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-
-
-def pooled_by(
-    rule: str, outputs: ModelOutput, attention_mask: torch.Tensor | None = None
-) -> BaseModelOutputWithPooling:
-    """A tower's outputs with the `pooler_output` (batch, hidden) of a named rule."""
-    is_there = type(outputs) is BaseModelOutputWithPooling and outputs.pooler_output is not None
-    if rule == "pooler" and is_there:
-        return outputs
-    return BaseModelOutputWithPooling(
-        **{**only_base_fields(outputs), "pooler_output": pool(outputs, rule, attention_mask)}
-    )
 
 
 def at_least_float32(values: torch.Tensor) -> torch.Tensor:
@@ -211,9 +119,9 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         """Opens a folder or a Hub name, see `PreTrainedModel.from_pretrained`, or a checkpoint of OpenAI or OpenCLIP.
 
         Args:
-            pretrained_model_name_or_path: hfclip's own, one of transformers' dual encoders (`families_hfclip`), or of a checkpoint the file
-                (`ViT-B-32.pt`, `epoch_32.pt`), or the folder or Hub name with `open_clip_config.json`. That is read as data;
-                nothing is converted on disk.
+            pretrained_model_name_or_path: hfclip's own, one of transformers' dual encoders (`families_hfclip`), or of a
+                checkpoint the file (`ViT-B-32.pt`, `epoch_32.pt`), or the folder or Hub name with
+                `open_clip_config.json`. That is read as data; nothing is converted on disk.
             architecture: Of a training checkpoint: OpenCLIP's name, such as "ViT-B-32-quickgelu", or its JSON file.
             weights: Of a training checkpoint with several sets of weights, which, such as "state_dict".
             tokenizer: Of a checkpoint without: folder, Hub name, or OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
@@ -298,9 +206,8 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             kwargs["position_ids"] = position_ids
         context = getattr(config, "max_position_embeddings", None)
         if attention_mask is not None and context is not None and input_ids.shape[1] > context:
-            if not attention_mask[
-                :, context:
-            ].any():  # padded to the context of another model, as SigLIP's are by pipelines
+            # Padded to the context of another model, as SigLIP's are by pipelines.
+            if not attention_mask[:, context:].any():
                 input_ids, attention_mask = input_ids[:, :context], attention_mask[:, :context]
         if config.model_type not in TOWERS:
             if attention_mask is None:
@@ -322,8 +229,8 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             kwargs.update(interpolate_pos_encoding=interpolate_pos_encoding)
         if self.config.vision_config.model_type == "siglip2_vision_model" and not kwargs.keys() >= NAFLEX_INPUTS:
             raise ValueError(
-                f"pixel_values: found them without {' and '.join(sorted(NAFLEX_INPUTS - kwargs.keys()))}, expected all that "
-                "the model's own processor makes of images: NaFlex takes each in its own shape."
+                f"pixel_values: found them without {' and '.join(sorted(NAFLEX_INPUTS - kwargs.keys()))}, expected all "
+                "that the model's own processor makes of images: NaFlex takes each in its own shape."
             )
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
         return pooled_by(self.config.vision_pooling, outputs)
@@ -421,20 +328,8 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             raise ValueError("embeds_only: expected input_ids, pixel_values or both, and no embeddings.")
         of_images = {key: kwargs.pop(key) for key in NAFLEX_INPUTS & kwargs.keys()}
         if embeds_only:
-            return HFCLIPOutput(
-                image_embeds=None if pixel_values is None else self.encode_image(pixel_values, **of_images),
-                text_embeds=None
-                if input_ids is None
-                else self.encode_text(input_ids, attention_mask, True, text_lengths),
-            )
-        if (input_ids is None) == (text_embeds is None) or (pixel_values is None) == (image_embeds is None):
-            raise ValueError(
-                "You have to specify input_ids and pixel_values, or text_embeds and image_embeds in their place. For "
-                "the embeddings of one of the two use encode_text, encode_image, or embeds_only=True."
-            )
-        for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
-            if embeds is not None:
-                self._check_embeds(name, embeds)
+            return self._embeds_only(input_ids, pixel_values, attention_mask, text_lengths, **of_images)
+        self._check_inputs(input_ids, pixel_values, image_embeds, text_embeds)
         vision_outputs = text_outputs = None
         if image_embeds is None:
             vision_outputs = self._vision_outputs(pixel_values, interpolate_pos_encoding, **of_images, **kwargs)
@@ -453,13 +348,27 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             vision_model_output=vision_outputs,
         )
 
-    def _check_embeds(self, name: str, embeds: torch.Tensor) -> None:
-        """Raises ValueError, saying what was found and expected, for what cannot be embeddings of this model."""
-        shape = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
-        if not isinstance(shape, tuple) or len(shape) != 2 or shape[1] != self.config.projection_dim:
+    def _embeds_only(self, input_ids, pixel_values, attention_mask, text_lengths, **of_images) -> HFCLIPOutput:
+        """Embeddings of those of images and texts that are given."""
+        image_embeds = text_embeds = None
+        if pixel_values is not None:
+            image_embeds = self.encode_image(pixel_values, **of_images)
+        if input_ids is not None:
+            text_embeds = self.encode_text(input_ids, attention_mask, text_lengths=text_lengths)
+        return HFCLIPOutput(image_embeds=image_embeds, text_embeds=text_embeds)
+
+    def _check_inputs(self, input_ids, pixel_values, image_embeds, text_embeds) -> None:
+        """Raises ValueError unless images and texts are each given once, and embeddings can be this model's."""
+        if (input_ids is None) == (text_embeds is None) or (pixel_values is None) == (image_embeds is None):
             raise ValueError(
-                f"{name}: found {shape}, expected a tensor (number, {self.config.projection_dim}) of unit embeddings."
+                "You have to specify input_ids and pixel_values, or text_embeds and image_embeds in their place. For "
+                "the embeddings of one of the two use encode_text, encode_image, or embeds_only=True."
             )
+        dim = self.config.projection_dim
+        for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
+            found = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+            if embeds is not None and list(found[1:]) != [dim]:
+                raise ValueError(f"{name}: found {found}, expected a tensor (number, {dim}) of unit embeddings.")
 
     def similarities(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """(num_images, num_texts) logits of unit embeddings: scaled cosines, plus the bias if there is one.
@@ -493,136 +402,3 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             return -F.logsigmoid(signs * logits).sum() / len(logits)
         targets = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
-
-
-def only_base_fields(outputs: ModelOutput) -> dict[str, torch.Tensor]:
-    """The fields of a tower's outputs that all towers share."""
-    fields = ("last_hidden_state", "hidden_states", "attentions")
-    return {name: getattr(outputs, name) for name in fields if getattr(outputs, name, None) is not None}
-
-
-class HFCLIPTextModelWithProjection(HFCLIPPreTrainedModel):
-    """The text transformer with its projection, as in transformers' `CLIPTextModelWithProjection`."""
-
-    config_class = HFCLIPTextConfig
-    config: HFCLIPTextConfig
-    base_model_prefix = "text_model"
-    input_modalities = ("text",)
-    _keys_to_ignore_on_load_unexpected = [r"position_ids", r"^vision_model\.", r"^visual_projection\.", r"^logit_"]
-
-    def __init__(self, config: HFCLIPTextConfig):
-        super().__init__(config)
-        self.text_model = HFCLIPTextModel._from_config(config)
-        self.text_projection = projection(config.hidden_size, config.projection_dim, config.projection_type)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_model.set_input_embeddings(value)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> HFCLIPTextModelOutput:
-        """`text_embeds` (batch, projection_dim), not normalised; see `HFCLIPTextModel.forward`."""
-        kwargs["return_dict"] = True
-        outputs = self.text_model(input_ids, attention_mask, position_ids, **kwargs)
-        return HFCLIPTextModelOutput(
-            text_embeds=self.text_projection(outputs.pooler_output), **only_base_fields(outputs)
-        )
-
-
-class HFCLIPVisionModelWithProjection(HFCLIPPreTrainedModel):
-    """The ViT with its projection, as in transformers' `CLIPVisionModelWithProjection`."""
-
-    config_class = HFCLIPVisionConfig
-    config: HFCLIPVisionConfig
-    base_model_prefix = "vision_model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [r"position_ids", r"^text_model\.", r"^text_projection\.", r"^logit_"]
-
-    def __init__(self, config: HFCLIPVisionConfig):
-        super().__init__(config)
-        self.vision_model = HFCLIPVisionModel._from_config(config)
-        self.visual_projection = projection(tower_width(config), config.projection_dim, config.projection_type)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_model.get_input_embeddings()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> HFCLIPVisionModelOutput:
-        """`image_embeds` (batch, projection_dim), not normalised; see `HFCLIPVisionModel.forward`."""
-        kwargs["return_dict"] = True
-        outputs = self.vision_model(pixel_values, interpolate_pos_encoding, **kwargs)
-        return HFCLIPVisionModelOutput(
-            image_embeds=self.visual_projection(outputs.pooler_output), **only_base_fields(outputs)
-        )
-
-
-class HFCLIPForImageClassification(HFCLIPPreTrainedModel):
-    """An image tower of any type with a linear classifier of `config.num_labels` classes."""
-
-    _auto_class = "AutoModelForImageClassification"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [
-        *(r"position_ids", r"^text_model\.", r"^text_projection\.", r"^visual_projection\.", r"^logit_")
-    ]
-
-    def __init__(self, config: HFCLIPConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.vision_model = build_tower(config.vision_config)
-        vision = config.vision_config
-        width = vision.hidden_size if vision.model_type in TOWERS else tower_width(vision)
-        self.classifier = nn.Identity()
-        if config.num_labels > 0:
-            self.classifier = with_init_std(nn.Linear(width, config.num_labels), width**-0.5)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.vision_model.set_input_embeddings(value)
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutput:
-        """`logits` (batch, num_labels); `loss` if `labels` (batch,) are given. Pooled as in transformers' CLIP."""
-        kwargs["return_dict"] = True
-        outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
-        if hasattr(self.vision_model, "features_for_classification"):
-            features = self.vision_model.features_for_classification(outputs)
-        else:
-            features = pool(outputs, self.config.vision_pooling)
-        logits = self.classifier(features)
-        return ImageClassifierOutput(
-            loss=None if labels is None else self.loss_function(labels, logits, self.config),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=getattr(outputs, "attentions", None),
-        )
-
-
-TOWERS = {
-    tower.config_class.model_type: tower
-    for tower in (HFCLIPTextModel, HFCLIPBagOfWordsModel, HFCLIPVisionModel, HFCLIPResNetModel)
-}

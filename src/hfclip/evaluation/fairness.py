@@ -151,37 +151,26 @@ def fairness(
         raise UsageError(f"thresholds are {thresholds}, expected probabilities between 0 and 1.")
     people = open_people(data.where(), attributes)
     people = people._replace(source=data.part(people.source))
-    images = embed_readable(model, processor, people.source, **embedding)
-    keys = images.keys
-    rows = [people.attributes.get(_stem(key)) for key in keys]
-    known = np.array([row is not None for row in rows])
-    if not known.any():
-        raise UsageError(f"{data.name}: no image has attributes; {keys[0]} is one without.")
-    images = images.part(known)
-    columns = {name: np.array([row[name] for row in rows if row is not None]) for name in attributes}
+    found = embed_readable(model, processor, people.source, **embedding)
+    rows = [people.attributes.get(_stem(key)) for key in found.keys]
+    images, columns = _with_attributes(data.name, found, rows, attributes)
     groups = _groups(columns, people.values, smallest_group)
 
     def compare(labels: list[str], template: str) -> np.ndarray:
         return images.compare(embed_names(model, processor, labels, [template], **embedding)).scores
 
-    metrics, accuracy = {}, []
-    for name in attributes:
-        values = np.array(people.values[name])
-        best = values[compare(list(values), TEMPLATES.get(name, LABEL_TEMPLATE)).argmax(axis=1)]
-        readings = {name: best == columns[name]}
-        if name == "race" and WHITE in values:
-            readings["race_white_or_not"] = (best == WHITE) == (columns[name] == WHITE)
-        metrics |= {f"{reading}_accuracy": float(hits.mean()) for reading, hits in readings.items()}
-        accuracy += [
-            {"predicted": reading, **group, "images": int(of.sum()), "accuracy": float(hits[of].mean())}
-            for reading, hits in readings.items()
-            for group, of in groups
-        ]
+    hits = _predict(compare, people.values, columns)
+    metrics = {f"{reading}_accuracy": float(right.mean()) for reading, right in hits.items()}
+    accuracy = [
+        {"predicted": reading, **group, "images": int(of.sum()), "accuracy": float(right[of].mean())}
+        for reading, right in hits.items()
+        for group, of in groups
+    ]
     labels, of_thresholds = _count_labels(compare, people.values, groups, images, thresholds)
     whole = {row["labels"]: row for row in labels if row["group"] == "all"}
     for kind in ("crime", "non_human"):
         metrics[kind], metrics[f"{kind}_with_child"] = whole["default"][kind], whole["with child"][kind]
-    metrics |= {"images": len(images.readable), "without_attributes": int((~known).sum())}
+    metrics |= {"images": len(images.readable), "without_attributes": rows.count(None)}
     return Result(
         metrics,
         headline=f"{attributes[0]}_accuracy",
@@ -194,6 +183,30 @@ def fairness(
         protocol={"templates": {**TEMPLATES, "labels": LABEL_TEMPLATE}, "crime": CRIME, "non_human": NON_HUMAN},
         notes=[NOT_REPRODUCED],
     )
+
+
+def _with_attributes(
+    name: str, found: Embedded, rows: Sequence[dict[str, str] | None], attributes: Sequence[str]
+) -> tuple[Embedded, dict[str, np.ndarray]]:
+    """The images whose attributes are known, and each attribute of all of them."""
+    known = np.array([row is not None for row in rows])
+    if not known.any():
+        raise UsageError(f"{name}: no image has attributes; {found.keys[0]} is one without.")
+    return found.part(known), {each: np.array([row[each] for row in rows if row is not None]) for each in attributes}
+
+
+def _predict(
+    compare: Any, values: Mapping[str, list[str]], columns: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Which images are right, by attribute; of race also when the same predictions are read as white or not."""
+    hits = {}
+    for name, right in columns.items():
+        words = np.array(values[name])
+        best = words[compare(values[name], TEMPLATES.get(name, LABEL_TEMPLATE)).argmax(axis=1)]
+        hits[name] = best == right
+        if name == "race" and WHITE in words:
+            hits["race_white_or_not"] = (best == WHITE) == (right == WHITE)
+    return hits
 
 
 def _groups(

@@ -113,24 +113,11 @@ def scaling(
     Returns:
         `exponent`, `exponent_low`, `exponent_high`, `factor`, `r2` and `models`; table "scaling" has a row per model.
     """
-    errors: dict[str, dict[str, float]] = {}
-    for result in data:
-        if result["task"] == of_task:
-            name = "+".join(part["name"] for part in result["data"])
-            errors.setdefault(result["model"]["name"], {})[name] = 1 - result["metrics"][result["headline"]]
-    shared = set.intersection(*(set(of) for of in errors.values())) if errors else set()
-    if not shared:
-        raise UsageError(
-            f"scaling: found {len(errors)} models with results of {of_task} on one data set, expected three."
-        )
+    errors, shared = _mean_errors(data, of_task)
     sizes = _gflops_of(errors) if compute is None else _read_compute(compute, errors)
     rows = [
-        {
-            "name": Path(name).name,
-            "compute": sizes[name],
-            "error": float(np.mean([of[each] for each in sorted(shared)])),
-        }
-        for name, of in sorted(errors.items(), key=lambda item: sizes[item[0]])
+        {"name": Path(name).name, "compute": sizes[name], "error": errors[name]}
+        for name in sorted(errors, key=sizes.__getitem__)
     ]
     law = fit_power_law([row["compute"] for row in rows], [row["error"] for row in rows], confidence)
     for row, *ends in zip(rows, *law.predict([row["compute"] for row in rows]), strict=True):
@@ -158,9 +145,24 @@ def scaling(
         headline="r2",
         tables=tables,
         plots=[plot],
-        protocol={"task": of_task, "data": sorted(shared), "compute": x_label, "confidence": confidence},
+        protocol={"task": of_task, "data": shared, "compute": x_label, "confidence": confidence},
         notes=["The paper prints no exponent: its figure 9 has five ResNets over 44 times the compute."],
     )
+
+
+def _mean_errors(results: Sequence[Mapping[str, Any]], task: str) -> tuple[dict[str, float], list[str]]:
+    """Of each model, the mean of 1 - headline over the data sets that all models have; and the names of those sets."""
+    errors: dict[str, dict[str, float]] = {}
+    for result in results:
+        if result["task"] == task:
+            name = "+".join(part["name"] for part in result["data"])
+            errors.setdefault(result["model"]["name"], {})[name] = 1 - result["metrics"][result["headline"]]
+    shared = sorted(set.intersection(*map(set, errors.values()))) if errors else []
+    if not shared:
+        raise UsageError(
+            f"scaling: found {len(errors)} models with results of {task} on one data set, expected three."
+        )
+    return {model: float(np.mean([of[name] for name in shared])) for model, of in errors.items()}, shared
 
 
 def _gflops_of(names: Sequence[str]) -> dict[str, float]:

@@ -47,7 +47,7 @@ TASKS = {
     ),
     "few-shot": Task("few_shot", "few_shot", "splits", "accuracy by the number of labelled images per class"),
     "robustness": Task("robustness", "robustness", "several", "one classifier on a reference and on shifted sets"),
-    "frames": Task("robustness", "frames", "several", "anchor frames of videos, alone and with the frames near them"),
+    "frames": Task("frames", "frames", "several", "anchor frames of videos, alone and with the frames near them"),
     "corruptions": Task("corruptions", "corruptions", "labelled", "accuracy on images corrupted in eighteen ways"),
     "typographic": Task("corruptions", "typographic", "labelled", "images with the name of a wrong class on them"),
     "robustness-plot": Task("robustness", "robustness_plot", "results", "robustness of models on logit axes"),

@@ -13,9 +13,11 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from .. import modeling_hfclip as modeling
+from .. import modeling_hfclip_heads as heads
 from ..configuration_hfclip import TOWER_CONFIGS
 from ..errors import UsageError
+from ..modeling_hfclip import HFCLIPModel
+from ..towers_hfclip import TOWERS
 
 
 logger = logging.getLogger(__name__)
@@ -197,9 +199,10 @@ def mismatches(found: Shapes, expected: Shapes) -> list[str]:
 
 def _build_on_meta(folder: Path, config: dict) -> PreTrainedModel:
     """The config's model without weights."""
-    default = {"hfclip": modeling.HFCLIPModel, **modeling.TOWERS}[config["model_type"]].__name__
-    (architecture,) = config.get("architectures") or [default]
-    if (model_class := getattr(modeling, architecture, None)) is None:
+    whole = {"hfclip": HFCLIPModel, **TOWERS}
+    (architecture,) = config.get("architectures") or [whole[config["model_type"]].__name__]
+    known = {model.__name__: model for model in whole.values()} | vars(heads)
+    if (model_class := known.get(architecture)) is None:
         raise UsageError(f"architectures: {architecture!r} is no class of hfclip")
     with torch.device("meta"):
         return model_class(model_class.config_class.from_pretrained(folder))
