@@ -327,7 +327,7 @@ def _pool_by_queries(tower: _Tower, x: Tensor, settings: Settings) -> Tensor:
         matrices = [tower[f"attn_pool.attn.{part}_proj_weight"] for part in "qkv"]
     biases = tower["attn_pool.attn.in_proj_bias"].chunk(3)
     qkv = map(F.linear, (query, keys, keys), matrices, biases)
-    return _linear(tower, "attn_pool.attn.out_proj", _attend(*qkv, settings.pooling_heads))
+    return _linear(tower, "attn_pool.attn.out_proj", attend(*qkv, settings.pooling_heads))
 
 
 def _transformer(
@@ -338,7 +338,7 @@ def _transformer(
     for number in range(tower.count_blocks(r"transformer\.resblocks")):
         block = f"transformer.resblocks.{number}"
         qkv = _query_key_value(tower, f"{block}.attn", _layer_norm(tower, f"{block}.ln_1", x, settings))
-        y = _linear(tower, f"{block}.attn.out_proj", _attend(*qkv, num_heads, causal, seen))
+        y = _linear(tower, f"{block}.attn.out_proj", attend(*qkv, num_heads, causal, seen))
         x = x + _layer_scale(tower, f"{block}.ls_1", y)
         y = _linear(tower, f"{block}.mlp.c_fc", _layer_norm(tower, f"{block}.ln_2", x, settings))
         y = _linear(tower, f"{block}.mlp.c_proj", ACTIVATIONS[settings.activation](y))
@@ -362,7 +362,7 @@ def _query_key_value(tower: _Tower, attn: str, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(_linear(tower, f"{attn}.{part}_proj", x) for part in "qkv")
 
 
-def _attend(
+def attend(
     query: Tensor, key: Tensor, value: Tensor, num_heads: int, causal: bool = False, seen: Tensor | None = None
 ) -> Tensor:
     # (batch, seq, width) -> (batch, heads, seq, head width)
@@ -446,5 +446,5 @@ def _attention_pool(tower: _Tower, x: Tensor, pixel_values: Tensor, settings: Se
     x = _add_positions(x, tower["attnpool.positional_embedding"], pixel_values)
     query = _linear(tower, "attnpool.q_proj", x[:, :1])
     key, value = (_linear(tower, f"attnpool.{part}_proj", x) for part in "kv")
-    pooled = _attend(query, key, value, _num_heads(settings.vision_heads, x.shape[-1]))
+    pooled = attend(query, key, value, _num_heads(settings.vision_heads, x.shape[-1]))
     return _linear(tower, "attnpool.c_proj", pooled[:, 0])

@@ -5,14 +5,14 @@
 There is no class token and no projection: the features are as wide as the tower.
 """
 
-import re
+import itertools
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, attend
 
 
 EPSILON = 1e-6  # timm's LayerNorm in vision transformers
@@ -47,29 +47,20 @@ def siglip_image_features(
     def mlp(name: str, x: Tensor) -> Tensor:
         return linear(f"{name}.fc2", ACTIVATIONS[activation](linear(f"{name}.fc1", x)))
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # (batch, seq, width) -> (batch, heads, seq, head width)
-        query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        # (batch, heads, seq, head width) -> (batch, seq, width)
-        return (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
-
     kernel = read("patch_embed.proj.weight")
     x = F.conv2d(pixel_values.to(dtype), kernel, read("patch_embed.proj.bias"), stride=kernel.shape[2:])
     # (batch, width, rows, columns) -> (batch, patches, width)
     x = x.flatten(2).transpose(1, 2) + read("pos_embed")
-    for number in range(count_blocks(tensors)):
+    for number in itertools.count():
         block = f"blocks.{number}"
+        if f"visual.trunk.{block}.norm1.weight" not in tensors:
+            break
         # (batch, patches, 3 * width) -> three times (batch, patches, width)
         qkv = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x)).chunk(3, dim=-1)
-        x = x + linear(f"{block}.attn.proj", attend(*qkv))
+        x = x + linear(f"{block}.attn.proj", attend(*qkv, num_heads))
         x = x + mlp(f"{block}.mlp", norm(f"{block}.norm2", x))
     x = norm("norm", x)
     query = linear("attn_pool.q", read("attn_pool.latent")).expand(len(x), -1, -1)
-    x = linear("attn_pool.proj", attend(query, *linear("attn_pool.kv", x).chunk(2, dim=-1)))
+    x = linear("attn_pool.proj", attend(query, *linear("attn_pool.kv", x).chunk(2, dim=-1), num_heads))
     x = x + mlp("attn_pool.mlp", norm("attn_pool.norm", x))
     return x[:, 0]
-
-
-def count_blocks(tensors: Mapping[str, Tensor]) -> int:
-    return len({match[1] for name in tensors if (match := re.match(r"visual\.trunk\.blocks\.(\d+)\.", name))})

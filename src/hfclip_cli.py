@@ -61,73 +61,68 @@ def export(module: str, arguments: list[str]) -> None:
 
 
 def _pass_on(number: int, received: list[int]) -> None:
-    """Sends a signal to the processes of this one; some of them have it from the terminal, too."""
+    """Sends a signal to this process' children, which may have it from the terminal, too; without any, ends this one."""
     import psutil
 
     received.append(number)
-    for child in psutil.Process().children():
+    children = psutil.Process().children()
+    if not children:
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+    for child in children:
         with suppress(psutil.NoSuchProcess):  # it has ended
             child.send_signal(number)
 
 
 class Verb(NamedTuple):
-    start: Callable[[str, list[str]], None]
     module: str
     does: str
     example: str
+    start: Callable[[str, list[str]], None] = run_program
 
 
 VERBS = {
     "train": Verb(
-        launch_program,
         "hfclip.training.pretrain",
         "trains or fine-tunes a model; launcher options stand before --",
         "hfclip train --num_processes 8 -- --data.train 'shards/{000..099}.tar' --model.preset ViT-B/32",
+        launch_program,
     ),
     "plan": Verb(
-        run_program,
         "hfclip.training.plan",
         "predicts memory, time and bottleneck of a run",
         "hfclip plan --config vit_l_14 --world 64 --device a100",
     ),
     "embed": Verb(
-        run_program,
         "hfclip.training.embed",
         "stores the embeddings of a data set",
         "hfclip embed --model FOLDER --data 'shards/{000..099}.tar' --out embeddings",
     ),
     "classify": Verb(
-        run_program,
         "hfclip.commands.classify",
         "sorts images into labels given in words",
         "hfclip classify photos/ --model FOLDER --labels cat,dog --top-k 1",
     ),
     "index": Verb(
-        run_program,
         "hfclip.commands.index",
         "makes an index of the images in folders, or brings it up to date",
         "hfclip index ~/photos --model FOLDER",
     ),
     "search": Verb(
-        run_program,
         "hfclip.commands.search",
         "finds images of an index by words and by images",
         "hfclip search two parrots + beach --top 20",
     ),
     "similar": Verb(
-        run_program,
         "hfclip.commands.similar",
         "finds images of an index that are like one",
         "hfclip similar photo.jpg",
     ),
     "duplicates": Verb(
-        run_program,
         "hfclip.commands.duplicates",
         "finds images of an index that are alike",
         "hfclip duplicates -0 | xargs -0 gio trash",
     ),
     "sort": Verb(
-        run_program,
         "hfclip.commands.sort",
         "sorts the images of an index into folders of labels, by links or copies",
         "hfclip sort --labels labels.txt --out sorted",
@@ -139,43 +134,37 @@ VERBS = {
         "hfclip serve --port 7860",
     ),
     "evaluate": Verb(
-        run_program,
         "hfclip.commands.evaluate",
         "measures a model on data: zero-shot accuracy, retrieval ...",
         "hfclip evaluate zero-shot --model FOLDER --data cifar10/test",
     ),
     "report": Verb(
-        run_program,
         "hfclip.commands.report",
         "makes a page of results, with plots and the paper's numbers",
         "hfclip report results --out report",
     ),
     "info": Verb(
-        run_program,
         "hfclip.commands.info",
         "says what a model folder holds",
         "hfclip info FOLDER",
     ),
     "models": Verb(
-        run_program,
         "hfclip.commands.models",
         "lists well-known models and where they are",
         "hfclip models siglip 384",
     ),
     "convert": Verb(
-        run_program,
         "hfclip.conversion.convert_any",
         "makes a model folder of a checkpoint of OpenAI, OpenCLIP or transformers",
         "hfclip convert ViT-B-32.pt clip-b32",
     ),
     "export": Verb(
-        export,
         "hfclip.conversion.export",
         "brings a model to ONNX, OpenAI, OpenCLIP or transformers, an index to parquet, npy or Qdrant",
         "hfclip export clip-b32 clip-b32-onnx --to onnx",
+        start=export,
     ),
     "push": Verb(
-        run_program,
         "hfclip.conversion.push_to_hub",
         "publishes a model folder on the Hugging Face Hub",
         "hfclip push clip-b32 me/clip-b32 --dry-run",

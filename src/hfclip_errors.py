@@ -26,8 +26,14 @@ class UsageError(ValueError):
     exit_status = 2
 
 
+def in_words(error: BaseException) -> str:
+    """What an error says; of those whose message means nothing alone, such as a KeyError's, with its kind."""
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return f"{kind}{error}"
+
+
 @contextmanager
-def as_usage_error(place: Path | str) -> Iterator[None]:
+def as_usage_error(place: Path | str, reason: Callable[[BaseException], str] = in_words) -> Iterator[None]:
     """Makes a UsageError that names `place` of whatever a library raises while it reads what the user's file holds.
 
     Only calls of libraries belong in the block: they refuse nonsense each in its own way, from ValueError to KeyError.
@@ -37,8 +43,7 @@ def as_usage_error(place: Path | str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        raise UsageError(f"{place}: {kind}{error}") from error
+        raise UsageError(f"{place}: {reason(error)}") from error
 
 
 def start_program(file: str, spec: ModuleSpec | None, extra: str) -> None:

@@ -120,7 +120,7 @@ def test_rejects_safetensors_without_tensors(tmp_path):
         ({"a": "gone.safetensors"}, r"missing: \['gone.safetensors'\]"),
         ({"z": "model-00001-of-00002.safetensors"}, r"disagree on \['a', 'b', 'z'\]"),
         ({"a": 5}, "expected plain names"),
-        ({"a": []}, "no index of shards"),
+        ({"a": []}, "the index names"),
         ([], "no index of shards"),
         ({}, "no index of shards"),
     ],

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hfclip.errors import UsageError
-
 from .parallel import local_shard
 
 
@@ -115,16 +113,11 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         self.moments, self.seed = moments, seed
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:
         places = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
         for index, (group, parameter) in enumerate(places):
             if parameter.grad is not None:
                 self._update(index, parameter, group)
-        return loss
 
     def _update(self, index: int, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
@@ -144,25 +137,6 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         rows = max(CHUNK // max(stored[0][:1].numel(), 1), 1)
         for chunk in zip(*(tensor.split(rows) for tensor in stored), strict=True):
             _update_chunk(*chunk, step, group, generator)
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but the moments keep their own type, exactly: torch would give them the parameter's.
-
-        Raises:
-            UsageError: if the saved moments are of another type than this optimizer's.
-        """
-        super().load_state_dict(state_dict)
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(saved, parameters, strict=True):
-            for name in MOMENTS if number in state_dict["state"] else ():
-                moment = state_dict["state"][number][name]
-                if moment.dtype != self.moments:
-                    raise UsageError(
-                        f"optim.bfloat16: found moments in {moment.dtype} in the checkpoint, expected {self.moments}. Put the "
-                        "setting back, or start a new run from these weights by `--model.checkpoint`."
-                    )
-                self.state[parameter][name] = moment.to(parameter.device, copy=True)
 
 
 def _update_chunk(weight, grad, mean, square, step: int, group: dict, generator: torch.Generator) -> None:

@@ -37,7 +37,9 @@ def build_accelerator(config: Config, resume: str | None = None) -> Accelerator:
     state = PartialState(cpu=computes_on_cpu(), timeout=timedelta(hours=2))
     if state.device.type == "cpu":
         tune_cpu()
-    config.run.precision, reason = on_main_process(state, _precision_of_run, config, resume, state.device)
+    folder, asked = Path(config.run.output_dir), config.run.precision
+    settle = lambda: settled_precision(asked, state.device, precision_of(folder, resume))
+    config.run.precision, reason = on_main_process(state, settle)
     check_settings(config, state.num_processes, state.device.type, reason)
     try:
         accelerator = Accelerator(
@@ -84,16 +86,6 @@ def on_main_process(state: Accelerator | PartialState, function, *arguments):
     """The result of `function` on the main process, sent to all."""
     result = [function(*arguments) if state.is_main_process else None]
     return broadcast_object_list(result)[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Precision
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _precision_of_run(config: Config, resume: str | None, device: torch.device) -> tuple[str, str]:
-    before = precision_of(Path(config.run.output_dir), resume)
-    return settled_precision(config.run.precision, device, before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from hfclip import (
     HFCLIPTokenizer,
 )
 from hfclip.configuration_hfclip import TOWER_CONFIGS
-from hfclip.data.samples import BadSample, Source
+from hfclip.data.samples import Source, usable_captions
 from hfclip.errors import UsageError
 from hfclip.losses import LOSSES
 from hfclip.names import opening
@@ -177,7 +177,7 @@ def _tokenizer(config: Config, source: Source) -> PreTrainedTokenizerBase:
 def _trained_tokenizer(config: Config, source: Source) -> HFCLIPTokenizer:
     chosen = np.linspace(0, len(source) - 1, min(len(source), MAX_TOKENIZER_SAMPLES)).astype(int)
     bar = tqdm(chosen.tolist(), desc="captions for the tokenizer", unit="sample", disable=None, leave=False)
-    texts = (caption for index in bar for caption in _captions_or_none(source, index))
+    texts = (caption for index in bar for caption in usable_captions(source, index))
     log = logging.getLogger(HFCLIPTokenizer.__module__)
     level = log.level
     log.setLevel(logging.ERROR)  # `model.vocab_size` is a limit: that few captions give fewer tokens is no news
@@ -185,13 +185,6 @@ def _trained_tokenizer(config: Config, source: Source) -> HFCLIPTokenizer:
         return HFCLIPTokenizer.train_new_from_iterator(texts, config.model.vocab_size, show_progress=False)
     finally:
         log.setLevel(level)
-
-
-def _captions_or_none(source: Source, index: int) -> list[str]:
-    try:
-        return source.captions(index)
-    except BadSample:  # counted when it comes up in training
-        return []
 
 
 def build_model(config: Config, architecture: HFCLIPConfig) -> HFCLIPModel:

@@ -35,7 +35,7 @@ def is_foreign(name: Any, options: dict[str, Any]) -> bool:
         return path.suffix != ".json"
     if path.is_dir():
         is_whole = any((path / file).is_file() for file in WEIGHTS)
-        return (path / OPENCLIP_CONFIG).is_file() and not (is_whole and _model_type(path) in _opened_here())
+        return (path / OPENCLIP_CONFIG).is_file() and not (is_whole and model_type_of(path) in _opened_here())
     hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
     try:
         if PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type") in _opened_here():
@@ -52,7 +52,8 @@ def _opened_here() -> set[str]:
     return {"hfclip", *TRANSFORMERS_MODEL_TYPES, *FAMILIES}
 
 
-def _model_type(folder: Path) -> str | None:
+def model_type_of(folder: Path) -> str | None:
+    """What the config.json of a folder says; None where there is none to read."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -52,12 +52,6 @@ class HFCLIPTextModelWithProjection(HFCLIPPreTrainedModel):
         self.text_projection = projection(config.hidden_size, config.projection_dim, config.projection_type)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_model.set_input_embeddings(value)
-
     @can_return_tuple
     def forward(
         self,
@@ -89,9 +83,6 @@ class HFCLIPVisionModelWithProjection(HFCLIPPreTrainedModel):
         self.vision_model = HFCLIPVisionModel._from_config(config)
         self.visual_projection = projection(tower_width(config), config.projection_dim, config.projection_type)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
     def forward(

@@ -4,12 +4,13 @@ import difflib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import UsageError
+from .errors import UsageError, as_usage_error, in_words
 from .models import nearest_model
 
 
@@ -55,12 +56,8 @@ def opening(name: str, setting: str) -> Iterator[None]:
     place = Path(name).expanduser()
     if not place.exists() and means_folder(name):
         raise UsageError(f"{setting}: found no folder {name!r}. {nearest_folder(name)}")
-    try:
+    with as_usage_error(setting, partial(_reason, place)):
         yield
-    except UsageError:
-        raise
-    except Exception as error:  # of transformers and huggingface_hub
-        raise UsageError(f"{setting}: {_reason(place, error)}") from error
 
 
 def _reason(place: Path, error: Exception) -> str:
@@ -79,5 +76,4 @@ def _reason(place: Path, error: Exception) -> str:
                     f"{str(place)!r} holds no {part} (found none of {', '.join(files)}). Save the model's processor "
                     "there: HFCLIPProcessor.save_pretrained."
                 )
-    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-    return " ".join(f"{kind}{error}".split())
+    return " ".join(in_words(error).split())

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import fsspec
 
-from ..errors import UsageError
+from ..errors import UsageError, as_usage_error
 from .shards import (
     NUM_THREADS,
+    UntilStopped,
     check_space,
     list_remote_tars,
     make_folder,
@@ -48,7 +49,7 @@ def count_shards(url: str, cache: Path) -> tuple[Path, list[CountedShard]]:
     partial = path.with_suffix(".partial")
     known = {shard[:2]: shard for file in (path, partial) for shard in _read(file)}
     make_folder(path.parent)
-    try:
+    with as_usage_error(f"{url!r} cannot be counted", reason):
         files, shards = list_remote_tars(patterns_of(url))
         shards = [shard[:2] for shard in shards]
         todo = [shard for shard in shards if shard not in known]
@@ -59,10 +60,6 @@ def count_shards(url: str, cache: Path) -> tuple[Path, list[CountedShard]]:
             lines.write("\n")  # ends the line at which a killed process may have stopped
             for counted in map_in_threads(_counter(files, path.parent, lines, stop), todo, "counting samples", stop):
                 known[counted.path, counted.size] = counted
-    except UsageError:
-        raise
-    except Exception as error:  # each store has errors of its own
-        raise UsageError(f"{url!r} cannot be counted: {reason(error)}") from error
     by_path = {shard.path: shard for shard in known.values()}
     counted = [known.get(shard, by_path[shard[0]]) for shard in shards]  # without a size where the store tells none
     if not counted or all("not a tar" in shard.left_out[0] for shard in counted):
@@ -78,15 +75,10 @@ def _counter(files: fsspec.AbstractFileSystem, folder: Path, lines, stop: thread
     """Counts one tar and writes its line."""
     lock = threading.Lock()
 
-    class UntilStopped(fsspec.Callback):
-        def call(self, *_, **__) -> None:
-            if stop.is_set():
-                raise InterruptedError("stopped")
-
     def count(shard: tuple[str, int | None]) -> CountedShard:
         path, size = shard
         with temporary_file(folder / "tar") as temporary:
-            fetch(files, path, size, temporary, UntilStopped())
+            fetch(files, path, size, temporary, UntilStopped(stop))
             members, damage = index_tar(temporary)
             size = temporary.stat().st_size
         both = [select_samples(members, key, damage) for key in (None, "any")]

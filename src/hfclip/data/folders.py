@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, as_usage_error
 from .files import CLASS_NAMES, Files, read_lines
 from .records import as_text, find_columns, read_records
 from .samples import (
@@ -24,6 +24,7 @@ from .samples import (
     say,
     text_captions,
 )
+from .stores import reason
 from .tars import is_hidden
 
 
@@ -32,6 +33,7 @@ DRIVE = re.compile(r"^[a-zA-Z]:/(.*/)?")  # with the folders of another machine,
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SPLITS = {"train": "train training", "validation": "validation valid val dev", "test": "test testing eval evaluation"}
 SPLITS = {name: split for split, names in SPLITS.items() for name in names.split()}
+TINY = {"txt": 8, "json": SHORT}  # bytes of files that may be empty: hardly a caption is as short, and few are opened
 
 
 class FileSource(Source):
@@ -97,10 +99,10 @@ def _read_captions(files: Files, name: str, key: str | None) -> list[str]:
 
 
 def _holds_nothing(files: Files, name: str, key: str | None) -> bool:
-    """Whether a short file on this machine has no caption; what else is wrong with it is told when it is read."""
+    """Whether a tiny file on this machine has no caption; what else is wrong with it is told when it is read."""
     size = files.size(name)
     try:
-        return size is not None and size <= SHORT and is_empty(_read_captions(files, name, key))
+        return size is not None and size <= TINY[ending(name)] and is_empty(_read_captions(files, name, key))
     except BadSample:
         return False
 
@@ -157,32 +159,31 @@ def open_tables(files: Files, names: list[str], keys: Keys, known: list[str] | N
     source, paths = FileSource(files, [], []), known and _by_name(known)
     for name in names:
         where, folder = f"{files}/{name}", posixpath.dirname(name)
-        try:
-            with files.open(name) as data, as_text(data, where) as file:
-                columns, rows = read_records(file, name, keys)
-                image_column, caption_column = find_columns(columns, keys, where)
-                for row in rows:
-                    if isinstance(row, str):
-                        source.skip("broken row", f"{name}, {row}")
-                        continue
-                    image = row.get(image_column)
-                    image = DRIVE.sub("", image.replace("\\", "/")) if isinstance(image, str) else None
-                    path = posixpath.join(folder, image) if image else None
-                    if path and paths is not None:
-                        path = paths.get(posixpath.normpath(path)) or paths.get(image)
-                    if path is None:
-                        source.skip("missing image", f"{name}: {row.get(image_column)!r:.80}")
-                        continue
-                    about = row.get(caption_column) if caption_column else []
-                    if keys.required and (about is None or is_empty(about)):
-                        source.skip("missing caption" if about is None else "empty caption", f"{name}: {image:.80}")
-                        continue
-                    source.images.append(path)
-                    source.about.append(about)
-        except UsageError:
-            raise
-        except Exception as error:  # of parsers and stores
-            raise UsageError(f"{where!r} cannot be read: {type(error).__name__}: {error}") from error
+        with (
+            as_usage_error(f"{where!r} cannot be read", reason),
+            files.open(name) as data,
+            as_text(data, where) as file,
+        ):
+            columns, rows = read_records(file, name, keys)
+            image_column, caption_column = find_columns(columns, keys, where)
+            for row in rows:
+                if isinstance(row, str):
+                    source.skip("broken row", f"{name}, {row}")
+                    continue
+                image = row.get(image_column)
+                image = DRIVE.sub("", image.replace("\\", "/")) if isinstance(image, str) else None
+                path = posixpath.join(folder, image) if image else None
+                if path and paths is not None:
+                    path = paths.get(posixpath.normpath(path)) or paths.get(image)
+                if path is None:
+                    source.skip("missing image", f"{name}: {row.get(image_column)!r:.80}")
+                    continue
+                about = row.get(caption_column) if caption_column else []
+                if keys.required and (about is None or is_empty(about)):
+                    source.skip("missing caption" if about is None else "empty caption", f"{name}: {image:.80}")
+                    continue
+                source.images.append(path)
+                source.about.append(about)
     source.length = len(source.images)
     if source.images and all("://" in image for image in source.images[:8]):
         raise UsageError(

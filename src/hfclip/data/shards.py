@@ -19,7 +19,7 @@ from pathlib import Path
 import fsspec
 from tqdm import tqdm
 
-from ..errors import UsageError
+from ..errors import UsageError, as_usage_error
 from .stores import RemoteFile, fetch, look_up, open_store, paths_of, reason
 
 
@@ -203,7 +203,7 @@ def _fetch_shards(urls: list[str], cache: Path) -> list[Path]:
         UsageError: before anything is fetched if the disk is too small; if a tar is not there or not available. What
             was fetched until then stays.
     """
-    try:
+    with as_usage_error(f"{urls[0]!r} cannot be fetched", reason):
         files, shards = list_remote_tars(urls)
         found = [(shard, _local_name(files, shard.path, cache)) for shard in shards]
         missing = [(shard, local) for shard, local in found if not _is_fetched(shard, local)]
@@ -212,10 +212,6 @@ def _fetch_shards(urls: list[str], cache: Path) -> list[Path]:
             check_space(urls[0], needed, cache)
             _fetch_all(files, missing)
         return [local for _, local in found]
-    except UsageError:
-        raise
-    except Exception as error:  # each store has errors of its own
-        raise UsageError(f"{urls[0]!r} cannot be fetched: {reason(error)}") from error
 
 
 def list_remote_tars(urls: list[str]) -> tuple[fsspec.AbstractFileSystem, list[RemoteFile]]:
@@ -288,16 +284,24 @@ def _fetch_all(files: fsspec.AbstractFileSystem, shards: list[tuple[RemoteFile, 
         map_in_threads(lambda shard: _fetch(files, *shard, _Progress(bar, stop)), shards, "fetching shards", stop)
 
 
-class _Progress(fsspec.Callback):
-    """Bytes of one copy on the bar of all; ends the copy when told to."""
+class UntilStopped(fsspec.Callback):
+    """Ends a copy when told to."""
 
-    def __init__(self, bar: tqdm, stop: threading.Event):
+    def __init__(self, stop: threading.Event):
         super().__init__()
-        self.bar, self.stop = bar, stop
+        self.stop = stop
 
     def call(self, *_, **__) -> None:
         if self.stop.is_set():
             raise InterruptedError("stopped")
+
+
+class _Progress(UntilStopped):
+    """Bytes of one copy on the bar of all."""
+
+    def __init__(self, bar: tqdm, stop: threading.Event):
+        super().__init__(stop)
+        self.bar = bar
 
     def relative_update(self, inc: int = 1) -> None:
         self.absolute_update(self.value + inc)

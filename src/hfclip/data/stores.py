@@ -8,6 +8,7 @@ of other stores (s3fs, huggingface_hub) do that themselves.
 import asyncio
 import concurrent.futures
 import glob
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -102,19 +103,17 @@ def retry(action: Callable[[], Result], path: str) -> Result:
         FileNotFoundError, PermissionError, InterruptedError, UsageError: at once.
         OSError: after `ATTEMPTS` attempts.
     """
-    for attempt in range(1, ATTEMPTS):
+    for attempt in itertools.count(1):
         try:
             return action()
         except FATAL:
             raise
-        except Exception:  # each store has errors of its own
+        except Exception as error:  # each store has errors of its own
+            if attempt == ATTEMPTS:
+                raise OSError(
+                    f"{reason(error)} ({path}, {attempt} attempts). Run again to go on from here."
+                ) from error
             time.sleep(2**attempt / 2)
-    try:
-        return action()
-    except FATAL:
-        raise
-    except Exception as error:
-        raise OSError(f"{reason(error)} ({path}, {ATTEMPTS} attempts). Run again to go on from here.") from error
 
 
 def fetch(

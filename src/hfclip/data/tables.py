@@ -1,15 +1,14 @@
 """Tables that `datasets` reads: parquet files and data sets on the Hub."""
 
 import posixpath
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UsageError, as_usage_error
 from .files import Files
 from .records import find_columns
 from .samples import HELD_OUT, SHORT, BadSample, Keys, Sample, Source, caption_list, is_empty, say
@@ -197,15 +196,9 @@ def open_hub(name: str, split: str | None, keys: Keys) -> TableSource:
     return TableSource(table, keys, name)
 
 
-@contextmanager
-def _loading(name: str, split: str | None) -> Iterator[None]:
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:  # of datasets, huggingface_hub and pyarrow
-        place = ":" if Path(name).exists() else " is no file or folder here, and"
-        raise UsageError(f"{name!r}{place} `datasets` cannot load it with split {split!r}: {reason(error)}") from error
+def _loading(name: str, split: str | None) -> AbstractContextManager[None]:
+    place = ":" if Path(name).exists() else " is no file or folder here, and"
+    return as_usage_error(f"{name!r}{place} `datasets` cannot load it with split {split!r}", reason)
 
 
 def _split_of(name: str, splits: list[str], split: str | None) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..errors import UsageError
 from .files import CLASS_NAMES, read_lines
+from .folders import ending
 from .samples import IMAGE_ENDINGS, BadSample, Sample, Source
 
 
@@ -77,7 +78,7 @@ class VideoFrames(Source):
         return (2 * number + 1) * total // (2 * self.num_frames)
 
     def _frame_in_folder(self, path: Path, number: int) -> bytes:
-        frames = sorted(frame for frame in path.iterdir() if _ending(frame) in IMAGE_ENDINGS)
+        frames = sorted(frame for frame in path.iterdir() if ending(frame.name) in IMAGE_ENDINGS)
         try:
             return frames[self._place(number, len(frames))].read_bytes()
         except OSError as error:
@@ -105,14 +106,10 @@ class VideoFrames(Source):
 
 def _videos_in(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
-        if path.is_dir() and any(_ending(frame) in IMAGE_ENDINGS for frame in path.iterdir()):
+        if path.is_dir() and any(ending(frame.name) in IMAGE_ENDINGS for frame in path.iterdir()):
             yield path
-        elif path.is_file() and _ending(path) in VIDEO_ENDINGS:
+        elif path.is_file() and ending(path.name) in VIDEO_ENDINGS:
             yield path
-
-
-def _ending(path: Path) -> str:
-    return path.suffix.lower().removeprefix(".")
 
 
 def _import_av():

@@ -76,6 +76,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     Attributes:
         path: the file; for shards their index.
+        files: it, or the shards.
         format: "torchscript", "torch" or "safetensors".
         scalars: numbers, strings and bools found beside the tensors, by flattened name.
     """
@@ -86,7 +87,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.path = path
         self.format = format
         self.scalars = scalars
-        self._files = files
+        self.files = files
         self.entries = entries
         self._intact: set[Span] = set()
         self._sha256: str | None = None
@@ -130,9 +131,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         other. Shows a bar for files above 100 MB."""
         if self._sha256 is not None:
             return self._sha256
-        size = sum(file.stat().st_size for file in self._files)
+        size = sum(file.stat().st_size for file in self.files)
         with tqdm(total=size, desc="SHA-256", unit="B", unit_scale=True, disable=size <= 100 * 10**6) as bar:
-            digests = sorted(sha256_of(path, bar.update) for path in self._files)
+            digests = sorted(sha256_of(path, bar.update) for path in self.files)
         several = hashlib.sha256("".join(digests).encode()).hexdigest()
         self._sha256 = digests[0] if len(digests) == 1 else several
         return self._sha256
@@ -436,17 +437,16 @@ def open_shards(index: Path) -> Checkpoint:
     if index.stat().st_size > MAX_PICKLE:
         raise CheckpointError(f"an index of more than {MAX_PICKLE} bytes; the file is forged.")
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        names = sorted(set(weight_map.values()))
-        if not names:
+        weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+        if not weight_map:
             raise ValueError("weight_map is empty")
     except Exception as error:  # no JSON, no such key, values of other types, nested beyond measure
         raise CheckpointError(f"no index of shards ({type(error).__name__}: {error}).") from error
     suffix, kind = (".bin", "torch") if index.name.endswith(".bin.index.json") else (".safetensors", "safetensors")
-    unsafe = [name for name in names if not re.fullmatch(rf"[^/\\:\0]+\{suffix}", str(name))]
+    unsafe = [name for name in weight_map.values() if not re.fullmatch(rf"[^/\\:\0]+\{suffix}", str(name))]
     if unsafe:
         raise CheckpointError(f"the index names {unsafe[:3]}; expected plain names of {suffix} files.")
-    files = [index.parent / name for name in names]
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(f"the index names shards that are missing: {missing[:5]}; download them too.")

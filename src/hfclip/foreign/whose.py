@@ -5,13 +5,13 @@ bias, and towers of other libraries are OpenCLIP's, TorchScript and stored const
 apart, both will do.
 """
 
-import json
 import re
 from pathlib import Path
 
 from ..configuration_hfclip import TOWER_CONFIGS
 from ..errors import UsageError
 from ..families_hfclip import FAMILIES
+from ..foreign_hfclip import model_type_of
 from ..translation_hfclip import TRANSFORMERS_MODEL_TYPES
 from .checkpoints import Checkpoint, open_checkpoint
 from .key_maps import CONSTANTS
@@ -60,10 +60,7 @@ def kinds_of_folder(source: Path) -> list[str]:
     if not source.is_dir():
         return []
     kinds = ["openclip"] if any(source.glob("open_clip_*")) else []
-    try:
-        model_type = json.loads((source / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        model_type = None
+    model_type = model_type_of(source)
     if model_type in ("hfclip", *TOWER_CONFIGS) or any(source.glob("*/trainer_state")):
         kinds.append("hfclip")
     elif model_type in TRANSFORMERS_MODEL_TYPES or model_type in FAMILIES:

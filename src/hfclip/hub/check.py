@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from .. import modeling_hfclip_heads as heads
 from ..configuration_hfclip import TOWER_CONFIGS
 from ..errors import UsageError
+from ..foreign.checkpoints import open_checkpoint
 from ..modeling_hfclip import HFCLIPModel
 from ..towers_hfclip import TOWERS
 
@@ -25,7 +25,6 @@ Shapes = dict[str, list[int]]  # of tensors, by name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".distcp"}
 # What is published beside the weights and the code; all else is left out, since a run's folder may hold anything.
 PUBLISHED_FILES = re.compile(
@@ -63,14 +62,13 @@ def check_folder(folder: str | os.PathLike) -> list[Path]:
             f"{folder}: found a model of type {model_type!r}, expected one of hfclip. Open it with "
             "`HFCLIPModel.from_pretrained` and save model and processor to a new folder."
         )
-    shapes = _check_weights(folder)
+    weights, shapes = _read_weights(folder)
     code = _check_code(folder, config)
     if is_dual_encoder(config):
         _check_processor(folder)
     if (folder / "README.md").is_file():
         _check_card(folder / "README.md")
-    _check_tensors(folder, config, {name: shape for file in shapes.values() for name, shape in file.items()})
-    weights = shapes.keys() | ({INDEX} if WEIGHTS not in shapes else set())
+    _check_tensors(folder, config, shapes)
     files, left_out = _select_files(folder, weights | code)
     if left_out:
         logger.warning("Left out, as no part of the model: %s", ", ".join(left_out))
@@ -106,58 +104,23 @@ def one_line(text: str) -> str:
 # Weights
 
 
-def _check_weights(folder: Path) -> dict[str, Shapes]:
-    """The weight files, each with the shapes of the tensors that are read from it."""
+def _read_weights(folder: Path) -> tuple[set[str], Shapes]:
+    """The names of the weight files, and the shapes of the tensors in them."""
     whole, index = folder / WEIGHTS, folder / INDEX
     if whole.is_file() and index.is_file():
         raise UsageError(
             f"{folder}: found {WEIGHTS} and {INDEX}, expected one of them. Delete the one of an earlier save: "
             "from_pretrained would read the first."
         )
-    if whole.is_file():
-        return {WEIGHTS: _read_shapes(whole)}
-    if not index.is_file():
+    if not (whole.is_file() or index.is_file()):
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
         raise UsageError(
             f"{folder}: found {'only pickled weights, ' + ', '.join(pickled) if pickled else 'no weights'}, expected "
             f"{WEIGHTS} (or {INDEX} and its shards). Open the model and save it with `save_pretrained`."
         )
-    shard_of = read_json(index).get("weight_map")
-    named = list(shard_of.values()) if isinstance(shard_of, dict) else [shard_of]
-    if strange := [name for name in named if not (isinstance(name, str) and SHARD.fullmatch(name))]:
-        raise UsageError(
-            f"{index}: found {str(strange[0])[:80]!r} in weight_map, expected a shard such as "
-            "'model-00001-of-00002.safetensors' for each tensor. Save the model again."
-        )
-    shards = sorted(set(named))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing or not shards:
-        raise UsageError(
-            f"{index}: names {len(shards)} shards, found without {', '.join(missing) or 'any of them'}. Copy the "
-            "missing files, or save the model again."
-        )
-    shapes = {}
-    for shard in shards:
-        found, expected = _read_shapes(folder / shard), {name for name, file in shard_of.items() if file == shard}
-        if lacking := expected - found.keys():
-            raise UsageError(
-                f"{folder / shard}: lacks {min(lacking)} and {len(lacking) - 1} more tensors that {INDEX} expects "
-                "there. Index and shards are of different saves: save the model again."
-            )
-        shapes[shard] = {name: found[name] for name in expected}
-    return shapes
-
-
-def _read_shapes(path: Path) -> Shapes:
-    """Shapes of all tensors in a safetensors file; opening compares the file's length with its header."""
-    try:
-        with safe_open(path, framework="np") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UsageError(
-            f"{path}: found {path.stat().st_size} bytes that are no whole safetensors file ({error}). Copy it again, "
-            "or save the model again."
-        ) from error
+    checkpoint = open_checkpoint(folder, (WEIGHTS, INDEX))
+    files = {checkpoint.path.name, *(path.name for path in checkpoint.files)}
+    return files, {name: list(checkpoint.shape(name)) for name in checkpoint}
 
 
 def _check_tensors(folder: Path, config: dict, found: Shapes) -> None:
