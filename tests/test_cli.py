@@ -3,6 +3,7 @@
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,17 @@ def test_help_shows_an_example_of_each_verb_before_torch_could_be_imported():
     for verb in hfclip_cli.VERBS:
         assert any(line.startswith(f"  {verb} ") for line in lines)
         assert any(line.startswith(f"             $ hfclip {verb} ") for line in lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_that_comes_before_the_trainer_has_begun_ends_its_launcher(number):
+    code = f"""
+import os, signal, hfclip_cli
+signal.signal({number:d}, lambda number, frame: hfclip_cli._pass_on(number, []))
+hfclip_cli.run(lambda: os.kill(os.getpid(), {number:d}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 128 + number and done.stderr.strip() == ("Stopped." if number == signal.SIGINT else "")
 
 
 @pytest.mark.parametrize("verb", ["classifyy", "dream", "--verbose"])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hfclip.data.samples import PROBLEMS, BadSample, Source, caption_id, decoding, not_blank
-from hfclip.data.sources import MixtureSource, open_source
+from hfclip.data.sources import open_source
 from hfclip.data.streaming import StreamSource
 from hfclip.errors import UsageError
 
@@ -48,11 +48,8 @@ def open_data(name: str | dict[str, float], config: DataConfig, split: str | Non
 
 def largest_batch(source: Source) -> int:
     """The most pairs that a batch can have: of a mixture, each source fills its share."""
-    if not isinstance(source, MixtureSource):
-        return len(source)
-    whole = sum(source.weights)
-    shares = zip(source.lengths, source.weights, strict=True)
-    return min(int(length * whole / weight) for length, weight in shares)
+    _, lengths, weights = source.parts("")
+    return min(int(length * sum(weights) / weight) for length, weight in zip(lengths, weights, strict=True))
 
 
 class PairDataset(Dataset):
@@ -72,10 +69,8 @@ class PairDataset(Dataset):
             counts = np.diff(source.starts.clip(max=len(source))).tolist()
             self.order, self.windows = LaneOrder(str(config.data.train), counts, batch_size, self.seed), set()
             _check_tokenizer(config)
-        elif isinstance(source, MixtureSource):
-            self.order = Order(source.names, source.lengths, source.weights, batch_size, self.seed)
         else:
-            self.order = Order([str(config.data.train)], [len(source)], [1.0], batch_size, self.seed)
+            self.order = Order(*source.parts(str(config.data.train)), batch_size, self.seed)
 
     def __getitems__(self, places: list[Place]) -> list[dict]:
         """What `DataLoader` asks for: the examples of a batch."""

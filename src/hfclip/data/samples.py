@@ -129,6 +129,10 @@ class Source:
         """Where a sample lies, for messages."""
         return f"sample {index}"
 
+    def parts(self, name: str) -> tuple[list[str], list[int], list[float]]:
+        """Names, lengths and weights of the sources that batches are filled from: of one called `name`, itself."""
+        return [name], [len(self)], [1.0]
+
     def skip(self, reason: str, example: str | None = None, count: int = 1) -> None:
         """Counts what is left out."""
         self.skipped[reason] += count

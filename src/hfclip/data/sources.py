@@ -276,6 +276,9 @@ class MixtureSource(Source):
         source, index = self._find(index)
         return source.name(index)
 
+    def parts(self, name: str) -> tuple[list[str], list[int], list[float]]:
+        return self.names, self.lengths, self.weights
+
     def _find(self, index: int) -> tuple[Source, int]:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.sources[number], int(index - self.starts[number])
