@@ -128,7 +128,6 @@ VERBS = {
         "hfclip sort --labels labels.txt --out sorted",
     ),
     "serve": Verb(
-        run_program,
         "hfclip.commands.serve",
         "serves image search to browsers: a page and a JSON API",
         "hfclip serve --port 7860",
