@@ -66,12 +66,9 @@ def few_shot(
     """
     if not shots or min(shots) < 1 or num_seeds < 1:
         raise UsageError(f"found shots {list(shots)} and {num_seeds} seeds, expected at least one of each, from 1 on.")
-    names = ["train", *(["validation"] if data.has("validation") else []), "test"]
-    splits = probing.load_splits(model, processor, data, names, layer, pool, **embedding)
+    splits = probing.load_splits(model, processor, data, layer, pool, **embedding)
     if splits["test"].targets.ndim == 2:
-        raise UsageError(
-            f"few-shot: {data.name} has several labels per image, expected one, by which images are drawn."
-        )
+        raise UsageError(f"few-shot: {data.name} has several labels per image, expected one, by which they are drawn.")
     metric = check_metric(metric, splits["test"].folder.labels, None)
     in_joint_space = {name: split._replace(features=split.image_embeds) for name, split in splits.items()}
     words = _classifier_of_words(model, processor, splits["test"].folder, **embedding)
@@ -88,11 +85,14 @@ def few_shot(
     found |= {} if matching is None else {"shots_to_match_zero_shot": matching}
     level = {"classifier": "zero-shot", metric: zero_shot, "low": zero_shot, "high": zero_shot}
     tables = {"curve": [*curve, *({**level, "shots": row["shots"]} for row in curve)], "probes": probes}
-    words = {"title": f"Few-shot, {num_seeds} seeds", "x_label": "images per class"}
-    plot = Plot("curve", "shots", metric, "classifier", x_scale="log", error=("low", "high"), **words)
     protocol = _protocol(splits, probing.named(layer, pool), lam, prior)
     notes = [*probing.describe(splits), *_describe(splits["train"], numbers, matching)]
-    return Result(found, f"{metric}@{numbers[-1]}", tables, [plot], protocol=protocol, notes=notes)
+    return Result(found, f"{metric}@{numbers[-1]}", tables, [_plot(metric, num_seeds)], protocol=protocol, notes=notes)
+
+
+def _plot(metric: str, num_seeds: int) -> Plot:
+    words = {"title": f"Few-shot, {num_seeds} seeds", "x_label": "images per class"}
+    return Plot("curve", "shots", metric, "classifier", x_scale="log", error=("low", "high"), **words)
 
 
 def _protocol(splits: Mapping[str, Split], features: str, lam: float | None, prior: Tensor | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Features are those before the projection to the joint space. The search for lamb
 then halves the step around the best one until it is an eighth of a decade: 15 fits, of the 97 on that grid.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -87,15 +87,13 @@ def linear_probe(
 
     Returns:
         `top1`, `top5`, `mean_per_class_recall` and the metric on test, or `map_11_point` and `mean_average_precision` of
-        several labels per image; `unreadable_images` of it if there are any;
-        the table of the lambdas that were tried.
+        several labels per image; `unreadable_images` of it if there are any; the table of the lambdas that were tried.
 
     Raises:
         UsageError: a missing split, labels that differ between splits, one class, features that are not finite or not a
             row per image, a metric that the labels do not allow.
     """
-    names = ["train", *(["validation"] if data.has("validation") else []), "test"]
-    splits = load_splits(model, processor, data, names, layer, pool, **embedding)
+    splits = load_splits(model, processor, data, layer, pool, **embedding)
     whole, test = splits["train"], splits["test"]
     metric = check_metric(metric, test.folder.labels, test.folder.samples.targets)
     if "validation" in splits:
@@ -124,13 +122,14 @@ def linear_probe(
 
 
 def load_splits(
-    model: nn.Module, processor: Any, data: DataSet, names: Sequence[str], layer: str, pool: Pool, **embedding
+    model: nn.Module, processor: Any, data: DataSet, layer: str, pool: Pool, **embedding
 ) -> dict[str, Split]:
-    """The features of some splits by name; all splits are opened before the first one is embedded.
+    """The features of train, validation if there is one, and test; all are opened before the first one is embedded.
 
     Raises:
         UsageError: see `linear_probe`.
     """
+    names = ["train", *(["validation"] if data.has("validation") else []), "test"]
     folders = {name: data.labelled(name) for name in names}
     labels = folders["train"].labels
     for name, folder in folders.items():
