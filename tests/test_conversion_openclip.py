@@ -156,7 +156,7 @@ def test_push_to_hub_publishes_and_says_how_to_go_on_when_refused(golden, data_d
     source, model = save(tmp_path / "model.pt", weights), write_json(tmp_path / "model.json", settings)
     arguments = (source, tmp_path / "out", "--model", model, "--tokenizer", tmp_path / "tokenizer", "--overwrite")
     with HubServer(tmp_path / "hub", users={TOKEN: "anna"}) as server:
-        settings = environment(server, tmp_path, HF_HUB_OFFLINE="0")
+        settings = environment(server.url, tmp_path, HF_HUB_OFFLINE="0")
         # What fails for good is not repeated, so nothing waits here.
         fault = server.fail("POST /api/repos/create", status=403, times=1000)
         process = start_script("convert_openclip", *arguments, "--push-to-hub", "anna/clip", **settings)

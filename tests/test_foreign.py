@@ -173,7 +173,7 @@ def test_opens_names_of_the_hub_from_its_cache(whole, tmp_path):
         files = {path.name: server.store(path.read_bytes(), large=path.suffix == ".safetensors") for path in folder.iterdir()}  # fmt: skip
         files["open_clip_pytorch_model.bin"] = server.store(b"not to be fetched", large=True)
         repository.commit("main", files, "first")
-        settings = environment(server, tmp_path, HF_HUB_OFFLINE="0")
+        settings = environment(server.url, tmp_path, HF_HUB_OFFLINE="0")
         done = subprocess.run([sys.executable, "-c", OPEN_FROM_HUB, "anna/clip"], env=settings, capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, done.stderr
         length, scale = (
