@@ -15,7 +15,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ if __name__ == "__main__":
 import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, PreTrainedConfig
 
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPTokenizer
 from hfclip.errors import UsageError
 from hfclip.foreign.checkpoints import View, open_checkpoint
-from hfclip.foreign.key_maps import openai_config, openai_items, openclip_config
+from hfclip.foreign.key_maps import UNCHANGED, openai_config, openai_items, openclip_config
+from hfclip.foreign.openclip import weight_names
 from hfclip.foreign.processors import as_clip_tokenizer, join, open_processor
 from hfclip.foreign_hfclip import OPENCLIP_CONFIG
 from hfclip.translation_hfclip import TRANSFORMERS_MODEL_TYPES
@@ -84,19 +85,30 @@ def to_openai(options: argparse.Namespace, config: HFCLIPConfig, weights: View) 
 
 def to_openclip(options: argparse.Namespace, config: HFCLIPConfig, weights: View) -> None:
     """A folder as OpenCLIP keeps them on the Hub."""
-    layout, model_cfg = dict(openai_items(weights.on_meta())), openclip_model_cfg(config)
-    require_same(config, openclip_config(layout, model_cfg), "OpenCLIP")
+    model_cfg = openclip_model_cfg(config)
+    require_same(config, openclip_config(dict(openai_items(weights.on_meta())), model_cfg), "OpenCLIP")
+    items = custom_text_items if "custom_text" in model_cfg else openai_items
     with new_folder(options.out, options.source, options.overwrite) as folder:
-        (written,) = write_weights(folder, layout, openai_items(weights), max_shard_bytes=sys.maxsize)
-        settings = openclip_settings(model_cfg)
-        prove(config, weights, compute_source_features(*settings, open_checkpoint(written), *fixed_inputs(config)))
+        layout = dict(items(weights.on_meta()))
+        (written,) = write_weights(folder, layout, items(weights), max_shard_bytes=sys.maxsize)
+        checkpoint = open_checkpoint(written)
+        tensors = View(checkpoint, weight_names(checkpoint, None)[0])
+        prove(config, weights, compute_source_features(*openclip_settings(model_cfg), tensors, *fixed_inputs(config)))
         written.rename(folder / "open_clip_model.safetensors")
         image_processor, tokenizer = open_processor(options.source)
+        if tokenizer is not None and not isinstance(tokenizer, HFCLIPTokenizer):
+            model_cfg["text_cfg"]["hf_tokenizer_name"] = options.out.name  # OpenCLIP takes what lies beside it
         settings = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_settings(image_processor)}
         (folder / OPENCLIP_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         if tokenizer is not None:
             as_clip_tokenizer(tokenizer).save_pretrained(folder)
     say(f"Written: {options.out}")
+
+
+def custom_text_items(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """OpenCLIP's names and tensors of a model whose text tower is a module of its own."""
+    for name, tensor in openai_items(weights):
+        yield name if name.startswith(("visual.", *UNCHANGED)) else f"text.{name}", tensor
 
 
 def to_transformers(options: argparse.Namespace, config: HFCLIPConfig, weights: View) -> None:
@@ -129,7 +141,7 @@ def to_onnx(options: argparse.Namespace, config: HFCLIPConfig, weights: View) ->
     """A folder with both towers as ONNX, tokenizer and image processor beside them."""
     if importlib.util.find_spec("onnxruntime") is None:
         raise UsageError("ONNX needs packages that are not here. pip install 'hfclip[onnx]'.")
-    if not hasattr(config.vision_config, "image_size"):
+    if config.is_naflex:
         raise UsageError(
             "Cannot export: NaFlex takes patches of images in their own shapes, an ONNX tower one of squares."
         )
@@ -180,7 +192,8 @@ def openclip_model_cfg(config: HFCLIPConfig) -> dict[str, Any]:
     if vision.model_type == "hfclip_resnet":
         vision_cfg = {"layers": list(vision.depths), "width": vision.stem_width, "patch_size": None}
     elif vision.model_type == "hfclip_vit":
-        pooling = {"cls": {}, "mean": {"pool_type": "avg"}}
+        by_query = {"attentional_pool": True, "attn_pooler_queries": 1, "attn_pooler_heads": vision.pooling_heads}
+        pooling = {"cls": {}, "mean": {"pool_type": "avg"}, "attention": by_query}
         average_first = {"pool_type": "avg", "final_ln_after_pool": True}
         vision_cfg = {
             "layers": vision.num_hidden_layers,
@@ -198,6 +211,8 @@ def openclip_model_cfg(config: HFCLIPConfig) -> dict[str, Any]:
     vision_cfg |= {"image_size": vision.image_size, "head_width": vision.hidden_size // vision.num_attention_heads}
     if text.pooling == "eos" and text.eos_token_id == text.vocab_size - 1:
         pool = {}  # OpenCLIP's default, the highest id
+    elif text.pooling == "class":
+        pool = {"embed_cls": True}
     else:
         pool = {"pool_type": text.pooling} | ({"eos_id": text.eos_token_id} if text.pooling == "eos" else {})
     text_cfg = {
@@ -216,6 +231,7 @@ def openclip_model_cfg(config: HFCLIPConfig) -> dict[str, Any]:
         "embed_dim": config.projection_dim,
         "vision_cfg": vision_cfg,
         "text_cfg": text_cfg,
+        **({"custom_text": True} if "embed_cls" in pool else {}),
         **({"quick_gelu": True} if text.hidden_act == "quick_gelu" else {}),
         **({} if config.logit_bias_init_value is None else {"init_logit_bias": config.logit_bias_init_value}),
     }
@@ -254,14 +270,17 @@ def transformers_config(config: HFCLIPConfig) -> CLIPConfig:
 
 def image_settings(processor: Any) -> dict[str, Any]:
     """What other libraries' image processors are told."""
-    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+    steps = ["do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"]
+    if is_squashed := None not in (processor.size.get("height"), processor.size.get("width")):
+        steps.remove("do_center_crop")  # where nothing is left to be cut
     unusual = [f"{step}=False" for step in steps if getattr(processor, step, True) is False]
     if abs(processor.rescale_factor - 1 / 255) > 1e-9:
         unusual.append(f"rescale_factor={processor.rescale_factor}")
     if unusual:
         raise UsageError(f"Cannot export: the image processor has {', '.join(unusual)}.")
     names = ("size", "crop_size", "resample", "image_mean", "image_std")
-    return {name: getattr(processor, name) for name in names}
+    settings = {name: getattr(processor, name) for name in names}
+    return settings | ({"crop_size": processor.size} if is_squashed and not processor.do_center_crop else {})
 
 
 def preprocess_settings(image_processor: HFCLIPImageProcessor | None) -> dict[str, Any]:

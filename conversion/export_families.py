@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, CLIPTokenizer, PreTrainedModel
 
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPTokenizer
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
 from hfclip.errors import UsageError, as_usage_error
 from hfclip.families_hfclip import FAMILIES, LEGACY_EOS, OURS, Family
 from hfclip.foreign.processors import as_clip_tokenizer, open_processor
@@ -82,7 +82,7 @@ def family_model(model: HFCLIPModel, name: str) -> PreTrainedModel:
 
 def family_inputs(config: HFCLIPConfig, family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Fixed images and texts, as the family's model takes them."""
-    if hasattr(config.vision_config, "image_size"):
+    if not config.is_naflex:
         pixel_values, input_ids = fixed_inputs(config)
         images = {"pixel_values": pixel_values}
     else:  # NaFlex: patches, which of them are real, and how they lie
@@ -114,9 +114,8 @@ def features(model: Any, images: dict[str, Tensor], texts: dict[str, Tensor]) ->
 def save_processor(source: Path, folder: Path, name: str) -> None:
     """Tokenizer and image processor, as far as they are there, as the family has them."""
     image_processor, tokenizer = open_processor(source)
-    if isinstance(tokenizer, HFCLIPTokenizer):
-        tokenizer = as_clip_tokenizer(tokenizer)
-    elif tokenizer is not None:
+    tokenizer = as_clip_tokenizer(tokenizer)
+    if tokenizer is not None and not isinstance(tokenizer, CLIPTokenizer):
         for option in ("truncation", "padding", "model_input_names"):
             tokenizer.init_kwargs.pop(option, None)
         if FAMILIES[name].sigmoid:  # its padding is read

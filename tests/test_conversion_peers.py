@@ -4,25 +4,27 @@ All are opened at their full size on the meta device. Numbers are compared at sm
 block a stage, and of each kind of tower that is OpenCLIP's own or transformers'."""
 
 import copy
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from conversion_utils import relative, run_script
+from families_utils import check_embeddings, check_pixels, check_saved, open_source, photos
 from torch.overrides import TorchFunctionMode
-from transformers import BertConfig, M2M100Config, MT5Config, RobertaConfig, XLMRobertaConfig
+from transformers import M2M100Config, MT5Config, RobertaConfig, XLMRobertaConfig
 
 from hfclip import HFCLIPModel
 from hfclip.errors import UsageError
 from hfclip.foreign.key_maps import hfclip_items, openclip_config
 from hfclip.foreign.plan import check_fit, on_meta
-from hfclip.foreign.towers import foreign_plan, is_foreign, siglip_kind
+from hfclip.foreign.towers import foreign_plan, has_foreign_tower, siglip_kind
 
 
 pytestmark = pytest.mark.peers
 open_clip, timm = pytest.importorskip("open_clip"), pytest.importorskip("timm")
+from openclip_utils import KINDS, OpenCLIPSource, build, save_source, shallow  # noqa: E402 -- they need both
+
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "conversion.md"
 CONFIGS = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
@@ -49,28 +51,6 @@ TEXT_TOWERS = {
         encoder_layers=24, decoder_layers=24, encoder_ffn_dim=8192, **NLLB
     ),
 }
-SMALL = {"vocab_size": 300, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40, **SMALL}
-SMALL_TEXT_TOWERS = {
-    "bert": BertConfig(**BERT),
-    "roberta": RobertaConfig(max_position_embeddings=80, **BERT),
-    "xlm-roberta": XLMRobertaConfig(max_position_embeddings=80, **BERT),
-    "mt5": MT5Config(d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, **SMALL),
-    "m2m_100": M2M100Config(
-        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=40, **SMALL
-    ),
-}
-
-
-def build(config):
-    """The model that open_clip makes of a `model_cfg`, without weights to fetch."""
-    config = copy.deepcopy(config)
-    is_custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    if "hf_model_name" in config["text_cfg"]:
-        config["text_cfg"]["hf_model_pretrained"] = False
-    if "multimodal_cfg" in config:
-        return open_clip.CoCa(**config)
-    return (open_clip.CustomTextCLIP if is_custom else open_clip.CLIP)(**config)
 
 
 class WithoutValues(TorchFunctionMode):
@@ -105,7 +85,9 @@ def opened(config, text_towers):
     with torch.device("meta"), WithoutValues():
         weights = openclip_weights(build(config))
     ours, items = (
-        foreign_plan(weights, config, None) if is_foreign(config) else (openclip_config(weights, config), hfclip_items)
+        foreign_plan(weights, config, None)
+        if has_foreign_tower(config)
+        else (openclip_config(weights, config), hfclip_items)
     )
     with WithoutValues():
         check_fit(dict(items(weights)), on_meta(HFCLIPModel, ours))
@@ -129,25 +111,6 @@ def test_every_architecture_is_opened_or_refused_as_documented(text_towers):
     assert not [line for line in expected if line not in documented], "\n".join(expected)
 
 
-def shallow(name):
-    """Teaches timm to build the model of this name with one block a stage; returns what undoes it."""
-    entry = timm.models.model_entrypoint(name)
-    stages = {"convnext": "depths", "swin": "depths", "fastvit": "layers"}
-    option = next((option for kind, option in stages.items() if name.startswith(kind)), "depth")
-    blocks = 1
-    if option != "depth":
-        with torch.device("meta"):
-            number = len(timm.create_model(name).feature_info)
-        blocks = (2,) + (1,) * (number - 1)  # Swin shifts the windows of every second block
-
-    def build(pretrained=False, **options):
-        return entry(pretrained=pretrained, **{option: blocks, **options})
-
-    build.__name__, build.__module__ = name, entry.__module__
-    timm.models.register_model(build)
-    return lambda: timm.models.register_model(entry)
-
-
 @pytest.fixture
 def source(request, tmp_path):
     """A training checkpoint of a shallow model, its JSON, and the model in float64."""
@@ -160,21 +123,6 @@ def source(request, tmp_path):
     config["text_cfg"]["hf_tokenizer_name"] = None
     yield save_source(config, tmp_path)
     undo()
-
-
-def save_source(config, folder):
-    """Writes a training checkpoint, its JSON and its text tower's config; returns the model in float64."""
-    if name := config["text_cfg"].get("hf_model_name"):
-        SMALL_TEXT_TOWERS[name].save_pretrained(folder / name)
-        config["text_cfg"]["hf_model_name"] = str(folder / name)
-    (folder / "model.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = build(config).eval()
-    for parameter in model.parameters():
-        if not parameter.abs().sum():
-            torch.nn.init.normal_(parameter, std=0.1)  # a bias of zeros proves nothing
-    torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / "epoch_1.pt")
-    return model.double()
 
 
 @pytest.mark.filterwarnings("ignore:Overwriting .* in registry")
@@ -202,63 +150,26 @@ def compare(theirs, folder):
     assert relative(ours.encode_text(ids, normalize=False), theirs.encode_text(ids, normalize=False)) < 1e-9
 
 
-VIT = {"image_size": 32, "layers": 2, "width": 48, "head_width": 12, "patch_size": 8}
-TEXT = {"context_length": 12, "vocab_size": 300, "width": 32, "heads": 4, "layers": 2}
-COCA = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 5, "output_tokens": True}
-DECODER = {"width": 24, "context_length": 12, "vocab_size": 300, "layers": 1, "heads": 4}
-KINDS = {
-    "ViT": (VIT, TEXT, {}),
-    "ResNet": ({"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}, TEXT, {}),
-    "LayerScale": ({**VIT, "ls_init_value": 0.1}, {**TEXT, "ls_init_value": 0.2}, {}),
-    "CLIPA": (
-        {**VIT, "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True, "pos_embed_type": "sin_cos_2d"},
-        {**TEXT, "pool_type": "last", "no_causal_mask": True, "act_kwargs": {"approximate": "tanh"}},
-        {},
-    ),
-    "CoCa": ({**VIT, **COCA}, {**TEXT, "embed_cls": True, "output_tokens": True}, {"multimodal_cfg": DECODER}),
-    "CoCa as wide as its tower": (
-        {**VIT, **COCA, "width": 24},
-        {**TEXT, "embed_cls": True, "output_tokens": True},
-        {"multimodal_cfg": DECODER},
-    ),
-    "CoCa with RoBERTa": (
-        {**VIT, "output_tokens": True},
-        {"hf_model_name": "roberta", "hf_proj_type": "linear", "output_tokens": True},
-        {"multimodal_cfg": DECODER},
-    ),
-    "RoBERTa, mlp": (VIT, {"hf_model_name": "roberta"}, {"quick_gelu": True}),
-    "XLM-R, mlp": (VIT, {"hf_model_name": "xlm-roberta", "hf_pooler_type": "mean_pooler"}, {}),
-    "mT5, mlp": (VIT, {"hf_model_name": "mt5", "hf_pooler_type": "mean_pooler"}, {}),
-    "NLLB": (VIT, {"hf_model_name": "m2m_100", "hf_proj_type": "linear", "hf_pooler_type": "cls_pooler"}, {}),
-    "BiomedCLIP": (
-        {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 160},
-        {"hf_model_name": "bert", "hf_proj_type": "mlp", "hf_pooler_type": "cls_last_hidden_state_pooler"},
-        {},
-    ),
-    "a classifier with a bias": (
-        {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": None, "image_size": 160},
-        TEXT,
-        {"custom_text": True},
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_kinds_of_towers_compute_what_open_clip_does(kind, tmp_path):
-    vision, text, others = KINDS[kind]
-    config = {"embed_dim": 24, "vision_cfg": dict(vision), "text_cfg": dict(text), **others}
-    compare(save_source(config, tmp_path), tmp_path)
-
-
-def test_mobileone_is_opened_with_its_branches_added_up(tmp_path):
-    undo = shallow("fastvit_mci0")
-    vision = {"timm_model_name": "fastvit_mci0", "timm_pool": "avg", "timm_proj": None, "image_size": 64}
-    model = save_source({"embed_dim": 24, "vision_cfg": vision, "text_cfg": dict(TEXT)}, tmp_path).float()
-    fused = timm.utils.reparameterize_model(model)
-    torch.save({"state_dict": fused.state_dict()}, tmp_path / "epoch_1.pt")
-    compare(fused.double(), tmp_path)
-    assert any("reparam_conv" in name for name in HFCLIPModel.from_pretrained(tmp_path / "out").state_dict())
+@pytest.fixture
+def kind(request, tmp_path):
+    """A folder of OpenCLIP's."""
+    name = KINDS[request.param]["vision_cfg"].get("timm_model_name")
+    undo = shallow(name) if name and name != "test_vit" else lambda: None
+    (tmp_path / "source").mkdir()
+    yield OpenCLIPSource(request.param, tmp_path / "source")
     undo()
+
+
+@pytest.mark.filterwarnings("ignore:Overwriting .* in registry")
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+def test_every_kind_of_model_is_what_open_clip_makes_of_it(kind, data_dir, tmp_path):
+    model, processor = open_source(kind)
+    check_embeddings(kind, model)
+    check_pixels(kind, processor, photos(data_dir))
+    kind.check_ids(processor)
+    kind.check_converted(model, tmp_path / "converted")
+    check_saved(model, processor, tmp_path / "ours")
+    kind.check_sent_back(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_siglip_settings_are_timms():

@@ -163,25 +163,40 @@ from hfclip import HFCLIPModel, HFCLIPProcessor
 for options in ({}, {"local_files_only": True}):
     model, processor = (kind.from_pretrained(sys.argv[1], **options) for kind in (HFCLIPModel, HFCLIPProcessor))
     print(len(processor.tokenizer), model.name_or_path, model.logit_scale.item())
+for kind in (HFCLIPModel, HFCLIPProcessor, HFCLIPModel):
+    kind.from_pretrained(sys.argv[2])
 """
 
 
 def test_opens_names_of_the_hub_from_its_cache(whole, tmp_path):
+    """OpenCLIP's files as well as hfclip's, whose commit is asked for once an opening."""
     ours, folder = whole
     with HubServer(tmp_path / "hub", users={TOKEN: "anna"}) as server:
-        repository = server.create("anna/clip")
-        files = {path.name: server.store(path.read_bytes(), large=path.suffix == ".safetensors") for path in folder.iterdir()}  # fmt: skip
-        files["open_clip_pytorch_model.bin"] = server.store(b"not to be fetched", large=True)
-        repository.commit("main", files, "first")
-        settings = environment(server.url, tmp_path, HF_HUB_OFFLINE="0")
-        done = subprocess.run([sys.executable, "-c", OPEN_FROM_HUB, "anna/clip"], env=settings, capture_output=True, text=True)  # fmt: skip
+        for name, place in {"anna/clip": folder, "anna/ours": ours}.items():
+            files = {path.name: server.store(path.read_bytes(), large=path.suffix == ".safetensors") for path in place.iterdir()}  # fmt: skip
+            files["open_clip_pytorch_model.bin"] = server.store(b"not to be fetched", large=True)
+            server.create(name).commit("main", files, "first")
+        settings = environment(server.url, tmp_path / "home", HF_HUB_OFFLINE="0")
+        done = subprocess.run([sys.executable, "-c", OPEN_FROM_HUB, "anna/clip", "anna/ours"], env=settings, capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, done.stderr
         length, scale = (
             len(HFCLIPProcessor.from_pretrained(ours).tokenizer),
             HFCLIPModel.from_pretrained(ours).logit_scale,
         )
         assert done.stdout.splitlines() == 2 * [f"{length} anna/clip {scale.item()}"]
-        assert not server.asked(r"GET .*\.bin") and len(server.asked(r"GET .*safetensors")) == 1
+        assert not server.asked(r"GET .*\.bin") and len(server.asked(r"GET /anna/clip/.*safetensors")) == 1
+        of_config = server.asked(r"/anna/ours/resolve/.*/config\.json")
+        assert len(of_config) == 4 and [asked.split()[0] for asked in of_config].count("GET") == 1, of_config
+        assert not server.asked(r"ours/resolve/main/(?!config\.json)"), server.asked("ours/resolve/main")
+
+
+@pytest.mark.parametrize("name", ["./runs/x", "runs/last/model", "/nothing", "two words"])
+@pytest.mark.parametrize("opener", [HFCLIPModel, HFCLIPProcessor, HFCLIPConfig, HFCLIPImageProcessor])
+def test_a_path_at_which_nothing_is_is_not_asked_for_on_the_hub(opener, name):
+    with pytest.raises(
+        FileNotFoundError, match=f"{name}: found nothing there, expected a folder or file here, or a name"
+    ):
+        opener.from_pretrained(name)
 
 
 # What is made of it

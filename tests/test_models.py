@@ -70,3 +70,12 @@ def test_the_command_lists_what_holds_all_words(hfclip):  # noqa: F811
     assert found[0]["source"].startswith("https://") and "HFCLIPModel.from_pretrained" in found[0]["opens"]
     status, _, err = hfclip("models", "blip")
     assert status == 2 and "found no model with 'blip'" in err
+
+
+@pytest.mark.peers
+def test_addresses_of_openclips_files_are_those_that_open_clip_knows():
+    open_clip = pytest.importorskip("open_clip")
+    hubs = [open_clip.get_pretrained_cfg(*names).get("hf_hub") or "" for names in open_clip.list_pretrained()]
+    known = {"/".join(hub.split("/")[:2]) for hub in hubs}
+    listed = {model.hub for model in list_models() if model.format == "openclip"}
+    assert {hub.split("/")[0] for hub in listed - known} == {"microsoft"}

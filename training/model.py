@@ -63,6 +63,8 @@ def build_architecture(config: Config) -> HFCLIPConfig:
                 f"model.patch_dropout: a {architecture.vision_config.model_type} tower has no patches to drop."
             )
         architecture.vision_config.patch_dropout = model.patch_dropout
+    if architecture.is_naflex:
+        raise UsageError("model: NaFlex takes images each in its own shape, and training cuts squares of them.")
     if not isinstance(getattr(architecture.vision_config, "image_size", None), int):
         raise UsageError(
             f"model: the {architecture.vision_config.model_type} tower's config has no image_size; add it."
@@ -137,7 +139,8 @@ def build_processor(
             f"model.tokenizer ends texts with id {tokenizer.eos_token_id}, but the model's text_config.eos_token_id, "
             f"where it pools, is {text.eos_token_id}. Set it to the tokenizer's."
         )
-    crop = (image_processor.crop_size["height"], image_processor.crop_size["width"])
+    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+    crop = (size.get("height"), size.get("width"))
     if crop != (architecture.image_size, architecture.image_size):
         raise UsageError(
             f"model: the image processor cuts {crop[0]} x {crop[1]} pixels, but the model takes squares of "

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .families_hfclip import refuse_other_families
-from .foreign_hfclip import foreign, is_foreign
+from .foreign_hfclip import foreign, is_foreign, pinned
 from .limits_hfclip import limited, refuse_absurd
 from .presets_hfclip import fields_of_preset
 from .projection_hfclip import ProjectionType, require_projection
@@ -60,6 +60,7 @@ class HFCLIPBaseConfig(Requirements, PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        kwargs = pinned(pretrained_model_name_or_path, kwargs)
         if is_foreign(pretrained_model_name_or_path, kwargs):
             return foreign(pretrained_model_name_or_path).open_config(pretrained_model_name_or_path, **kwargs)
         try:
@@ -410,6 +411,11 @@ class HFCLIPConfig(HFCLIPBaseConfig):
     def image_stride(self) -> int:
         """Pixels that the side of an image has to be a multiple of."""
         return getattr(self.vision_config, "stride", None) or getattr(self.vision_config, "patch_size", 32)
+
+    @property
+    def is_naflex(self) -> bool:
+        """Whether images are taken in their own shapes, as patches, and not as squares."""
+        return self.vision_config.model_type == "siglip2_vision_model"
 
     @property
     def has_patches(self) -> bool:

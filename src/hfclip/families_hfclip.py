@@ -171,12 +171,17 @@ LEGACY_EOS = 2  # written before transformers' pull request 24773 by models that
 GEMMA_VOCABULARY = 256_000
 
 
+def end_of_text(vocab_size: int) -> int:
+    """OpenAI's id of the end of a text, the highest, where a config names `LEGACY_EOS`."""
+    return min(49407, vocab_size - 1)
+
+
 def translate_family(config: dict[str, Any], family: Family, theirs: dict[str, Any]) -> dict[str, Any]:
     """Fields of HFCLIPConfig for a config of `family`; `theirs` are all its settings, defaults included."""
     text, vision = theirs["text_config"], theirs.get("vision_config") or theirs["image_config"]
     text, vision = {**text, "model_type": family.text}, {**vision, "model_type": family.vision}
     if family.text == "hfclip_text" and config["model_type"] != "metaclip_2" and text["eos_token_id"] == LEGACY_EOS:
-        text["eos_token_id"] = min(49407, text["vocab_size"] - 1)
+        text["eos_token_id"] = end_of_text(text["vocab_size"])
     if family.sigmoid and text["vocab_size"] == GEMMA_VOCABULARY:
         text["pad_token_id"] = 0  # of Gemma's tokenizer; SigLIP's pads with 1, which its configs name for both
     for tower in (text, vision):

@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import PreTrainedConfig
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .families_hfclip import FAMILIES, HUB_OPTIONS
 from .translation_hfclip import TRANSFORMERS_MODEL_TYPES
@@ -20,6 +20,31 @@ from .translation_hfclip import TRANSFORMERS_MODEL_TYPES
 
 OPENCLIP_CONFIG = "open_clip_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def is_path(name: str) -> bool:
+    """Whether a name cannot be one on the Hub, "owner/name"."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return name.startswith((".", "/", "~"))
+
+
+def pinned(name: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with the commit that a name on the Hub means now, so that all its files are of it and are asked for once.
+
+    Raises:
+        FileNotFoundError: at once, for a path at which nothing is.
+    """
+    if isinstance(name, str | os.PathLike) and not os.path.exists(name):
+        if is_path(os.fspath(name)):
+            raise FileNotFoundError(
+                f"{name}: found nothing there, expected a folder or file here, or a name on the Hub such as owner/name."
+            )
+        if not options.get("subfolder") and (folder := _fetch_settings(os.fspath(name), options)):
+            return {**options, "revision": folder.name}
+    return options
 
 
 def is_foreign(name: Any, options: dict[str, Any]) -> bool:
@@ -30,30 +55,38 @@ def is_foreign(name: Any, options: dict[str, Any]) -> bool:
     """
     if not isinstance(name, str | os.PathLike) or options.get("subfolder"):  # OpenCLIP has none
         return False
-    name, path = os.fspath(name), Path(name)
+    path = Path(name)
     if path.is_file():
         return path.suffix != ".json"
     if path.is_dir():
         is_whole = any((path / file).is_file() for file in WEIGHTS)
-        return (path / OPENCLIP_CONFIG).is_file() and not (is_whole and model_type_of(path) in _opened_here())
+        return (path / OPENCLIP_CONFIG).is_file() and not (is_whole and _is_opened_here(path))
+    folder = _fetch_settings(os.fspath(name), options)
+    return (
+        folder is not None and not _is_opened_here(folder) and bool(_fetch(os.fspath(name), OPENCLIP_CONFIG, options))
+    )
+
+
+def _fetch_settings(name: str, options: dict[str, Any]) -> Path | None:
+    """The folder of a commit in the Hub's cache, with config.json or else OpenCLIP's; None where there is none."""
+    path = _fetch(name, "config.json", options) or _fetch(name, OPENCLIP_CONFIG, options)
+    return path and path.parent
+
+
+def _fetch(name: str, file: str, options: dict[str, Any]) -> Path | None:
     hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
     try:
-        if PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type") in _opened_here():
-            return False
-    except (OSError, ValueError):  # no config.json there, or no such place, which is told by whoever opens it
-        pass
-    try:
-        return bool(hf_hub_download(name, OPENCLIP_CONFIG, **hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        return False
+        return Path(hf_hub_download(name, file, **hub))
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError):  # told by whoever opens it
+        return None
 
 
-def _opened_here() -> set[str]:
-    return {"hfclip", *TRANSFORMERS_MODEL_TYPES, *FAMILIES}
+def _is_opened_here(folder: Path) -> bool:
+    return model_type_of(folder) in {"hfclip", *TRANSFORMERS_MODEL_TYPES, *FAMILIES}
 
 
 def model_type_of(folder: Path) -> str | None:
-    """What the config.json of a folder says; None where there is none to read."""
+    """What the config.json in a folder says, if there is one that says it."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -18,7 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .foreign_hfclip import foreign, is_foreign
+from .foreign_hfclip import foreign, is_foreign, pinned
 from .open_image_hfclip import ImageSource, data_format_of, open_image, shortened
 
 
@@ -302,6 +302,7 @@ class HFCLIPImageProcessor(BaseImageProcessor):
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        kwargs = pinned(pretrained_model_name_or_path, kwargs)
         if is_foreign(pretrained_model_name_or_path, kwargs):
             return foreign(pretrained_model_name_or_path).open_image_processor(pretrained_model_name_or_path, **kwargs)
         return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)

@@ -22,8 +22,8 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hfclip import HFCLIPConfig
-from .families_hfclip import FAMILIES, NAFLEX_INPUTS, Family, family_of, require_joint_space
-from .foreign_hfclip import foreign, is_foreign
+from .families_hfclip import NAFLEX_INPUTS, Family, family_of, require_joint_space
+from .foreign_hfclip import foreign, is_foreign, pinned
 from .modeling_hfclip_transformer import HFCLIPPreTrainedModel
 from .packing_hfclip import without_left_padding
 from .projection_hfclip import projection_of
@@ -67,30 +67,35 @@ def unit_length(embeds: torch.Tensor) -> torch.Tensor:
 class HFCLIPModel(HFCLIPPreTrainedModel):
     """CLIP: an image tower and a text tower that map into one space.
 
-    `from_pretrained` opens folders saved by this class and by transformers' dual encoders (`families_hfclip`), whose
-    scale and bias may be of `scalar_shape` (1,) until they are read.
+    `from_pretrained` opens folders saved by this class and by transformers' dual encoders (`families_hfclip`). `family` is
+    the one whose files are read into the new model: tensors that it leaves out, and the shape of its scale and bias.
     """
 
-    _keys_to_ignore_on_load_unexpected = [
-        *(HFCLIPPreTrainedModel._keys_to_ignore_on_load_unexpected or []),
-        *(pattern for family in FAMILIES.values() for pattern in family.left_out),
-    ]
-
-    def __init__(self, config: HFCLIPConfig, scalar_shape: tuple[int, ...] = ()):
+    def __init__(self, config: HFCLIPConfig, family: Family | None = None):
         super().__init__(config)
+        scalar_shape = (1,) if family is not None and family.sigmoid else ()
+        if family is not None:
+            self._keys_to_ignore_on_load_unexpected = [*self._keys_to_ignore_on_load_unexpected, *family.left_out]
         self.text_model = build_tower(config.text_config)
         self.vision_model = build_tower(config.vision_config)
         if config.text_config.model_type not in TOWERS and config.text_pooling != "pooler":
             # Its pooling layer would never be used, and have no gradient.
             self.text_model.pooler = None
-        if config.vision_pooling != "pooler" and getattr(self.vision_model, "pooler", None) is not None:
-            self.vision_model.pooler.requires_grad_(False)
         self.visual_projection = projection_of(config, "vision")
         self.text_projection = projection_of(config, "text")
         self.logit_scale = nn.Parameter(torch.empty(scalar_shape))
         self.logit_bias = None if config.logit_bias_init_value is None else nn.Parameter(torch.empty(scalar_shape))
         self._frozen_towers: list[nn.Module] = []
+        self._freeze_unused()
         self.post_init()
+
+    def _freeze_unused(self) -> None:
+        """Parameters that are never used would have no gradient, an error under data parallelism. Loading forgets it."""
+        parts = (name for name, _ in self.named_parameters() if name.endswith(".mask_token"))
+        unused = [*parts, *(["vision_model.pooler"] if self.config.vision_pooling != "pooler" else [])]
+        for name, part in (*self.named_parameters(), *self.named_modules()):
+            if name in unused:
+                part.requires_grad_(False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -132,6 +137,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
                 caller is told, as of all weights that are missing.
         """
         name = pretrained_model_name_or_path
+        kwargs = pinned(name, kwargs)
         if is_foreign(name, kwargs):
             return foreign(name).open_model(cls, name, output_loading_info=output_loading_info, **kwargs)
         family, written = family_of(name, kwargs)
@@ -139,13 +145,14 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
         names = {rf"^{tower}\.{tower}\.": f"{tower}." for tower in ("vision_model", "text_model")}
         if family is not None:
             names |= family.names | ({r"^temperature$": "logit_scale"} if family.temperature else {})
-            kwargs |= {"scalar_shape": (1,)} if family.sigmoid else {}
+            kwargs |= {"family": family}
         names |= key_mapping or {}
         model, report = super().from_pretrained(name, *args, key_mapping=names, output_loading_info=True, **kwargs)
         if name is not None and not output_loading_info:
             require_joint_space(name, family, report["missing_keys"])
         if family is not None:
             model._read_scalars(family, written, report["missing_keys"])
+        model._freeze_unused()
         return (model, report) if output_loading_info else model
 
     @torch.no_grad()
@@ -157,8 +164,6 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             self.logit_scale.copy_(-self.logit_scale.double().log())
         if family.limited:
             self.logit_scale.clamp_(0, math.log(written.get("max_logit_scale", 100.0)))
-        # By these transformers would give the tensors their names in that file again when they are saved.
-        self._weight_conversions = []
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, projection_dim: int = 512, **config) -> "HFCLIPModel":
@@ -180,7 +185,8 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         self.config.auto_map = {"AutoModelForZeroShotImageClassification": "modeling_hfclip.HFCLIPModel"}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # Under the names that they have here, not under those of another family's file that they were read from.
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def freeze(self, tower: str) -> None:
         """Locks the `vision` or `text` tower (LiT): no gradients, and evaluation mode for good (BatchNorm, dropout).
@@ -227,7 +233,7 @@ class HFCLIPModel(HFCLIPPreTrainedModel):
             kwargs.update(interpolate_pos_encoding=interpolate_pos_encoding, pooled_only=pooled_only)
         elif interpolate_pos_encoding is not None:
             kwargs.update(interpolate_pos_encoding=interpolate_pos_encoding)
-        if self.config.vision_config.model_type == "siglip2_vision_model" and not kwargs.keys() >= NAFLEX_INPUTS:
+        if self.config.is_naflex and not kwargs.keys() >= NAFLEX_INPUTS:
             raise ValueError(
                 f"pixel_values: found them without {' and '.join(sorted(NAFLEX_INPUTS - kwargs.keys()))}, expected all "
                 "that the model's own processor makes of images: NaFlex takes each in its own shape."

@@ -1,8 +1,9 @@
 """Well-known models by name: where they are, what they are, and what was measured of them. Nothing is fetched to say so.
 
 models.csv has a row per checkpoint, the nine published architectures first: parameters are in millions, `imagenet` is the
-zero-shot top-1 accuracy in percent that `source` publishes, empty where none is known. Licences and addresses are those
-of the models' cards as commonly quoted: read the card before you rely on one.
+zero-shot top-1 accuracy in percent that `source` publishes, empty where none is known. `license` is what the model's card
+on the Hub said when it was read in 2025, empty where it was not read or, as OpenAI's, says none: read it before you rely
+on a model. Addresses of OpenCLIP's files are those that open_clip itself knows, but for BiomedCLIP's.
 """
 
 import csv

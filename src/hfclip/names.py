@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from .errors import UsageError, as_usage_error, in_words
+from .foreign_hfclip import is_path
 from .models import nearest_model
 
 
@@ -26,13 +26,7 @@ def means_folder(name: str) -> bool:
 
     "owner/name" may be on the Hub; but not if "owner" is a folder here.
     """
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(os.path.dirname(name)):
-        return True
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return True
-    return False
+    return is_path(name) or os.path.isdir(os.path.dirname(name))
 
 
 def nearest_folder(name: str) -> str:

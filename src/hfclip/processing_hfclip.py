@@ -19,12 +19,13 @@ from transformers.processing_utils import (
     Unpack,
     VideosKwargs,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .families_hfclip import IMAGE_PROCESSORS, family_of
-from .foreign_hfclip import foreign, is_foreign
+from .foreign_hfclip import foreign, is_foreign, pinned
 from .image_processing_hfclip import HFCLIPImageProcessor
 from .tokenization_hfclip import HFCLIPTokenizer
-from .translation_hfclip import translate_transformers_config
+from .translation_hfclip import TRANSFORMERS_MODEL_TYPES, translate_transformers_config
 
 
 class HFCLIPProcessor(ProcessorMixin):
@@ -123,6 +124,7 @@ class HFCLIPProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "HFCLIPProcessor":
         """Opens what `HFCLIPModel.from_pretrained` does, with the same `architecture`, `tokenizer` ..."""
+        kwargs = pinned(pretrained_model_name_or_path, kwargs)
         if is_foreign(pretrained_model_name_or_path, kwargs):
             return foreign(pretrained_model_name_or_path).open_processor(cls, pretrained_model_name_or_path, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -136,7 +138,7 @@ class HFCLIPProcessor(ProcessorMixin):
 def open_image_processor(path: str | os.PathLike, **kwargs) -> Any:
     """The image processor of a folder or Hub name: hfclip's with its settings where the pixels are the same."""
     backend = kwargs.pop("backend", "pil")  # pixels do not depend on what is installed
-    saved, others = HFCLIPImageProcessor.get_image_processor_dict(path, **kwargs)
+    saved, others = HFCLIPImageProcessor.get_image_processor_dict(path, **kwargs)  # also of OpenAI's and OpenCLIP's
     name, own = saved.get("image_processor_type") or saved.get("feature_extractor_type"), None
     if name is None:  # it follows from the model's type
         own = AutoImageProcessor.from_pretrained(path, backend=backend, **kwargs)
@@ -157,14 +159,16 @@ def open_tokenizer(path: str | os.PathLike, **kwargs) -> Any:
     if is_clip := type(tokenizer).__module__.startswith("transformers.models.clip."):
         tokenizer = HFCLIPTokenizer.from_pretrained(path, **kwargs)
     family, written = family_of(path, kwargs)
-    if family is not None:
-        context = translate_transformers_config(written)["text_config"]["max_position_embeddings"]
-        tokenizer.model_max_length = min(tokenizer.model_max_length, context - family.reserved_positions)
-    if family is not None and not is_clip:
+    if family is None and written.get("model_type") not in TRANSFORMERS_MODEL_TYPES:
+        return tokenizer
+    reserved = 0 if family is None else family.reserved_positions
+    context = translate_transformers_config(written)["text_config"].get("max_position_embeddings", VERY_LARGE_INTEGER)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context - reserved)
+    if not is_clip:
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         tokenizer.init_kwargs |= {"truncation": True, "model_input_names": tokenizer.model_input_names}
-        if family.sigmoid:
-            tokenizer.init_kwargs["padding"] = "max_length"
+    if family is not None and family.sigmoid:
+        tokenizer.init_kwargs["padding"] = "max_length"
     return tokenizer
 
 

@@ -33,13 +33,10 @@ def build_tower(config) -> PreTrainedModel:
         tower = getattr(transformers, OMITTED_TOWERS[config.model_type])._from_config(config)
     else:
         tower = AutoModel.from_config(config)
-    if config.is_encoder_decoder:
-        tower = tower.get_encoder()
-    # Parameters that an encoder never uses would have no gradient, an error under data parallelism.
-    for name, parameter in tower.named_parameters():
-        if name.endswith("mask_token"):
-            parameter.requires_grad_(False)
-    return tower
+    if config.model_type == "aimv2_text_model":  # transformers masks what follows only where a text is padded
+        for module in tower.modules():
+            module.is_causal = True
+    return tower.get_encoder() if config.is_encoder_decoder else tower
 
 
 def blocks_of(tower: PreTrainedModel) -> list[nn.Module] | None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .families_hfclip import FAMILIES, translate_family
+from .families_hfclip import FAMILIES, LEGACY_EOS, end_of_text, translate_family
 from .limits_hfclip import shown
 
 
@@ -57,11 +57,11 @@ def translate_transformers_config(config: dict[str, Any]) -> dict[str, Any]:
         config["model_type"] = TRANSFORMERS_MODEL_TYPES[model_type]
         # The class that wrote the folder, and code it does not need.
         config.pop("architectures", None)
-    if model_type == "clip_text_model" and config.get("eos_token_id") == 2:
+    if model_type == "clip_text_model" and config.get("eos_token_id") == LEGACY_EOS:
         vocab_size = config.get("vocab_size", 49408)
         if not isinstance(vocab_size, int):
             raise ValueError(f"found vocab_size={shown(vocab_size)}, expected a whole number. Correct config.json.")
-        config["eos_token_id"] = min(49407, vocab_size - 1)
+        config["eos_token_id"] = end_of_text(vocab_size)
         config["bos_token_id"] = config["eos_token_id"] - 1
     if model_type == "clip":
         for key, tower_type in (("text_config", "clip_text_model"), ("vision_config", "clip_vision_model")):

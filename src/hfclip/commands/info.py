@@ -9,15 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor
 from transformers.utils import logging
 
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel
+from hfclip import HFCLIPConfig, HFCLIPModel
 from hfclip.errors import as_usage_error, run
 from hfclip.flops import ModelFlops
 from hfclip.foreign_hfclip import is_foreign
 from hfclip.hub.card import describe
 from hfclip.names import opening
+from hfclip.processing_hfclip import open_image_processor
 
 
 def main() -> None:
@@ -41,13 +41,17 @@ def collect(name: str) -> dict[str, Any]:
         config = HFCLIPConfig.from_pretrained(name)
         model = HFCLIPModel.from_pretrained(name)
     flops, tokens = ModelFlops(config), config.text_config.max_position_embeddings
+    gflops, resolution = f"{flops.of_text(tokens).forward / 1e9:.3g} per text", "each in its own shape, as patches"
+    if not config.is_naflex:
+        gflops = f"{flops.of_image().forward / 1e9:.3g} per image, {gflops}"
+        resolution = f"{config.image_size} x {config.image_size} pixels"
     facts = {
         "image tower": describe(config.vision_config),
         "text tower": describe(config.text_config),
         "embeddings": f"{config.projection_dim} dimensions",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "GFLOPs": f"{flops.of_image().forward / 1e9:.3g} per image, {flops.of_text(tokens).forward / 1e9:.3g} per text",
-        "resolution": f"{config.image_size} x {config.image_size} pixels",
+        "GFLOPs": gflops,
+        "resolution": resolution,
         "tokens": tokens,
         "logit scale": f"{model.logit_scale.exp().item():.4g}",
     }
@@ -58,11 +62,10 @@ def collect(name: str) -> dict[str, Any]:
 
 def preprocessing(name: str) -> str | dict[str, Any]:
     try:
-        opener = HFCLIPImageProcessor if is_foreign(name, {}) else AutoImageProcessor
-        settings = opener.from_pretrained(name).to_dict()
+        settings = open_image_processor(name).to_dict()
     except (OSError, ValueError):
         return "no image processor"
-    fields = ("size", "crop_size", "resample", "image_mean", "image_std")
+    fields = ("size", "crop_size", "resample", "image_mean", "image_std", "patch_size", "max_num_patches")
     return {field: settings[field] for field in fields if settings.get(field) is not None}
 
 

@@ -81,6 +81,8 @@ def embed(
     Raises:
         UsageError: if no image or no caption can be read, or the folder holds something else.
     """
+    if "images" in what and getattr(getattr(model, "config", None), "is_naflex", False):
+        raise UsageError("model: NaFlex takes images each in its own shape, and `embed` squares of one size.")
     device, processes = device_of(model), Processes.find(group, alone)
     batch_size = min(batch_size or (32 if device.type == "cpu" else 256), len(source))
     precision = processes.gather(settled_precision(precision, device)[0])[0]

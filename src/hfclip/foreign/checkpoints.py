@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
+from ..foreign_hfclip import WEIGHTS
 from .pickles import MAX_TENSORS, CheckpointError, Dtype, Entry, Span, Storage, flatten, interpret
 
 
@@ -42,14 +43,7 @@ DTYPES = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
 # What a folder may hold, best first.
-FOLDER_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "open_clip_model.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "open_clip_pytorch_model.bin",
-)
+FOLDER_FILES = (*WEIGHTS[:2], "open_clip_model.safetensors", *WEIGHTS[2:], "open_clip_pytorch_model.bin")
 # In a folder for OpenCLIP and transformers both, OpenCLIP's.
 OPENCLIP_WEIGHTS = tuple(name for name in FOLDER_FILES if name.startswith("open_clip_"))
 OPENCLIP_FILES = tuple(dict.fromkeys((*OPENCLIP_WEIGHTS, *FOLDER_FILES)))

@@ -93,13 +93,18 @@ def hfclip_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, 
 def openai_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """OpenAI's names and tensors, one after the other; the inverse of `hfclip_items`."""
     is_vit = "visual_projection.weight" in state_dict
-    tables = {ours: theirs for theirs, ours in {**TEXT, **VIT, **{name: name for name in UNCHANGED}}.items()}
+    tables = {ours: theirs for theirs, ours in {**TEXT, **VIT, **COCA, **{name: name for name in UNCHANGED}}.items()}
+    tables["vision_model.attention_pool.query"] = QUERY
+    tables |= _fused_in_pooling(state_dict)
     transposed = {ours: theirs for theirs, ours in TRANSPOSED.items()}
     prefixes = {ours: theirs for theirs, ours in TRANSFORMERS.items()}
     if unknown := _unknown(state_dict, {*tables, *transposed}, prefixes, () if is_vit else ("vision_model.",)):
         raise UsageError(f"OpenAI's CLIP has no counterpart for {len(unknown)} tensors, such as {unknown[:5]}.")
     for name in state_dict:
-        if name in tables:
+        if tables.get(name) in IN_PROJ:
+            if "q_proj" in name:  # those of keys and values are written with it
+                yield tables[name], torch.cat([state_dict[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+        elif name in tables:
             yield tables[name], state_dict[name]
         elif name in transposed:
             yield transposed[name], state_dict[name].t().contiguous()
@@ -107,6 +112,15 @@ def openai_items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, 
             yield from _block_to_openai(*block, state_dict, name)
         else:
             yield "visual." + name.removeprefix("vision_model."), state_dict[name]
+
+
+def _fused_in_pooling(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Our names in CoCa's pooling that torch's attention has in one tensor: biases, and weights where all are square."""
+    query, key = (state_dict.get(f"vision_model.attention_pool.{x}_proj.weight") for x in "qk")
+    if query is None:
+        return {}
+    kinds = IN_PROJ if query.shape == key.shape else IN_PROJ[1:]
+    return {f"vision_model.attention_pool.{x}_proj.{kind.rpartition('_')[2]}": kind for kind in kinds for x in "qkv"}
 
 
 def _unknown(names: Iterable[str], known: set[str], blocks: dict[str, str], resnet: tuple[str, ...]) -> list[str]:

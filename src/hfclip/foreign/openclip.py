@@ -4,11 +4,14 @@ names of one model's tensors -> settings, from JSON or shapes -> architecture ->
 """
 
 import importlib.util
+import re
+import string
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from tokenizers import Regex, normalizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..configuration_hfclip import HFCLIPConfig
 from ..errors import UsageError, as_usage_error
@@ -21,7 +24,7 @@ from .key_maps import CONSTANTS, hfclip_items, openclip_config, require_kinds
 from .openclip_shapes import ASK, model_name, name_of_run, settings_from_shapes
 from .plan import Choices, Plan
 from .processors import TOKENIZER_FILES, has_any, openai_tokenizer
-from .towers import SIGLIP_PREPROCESS, foreign_plan, is_foreign
+from .towers import SIGLIP_PREPROCESS, foreign_plan, has_foreign_tower
 
 
 def plan_openclip(checkpoint: Checkpoint, choices: Choices) -> Plan:
@@ -30,7 +33,7 @@ def plan_openclip(checkpoint: Checkpoint, choices: Choices) -> Plan:
     weights = View(checkpoint, names)
     settings, told = find_settings(checkpoint, weights, choices)
     model_cfg = settings["model_cfg"]
-    if is_foreign(model_cfg):
+    if has_foreign_tower(model_cfg):
         config, items = foreign_plan(weights.on_meta(), model_cfg, choices.text_model)
     else:
         config, items = openclip_config(weights.on_meta(), model_cfg), hfclip_items
@@ -143,13 +146,41 @@ def build_tokenizer(config: HFCLIPConfig, text_cfg: dict[str, Any], choices: Cho
             f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.text_config.vocab_size}. Pass the "
             "one that belongs to it with --tokenizer."
         )
+    how = {**(text_cfg.get("tokenizer_kwargs") or {}), "tokenizer_mode": text_cfg.get("tokenizer_mode")}
+    if not isinstance(tokenizer, HFCLIPTokenizer):
+        tokenizer = cleaning(tokenizer, how)
     fit_tokenizer(tokenizer, config, text_cfg)
-    notes = []
-    if text_cfg.get("tokenizer_kwargs"):
-        notes.append(
-            f"OpenCLIP changes texts before or after this tokenizer: {text_cfg['tokenizer_kwargs']}. Do the same."
+    if left := {key: value for key, value in how.items() if value and key != "clean"}:
+        return tokenizer, [f"OpenCLIP changes texts before or after this tokenizer: {left}. Do the same."]
+    return tokenizer, []
+
+
+def cleaning(tokenizer: Any, how: dict[str, Any]) -> Any:
+    """A tokenizer of transformers that treats texts as OpenCLIP does with it; takes out of `how` what it can express.
+
+    OpenCLIP also repairs encodings (ftfy) and HTML entities, for which a tokenizer's file has no words. The class is the
+    general one, which keeps in its file what is changed here.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # SigLIP's of sentencepiece, which cleans by itself
+        return tokenizer
+    steps = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    if how.get("clean") == "canonicalize":
+        punctuation = normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), "")
+        steps = [normalizers.Replace("_", " "), punctuation, normalizers.Lowercase(), *steps]
+    elif how.get("clean") == "lower":
+        steps = [normalizers.Lowercase(), *steps]
+    backend.normalizer = normalizers.Sequence([*steps, *filter(None, [backend.normalizer])])
+    if how.get("strip_sep_token") and tokenizer.pad_token_id == 0:  # zeros in its place
+        ends = (tokenizer.cls_token, tokenizer.pad_token)
+        backend.post_processor = processors.TemplateProcessing(
+            single="{} $A {}".format(*ends), special_tokens=[(token, backend.token_to_id(token)) for token in ends]
         )
-    return tokenizer, notes
+        how.pop("strip_sep_token")
+    kept = {name: getattr(tokenizer, name) for name in ("padding_side", "model_max_length")}
+    kept |= {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **kept)
 
 
 def hub_name(name: str, asked_for: str | None) -> str:

@@ -41,8 +41,10 @@ def open_processor(folder: Path, tokenizer_class: type = AutoTokenizer) -> tuple
     return image_processor, tokenizer
 
 
-def as_clip_tokenizer(tokenizer: Any) -> CLIPTokenizer:
-    """transformers' own tokenizer with the same vocabulary and merges."""
+def as_clip_tokenizer(tokenizer: Any) -> Any:
+    """transformers' own tokenizer with the vocabulary and merges of hfclip's; others as they are."""
+    if not isinstance(tokenizer, HFCLIPTokenizer):
+        return tokenizer
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=tokenizer.model_max_length)

@@ -24,6 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..configuration_hfclip import HFCLIPConfig
 from ..errors import UsageError, as_usage_error
+from ..families_hfclip import GEMMA_VOCABULARY
 from ..limits_hfclip import refuse_absurd
 from .checkpoints import View
 from .key_maps import (
@@ -99,7 +100,7 @@ class Tower:
     projection: str = "linear"
 
 
-def is_foreign(model_cfg: dict[str, Any]) -> bool:
+def has_foreign_tower(model_cfg: dict[str, Any]) -> bool:
     """Whether a tower comes from another library."""
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     return bool(vision.get("timm_model_name") or text.get("hf_model_name"))
@@ -221,7 +222,11 @@ def siglip_text_tower(weights: Tensors, model_cfg: dict[str, Any]) -> Tower:
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     kept += ("max_position_embeddings", "hidden_act", "layer_norm_eps")
     # SigLIP's tokenizers pad with id 1, SigLIP2's (Gemma's vocabulary) with 0. All end texts with 1.
-    padding = {"pad_token_id": 0 if own["vocab_size"] == 256_000 else 1, "bos_token_id": None, "eos_token_id": 1}
+    padding = {
+        "pad_token_id": 0 if own["vocab_size"] == GEMMA_VOCABULARY else 1,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
     config = {"model_type": "siglip_text_model", **{key: own[key] for key in kept}, **padding}
     config["projection_size"] = model_cfg["embed_dim"]
     return Tower(config, partial(siglip_text_items, model_cfg["embed_dim"]), projection="identity")
