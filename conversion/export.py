@@ -50,6 +50,8 @@ from .reference_settings import (
 from .safetensors_files import write_weights
 
 
+# Text towers of transformers whose ONNX graph torch gets wrong.
+NOT_TRACED = {"align_text_model", "altclip_text_model", "chinese_clip_text_model", "flava_text_model"}
 ONNX_TOLERANCE = 1e-4  # relative, of float32 against float32
 # Fields that have no bearing on what a trained model computes.
 OF_TRAINING = {"initializer_factor", "attention_dropout", "patch_dropout", "zero_init_residual", "bos_token_id"}
@@ -144,6 +146,11 @@ def to_onnx(options: argparse.Namespace, config: HFCLIPConfig, weights: View) ->
     if config.is_naflex:
         raise UsageError(
             "Cannot export: NaFlex takes patches of images in their own shapes, an ONNX tower one of squares."
+        )
+    if config.text_config.model_type in NOT_TRACED:
+        raise UsageError(
+            f"Cannot export: {config.text_config.model_type} of transformers, exported by torch, takes one batch size or "
+            "other positions. Use the model as it is."
         )
     model = HFCLIPModel.from_pretrained(options.source, dtype=torch.float32).eval()
     with new_folder(options.out, options.source, options.overwrite) as folder:

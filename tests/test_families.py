@@ -169,6 +169,10 @@ NOT_USED = {
     ("train", "siglip 2 naflex"): NAFLEX,
     ("embed", "siglip 2 naflex"): NAFLEX,
     ("onnx", "siglip 2 naflex"): "patches of images in their own shapes",
+    **{
+        ("onnx", name): "exported by torch, takes one batch size"
+        for name in ("align", "altclip", "chinese_clip", "flava")
+    },
     ("train", "align"): "found a EfficientNetImageProcessor",
     ("train", "owlv2"): "found a Owlv2ImageProcessor",
 }

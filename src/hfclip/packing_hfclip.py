@@ -45,7 +45,8 @@ def without_left_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor) 
     """Ids and mask, (batch, length) each, with any padding before a text moved to after it."""
     length = input_ids.shape[1]
     shift = attention_mask.bool().int().argmax(dim=1, keepdim=True)
-    index = (torch.arange(length, device=input_ids.device) + shift) % length
+    index = torch.arange(length, device=input_ids.device) + shift
+    index = torch.where(index < length, index, index - length)  # `%` by a length that is open is not exported to ONNX
     return input_ids.gather(1, index), attention_mask.gather(1, index)
 
 

@@ -60,9 +60,7 @@ def embed(
     group: dist.ProcessGroup | None = None,
     alone: bool = False,
 ) -> Embeddings:
-    """Unit embeddings of a data set's images and captions, the same on every process.
-
-    Processes of torch.distributed share the work, or those that torchrun or `accelerate launch` has started.
+    """Unit embeddings of images and captions, the same on every process: those that torchrun or `accelerate` started.
 
     Args:
         model, processor: a `HFCLIPModel` on its device, left as it was, and its `HFCLIPProcessor`.
