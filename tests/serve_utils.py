@@ -8,25 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 import uvicorn
 from PIL import Image
-from training_utils import model_with_tokenizer
+from training_utils import save_model
 
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 from hfclip.search import ImageIndex
 
 
 SIZES = [(90, 60), (60, 90), (64, 64), (200, 40)]
-
-
-def save_model(folder: Path) -> Path:
-    config = HFCLIPConfig(**model_with_tokenizer(folder)["config"])
-    torch.manual_seed(0)
-    HFCLIPModel(config).save_pretrained(folder)
-    tokenizer = HFCLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=16)
-    HFCLIPProcessor(HFCLIPImageProcessor(size=32), tokenizer).save_pretrained(folder)
-    return folder
 
 
 def write_photos(folder: Path, number: int) -> None:

@@ -14,14 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_utils import FORKED, ROOT, caption, image_bytes, model_with_tokenizer, pairs, write_tar
+from training_utils import FORKED, ROOT, caption, image_bytes, pairs, save_model, write_tar
 
 from hfclip import (
-    HFCLIPConfig,
-    HFCLIPImageProcessor,
     HFCLIPModel,
     HFCLIPProcessor,
-    HFCLIPTokenizer,
     ZeroShotClassifier,
 )
 from hfclip.data.sources import open_source
@@ -32,13 +29,7 @@ from hfclip.evaluation.retrieval import retrieval
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    config = HFCLIPConfig(**model_with_tokenizer(folder)["config"])
-    torch.manual_seed(0)
-    HFCLIPModel(config).save_pretrained(folder)
-    tokenizer = HFCLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=16)
-    HFCLIPProcessor(HFCLIPImageProcessor(size=32), tokenizer).save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def load(folder):

@@ -19,10 +19,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from training_utils import FORKED, caption, image_bytes, model_with_tokenizer
+from training_utils import FORKED, caption, image_bytes, save_model
 
 import hfclip_cli
-from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
+from hfclip import HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor
 from hfclip.data.sources import open_source
 from hfclip.embeddings import embed_texts
 from hfclip.errors import UsageError
@@ -35,13 +35,7 @@ from hfclip.search.whole import duplicates, sort_by_labels, to_npy, to_parquet, 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    config = HFCLIPConfig(**model_with_tokenizer(folder)["config"])
-    torch.manual_seed(0)
-    HFCLIPModel(config).save_pretrained(folder)
-    tokenizer = HFCLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=16)
-    HFCLIPProcessor(HFCLIPImageProcessor(size=32), tokenizer).save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +109,8 @@ def test_only_new_content_is_embedded_and_ids_stay(build, model, photos):
     (photos / "2.jpg").write_bytes(image_bytes(2))
     assert index.update()[:6] == (0, 0, 0, 2, 1, 9) and sum(seen) == 11
     assert index.find(photos / "1.jpg") == ids[str(photos / "1.jpg")]
-    assert index.update()[:6] == (0, 0, 0, 0, 0, 11)
+    signature = index.store.signature()
+    assert index.update()[:6] == (0, 0, 0, 0, 0, 11) and index.store.signature() == signature  # nothing was written
     hook.remove()
 
 

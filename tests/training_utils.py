@@ -21,7 +21,7 @@ import torch.multiprocessing
 import yaml
 from PIL import Image
 
-from hfclip import HFCLIPTokenizer
+from hfclip import HFCLIPConfig, HFCLIPImageProcessor, HFCLIPModel, HFCLIPProcessor, HFCLIPTokenizer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +91,16 @@ def model_with_tokenizer(folder: Path, text: dict | None = None, vision: dict | 
     config["text_config"] |= {**words, "eos_token_id": tokenizer.eos_token_id, **(text or {})}
     config["vision_config"] |= vision or {}
     return {"config": config, "tokenizer": str(folder / "tokenizer")}
+
+
+def save_model(folder: Path) -> Path:
+    """A folder with a tiny model of random weights and its processor."""
+    config = HFCLIPConfig(**model_with_tokenizer(folder)["config"])
+    torch.manual_seed(0)
+    HFCLIPModel(config).save_pretrained(folder)
+    tokenizer = HFCLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=16)
+    HFCLIPProcessor(HFCLIPImageProcessor(size=32), tokenizer).save_pretrained(folder)
+    return folder
 
 
 def write_recipe(folder: Path, **sections: dict) -> Path:

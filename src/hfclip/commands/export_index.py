@@ -3,7 +3,7 @@
 hfclip export ~/.cache/hfclip/search photos.parquet --to parquet    # one table, with the embeddings
 hfclip export ~/.cache/hfclip/search photos --to npy                # embeddings.npy and files.parquet
 hfclip export ~/.cache/hfclip/search http://localhost:6333 --to qdrant
-    hfclip export ~/.cache/hfclip/search photos.usearch --to usearch    # a graph for approximate search
+hfclip export ~/.cache/hfclip/search photos.usearch --to usearch    # a graph for approximate search
 """
 
 import argparse

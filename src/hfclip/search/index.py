@@ -88,8 +88,9 @@ class ImageIndex:
     def __init__(self, store: Store, model: nn.Module | str | None = None, processor: Any = None):
         self.store, self._model, self._processor = store, model, processor
         self._lock, self._seen, self._snapshot = threading.RLock(), None, None
-        self._checked = False
+        self._checked, self._name = False, None  # whether the model is that of the index; what it was opened by
         self._texts: dict[str, Tensor] = {}
+        self.last_update: Counts | None = None
 
     @classmethod
     def build(
@@ -265,7 +266,7 @@ class ImageIndex:
             return self._model.eval(), self._processor
 
     def _describe_model(self, model: nn.Module, processor: Any) -> dict[str, Any]:
-        name = getattr(self, "_name", None) or model.name_or_path or type(model).__name__
+        name = self._name or model.name_or_path or type(model).__name__
         preprocessing = json.dumps(preprocessing_of(processor), sort_keys=True, default=str)
         return {
             "name": os.path.abspath(os.path.expanduser(name)) if os.path.isdir(os.path.expanduser(name)) else name,

@@ -166,6 +166,12 @@ class Update:
         finally:
             self.commit()
 
+    def differs_from(self, snapshot: Snapshot) -> bool:
+        """Whether `compare` has found anything but what the store holds."""
+        deleted = np.array([record.deleted for record in self.records], bool)
+        is_same = self.manifest == snapshot.manifest and list(self.problems.values()) == snapshot.problems
+        return not is_same or bool((deleted == snapshot.alive).any())
+
     def commit(self) -> None:
         start = time.monotonic()
         self.manifest = self.store.commit(self.manifest, self.records, self.problems.values(), self.new_rows)
@@ -251,7 +257,8 @@ def run_update(
         raise UsageError(
             f"found no image in {' '.join(folders)}{found}. Expected files of {', '.join(IMAGE_ENDINGS)}."
         )
-    update.commit()
+    if files or snapshot is None or update.differs_from(snapshot):
+        update.commit()
     if files:
         update.embed(*open_model(), files, progress)
     return update.result([folder for folder in folders if folder not in there])
