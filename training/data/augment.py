@@ -31,9 +31,8 @@ def augmented(source: ImageSource, size: int, config: AugmentConfig, rng: np.ran
     if config.scale is None:
         pixels = random_square_crop(image, size, rng)
     else:
-        pixels = _crop(image.convert("RGB"), size, config, rng).transpose(
-            2, 0, 1
-        )  # (size, size, 3) -> (3, size, size)
+        pixels = _crop(image.convert("RGB"), size, config, rng)
+        pixels = pixels.transpose(2, 0, 1)  # (size, size, 3) -> (3, size, size)
     if rng.random() < config.flip_prob:
         pixels = pixels[:, :, ::-1]
     is_drawn = rng.random() < config.sketch_prob
